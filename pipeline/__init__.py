@@ -1,0 +1,1 @@
+"""Frozen encoders and the embedding stage: rollout store → embedding store per PVR."""

@@ -1,0 +1,1 @@
+"""Environments, policies and collection: environment → rollout store."""

@@ -1,0 +1,1 @@
+"""The contract: records, axes, manifest, errors. Imports no torch and no ray."""

@@ -1,0 +1,78 @@
+"""Errors that a user can act on: each message is one line that names the next step.
+
+The command line prints the message and exits with 1; nothing else is caught there, so that a bug in
+pvrpipe still shows its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PvrpipeError(Exception):
+    """Something the user can mend; the message says what is wrong and what to do."""
+
+
+class UnknownNameError(PvrpipeError):
+    """A name that is not in a list of valid names."""
+
+    @classmethod
+    def among(cls, what: str, name: str, valid: Iterable[str], *, hint: str = "") -> UnknownNameError:
+        """Name the nearest valid names, e.g. ``unknown PVR 'vc2'; nearest: vc1, vc1-l``."""
+        names = list(valid)
+        near = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:6]
+        return cls(f"unknown {what} '{name}'; nearest: {', '.join(near)}" + (f" ({hint})" if hint else ""))
+
+
+class InvalidValueError(PvrpipeError):
+    """An option or an array outside what it may be."""
+
+
+class StoreError(PvrpipeError):
+    """A store that cannot be used as asked."""
+
+
+class NotAStoreError(StoreError):
+    """The folder holds no store, or one of another kind than is needed here."""
+
+
+class UnfinishedStoreError(StoreError):
+    """The store was begun and never sealed."""
+
+
+class NewerFormatError(StoreError):
+    """The store was written by a newer pvrpipe."""
+
+
+class OutputExistsError(StoreError):
+    """The output was begun with another configuration; it is left as it is."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to this store."""
+
+
+class CorruptStoreError(StoreError):
+    """The bytes of a store are not what its manifest promises."""
+
+
+class WeightsError(PvrpipeError):
+    """Weights that cannot be found, or that do not fit their architecture exactly."""
+
+
+class EncodingError(PvrpipeError):
+    """A frame that cannot be encoded, or an embedding that cannot be stored."""
+
+
+class SimulationError(PvrpipeError):
+    """An environment that cannot be built, rendered or stepped."""
+
+
+class RunError(PvrpipeError):
+    """A training run that cannot be begun, resumed or probed."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any exception, folded into one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,244 @@
+"""``store.json``: what a store is, how it was made, and the sha256 of every file in it.
+
+The models are pydantic, so that a manifest from a stranger is checked field by field before anything
+is read by it. Their JSON Schema lies beside this file as ``manifest-v1.schema.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pvrpipe.schemas.records import ArraySpec
+
+FORMAT_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShardFile = Annotated[str, Field(pattern=r"^shards/[0-9]{5,9}\.parquet$")]
+Dtype = Literal["uint8", "int32", "float16", "float32", "float64", "bool"]
+Axis = Annotated[int, Field(ge=1, le=1 << 24)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Column(Frozen):
+    """One column of the shards.
+
+    ``mapped`` columns are PLAIN, uncompressed, one page per row group, so that a reader can map them;
+    ``packed`` columns are zstd pages. A column of shape () is an ordinary Parquet FLOAT, DOUBLE, INT32
+    or BOOLEAN column; any other is FIXED_LEN_BYTE_ARRAY.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    dtype: Dtype
+    shape: Annotated[tuple[Axis, ...], Field(max_length=4)]
+    layout: Literal["mapped", "packed"]
+
+    @property
+    def spec(self) -> ArraySpec:
+        """The column as name, dtype and shape."""
+        return ArraySpec(self.name, self.dtype, self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one row."""
+        return self.spec.width
+
+
+class RolloutSpecification(Frozen):
+    """Everything that decides the bytes of a rollout store."""
+
+    kind: Literal["rollouts"] = "rollouts"
+    environment: str
+    size: int
+    camera: int | str
+    action_repeat: int
+    episodes: int
+    max_steps: int
+    policy: str
+    seed: int
+    control_timestep: float  # seconds between two rows, action repeat included
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    state_names: tuple[str, ...]
+    renderer: str
+    versions: dict[str, str]
+
+
+class Recipe(Frozen):
+    """How uint8 frames become the input of a network.
+
+    The frame's shortest side goes to ``resize`` pixels (None: the frame is taken as it is), the middle
+    ``crop`` pixels are cut out, values go to [0, 1] and are normalised by ``mean`` and ``std``.
+    """
+
+    resize: int | None
+    interpolation: Literal["bilinear", "bicubic"]
+    antialias: bool
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    backend: str = "torch"
+
+
+class WeightsIdentity(Frozen):
+    """Which tensors an encoder holds, and where they came from."""
+
+    source: str
+    revision: str | None
+    file: str | None
+    file_sha256: Sha256 | None
+    tensors_sha256: Sha256
+    loaded: int
+    expected: int
+    random_seed: int | None  # not None: nobody trained these weights
+    licence: str
+
+
+class EncoderIdentity(Frozen):
+    """Two embeddings are comparable if and only if this is equal."""
+
+    name: str
+    title: str
+    architecture: str
+    overrides: dict[str, int | float | str | bool]
+    positions: str | None
+    weights: WeightsIdentity
+    recipe: Recipe
+    layer: str
+    blocks: int | None
+    final_norm: bool
+    pooling: str
+    shape: tuple[int, ...]
+    precision: Literal["fp32", "bf16"]
+    device: str
+    threads: int | None
+    batch: int
+
+
+class EmbeddingSpecification(Frozen):
+    """Everything that decides the bytes of an embedding store."""
+
+    kind: Literal["embeddings"] = "embeddings"
+    rollouts_id: Sha256
+    rollouts: RolloutSpecification
+    encoder: EncoderIdentity
+    dtype: Literal["float16", "float32"]
+    versions: dict[str, str]
+
+
+Specification = Annotated[RolloutSpecification | EmbeddingSpecification, Field(discriminator="kind")]
+
+
+class ShardPlan(Frozen):
+    """Which episodes go to which shard; decided before anything runs."""
+
+    shard: Count
+    first_episode: Count
+    episodes: Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class EpisodeRecord(Frozen):
+    """One episode as its shard's commit record knows it; one row of ``episodes.parquet``."""
+
+    episode: Count
+    shard: Count
+    row_start: Count  # first row within the shard
+    rows: Annotated[int, Field(ge=2, lt=1 << 31)]  # L + 1
+    length: Annotated[int, Field(ge=1, lt=1 << 31)]  # L
+    episode_return: float
+    seed: Count
+    policy: str
+    variation: str
+    terminated: bool
+    split: Literal["train", "val"]
+    distribution: Literal["id", "ood"]
+
+
+class Moments(Frozen):
+    """Count, mean and sum of squared deviations of the training rows, per element, in float64."""
+
+    count: Count
+    mean: tuple[float, ...]
+    m2: tuple[float, ...]
+
+
+class ShardCommit(Frozen):
+    """``shards/NNNNN.json``: written last; the shard exists if and only if this does."""
+
+    shard: Count
+    file: ShardFile
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+    row_groups: tuple[Count, ...]  # rows of each
+    episodes: tuple[EpisodeRecord, ...]
+    moments: dict[str, Moments]
+
+
+class ShardEntry(Frozen):
+    """A sealed shard, as the manifest lists it."""
+
+    file: ShardFile
+    rows: Count
+    episodes: Count
+    bytes: Count
+    sha256: Sha256
+    row_groups: tuple[Count, ...]
+
+
+class ColumnStatistics(Frozen):
+    """Mean and standard deviation per element over the rows of the ``train`` split.
+
+    The last row of an episode does not count for ``action``: nothing is done from there.
+    """
+
+    count: Count
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Manifest(Frozen):
+    """The whole of ``store.json``. ``state`` is ``writing`` until every shard is committed."""
+
+    format: Literal["pvrpipe"] = "pvrpipe"
+    format_version: Literal[1] = 1
+    kind: Literal["rollouts", "embeddings"]
+    state: Literal["writing", "sealed"]
+    id: Sha256 | None = None
+    specification: Specification
+    columns: tuple[Column, ...]
+    plan: tuple[ShardPlan, ...]
+    rows: Count = 0
+    episodes: Count = 0
+    bytes: Count = 0
+    shards: tuple[ShardEntry, ...] = ()
+    files: dict[str, Sha256] = {}
+    statistics: dict[str, ColumnStatistics] = {}
+
+    def column(self, name: str) -> Column | None:
+        """The column of that name, if the store has it."""
+        return next((c for c in self.columns if c.name == name), None)
+
+    def to_json(self) -> str:
+        """The bytes of ``store.json``: sorted keys, so that equal manifests are equal files."""
+        return canonical_json(self.model_dump(mode="json")) + "\n"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no NaN: one value, one text."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def store_id(specification: RolloutSpecification | EmbeddingSpecification, shard_hashes: list[str]) -> str:
+    """Id of a store: sha256 of its specification and of its shards' sha256, in order."""
+    text = canonical_json({"specification": specification.model_dump(mode="json"), "shards": shard_hashes})
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The store: write, commit, read, windows, verify. Imports no ray."""

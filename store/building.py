@@ -1,0 +1,207 @@
+"""A store while it is being written: begun from a configuration, filled shard by shard, sealed last."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from pvrpipe.schemas.errors import OutputExistsError, PvrpipeError, UnfinishedStoreError
+from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardEntry, ShardPlan, store_id
+from pvrpipe.store.card import card
+from pvrpipe.store.files import disk_errors, locked, remove_temporaries, sha256_of, write_whole
+from pvrpipe.store.layout import (
+    CARD,
+    EPISODES,
+    GOLDEN,
+    MANIFEST,
+    SHARDS,
+    read_commit,
+    read_manifest,
+    shard_file,
+)
+from pvrpipe.store.moments import merged, statistics_of
+from pvrpipe.store.shards import ShardWriter
+
+__all__ = ["PendingStore", "ShardWriter"]
+
+
+class PendingStore:
+    """The store in ``folder``, held against other writers while this object is open."""
+
+    def __init__(self, folder: Path, manifest: Manifest, lock: contextlib.ExitStack) -> None:
+        self.folder, self.manifest, self._lock = folder, manifest, lock
+        done = {} if manifest.state == "sealed" else self.commits()
+        self.todo = (
+            () if manifest.state == "sealed" else tuple(p for p in manifest.plan if p.shard not in done)
+        )
+        self.resumed = len(manifest.plan) - len(self.todo)
+
+    @classmethod
+    def begin(cls, folder: Path, draft: Manifest, overwrite: bool = False) -> PendingStore:
+        """Begin a store, or go on with one that was begun with the same configuration.
+
+        Raises:
+            OutputExistsError: the folder holds something else; it is left as it is.
+            StoreBusyError: another process is writing there.
+        """
+        with disk_errors(folder), contextlib.ExitStack() as stack:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            existing = _existing(folder, overwrite)
+            if existing is not None and not overwrite:
+                _refuse_other(folder, existing, draft)
+            if existing is None or overwrite:
+                _clear(folder)
+                write_whole(folder / MANIFEST, draft.to_json().encode())
+                existing = draft
+            remove_temporaries(folder)
+            remove_temporaries(folder / SHARDS)
+            return cls(folder, existing, stack.pop_all())
+
+    def commits(self) -> dict[int, ShardCommit]:
+        """The shards that exist: those whose commit record and bytes are both there."""
+        found = {}
+        for plan in self.manifest.plan:
+            commit, path = read_commit(self.folder, plan.shard), self.folder / shard_file(plan.shard)
+            if commit is not None and path.is_file() and path.stat().st_size == commit.bytes:
+                found[plan.shard] = commit
+        return found
+
+    def seal(self, golden: Mapping[str, NDArray[np.generic]] | None = None) -> Manifest:
+        """Write ``episodes.parquet``, the golden frames and the card, and the manifest last.
+
+        The bytes follow from the commit records alone, so they are the same whoever wrote the shards.
+        """
+        if self.manifest.state == "sealed":
+            return self.manifest
+        commits = self.commits()
+        if len(commits) < len(self.manifest.plan):
+            raise UnfinishedStoreError(
+                f"{self.folder}: {len(commits)} of {len(self.manifest.plan)} shards are there; run it again"
+            )
+        ordered = [commits[plan.shard] for plan in self.manifest.plan]
+        files = {EPISODES: _episodes_file(ordered)}
+        if golden is not None:
+            files[GOLDEN] = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in golden.items()})
+        for name, data in files.items():
+            write_whole(self.folder / name, data)
+        self.manifest = self._sealed(ordered, {name: sha256_of(self.folder / name) for name in files})
+        write_whole(self.folder / CARD, card(self.manifest).encode())
+        write_whole(self.folder / MANIFEST, self.manifest.to_json().encode())
+        return self.manifest
+
+    def _sealed(self, commits: list[ShardCommit], files: dict[str, str]) -> Manifest:
+        """The manifest of the finished store."""
+        return self.manifest.model_copy(
+            update={
+                "state": "sealed",
+                "id": store_id(self.manifest.specification, [c.sha256 for c in commits]),
+                "rows": sum(c.rows for c in commits),
+                "episodes": sum(len(c.episodes) for c in commits),
+                "bytes": sum(c.bytes for c in commits),
+                "shards": tuple(
+                    ShardEntry(
+                        file=c.file,
+                        rows=c.rows,
+                        episodes=len(c.episodes),
+                        bytes=c.bytes,
+                        sha256=c.sha256,
+                        row_groups=c.row_groups,
+                    )
+                    for c in commits
+                ),
+                "files": files,
+                "statistics": {
+                    name: statistics_of(merged(c.moments[name] for c in commits))
+                    for name in sorted(commits[0].moments)
+                },
+            }
+        )
+
+    def __enter__(self) -> Self:
+        """Hold the folder."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the folder go."""
+        self._lock.close()
+
+
+def new_manifest(specification: Any, columns: tuple[Any, ...], plan: tuple[ShardPlan, ...]) -> Manifest:
+    """The draft that a store is begun with."""
+    return Manifest(
+        kind=specification.kind, state="writing", specification=specification, columns=columns, plan=plan
+    )
+
+
+def _existing(folder: Path, overwrite: bool) -> Manifest | None:
+    """What the folder already holds; a folder of strangers' files is never touched."""
+    if (folder / MANIFEST).is_file():
+        try:
+            return read_manifest(folder)
+        except PvrpipeError:
+            if overwrite:
+                return None
+            raise
+    others = sorted(p.name for p in folder.iterdir() if p.name != SHARDS)
+    if others or any((folder / SHARDS).glob("*.json")):
+        raise OutputExistsError(
+            f"{folder} is not empty and holds no store ({', '.join(others[:3])}); choose another output"
+        )
+    return None
+
+
+def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
+    """Refuse to go on with another configuration, and say which fields differ."""
+    same = ("kind", "specification", "columns", "plan")
+    old, new = (m.model_dump(mode="json", include=set(same)) for m in (existing, draft))
+    differences = list(_differences(old, new))
+    if differences:
+        raise OutputExistsError(
+            f"{folder} was begun with another configuration ({'; '.join(differences[:4])}); "
+            "choose another output, or replace it with --overwrite"
+        )
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The fields that differ, as ``seed: 0, now 1``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            d
+            for key in sorted(old.keys() | new.keys())
+            for d in _differences(old.get(key), new.get(key), key)
+        ]
+    short = [text if len(text := str(value)) < 40 else f"{text[:37]}…" for value in (old, new)]
+    return [] if old == new else [f"{where}: {short[0]}, now {short[1]}"]
+
+
+def _clear(folder: Path) -> None:
+    """Remove a store's own files, commit records first, so that a half-cleared store has no shard."""
+    shards = folder / SHARDS
+    shards.mkdir(exist_ok=True)
+    for pattern in ("*.json", "*.parquet"):
+        for path in shards.glob(pattern):
+            if path.stem.isdecimal():
+                path.unlink()
+    for name in (EPISODES, GOLDEN, CARD):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _episodes_file(commits: list[ShardCommit]) -> bytes:
+    """``episodes.parquet``: the episode records of all shards, in order."""
+    table = pa.Table.from_pylist([r.model_dump() for c in commits for r in c.episodes])
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,97 @@
+"""Files that exist whole or not at all: write beside, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pvrpipe.schemas.errors import StoreBusyError, StoreError
+
+TEMPORARY = ".tmp-"  # marks files that a crash may leave behind; the next writer removes them
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other process chooses."""
+    return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Make a finished temporary file durable under its final name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file that a reader sees in full or not at all."""
+    temporary = temporary_beside(path)
+    try:
+        with disk_errors(path):
+            temporary.write_bytes(data)
+            settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed writer left; call only while holding the folder's lock."""
+    for path in folder.glob(f"*{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other writers; the lock dies with the process and leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreBusyError(
+            f"{folder} is being written by another process; wait for it, or choose another output"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one line that names the next step."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full; free some space",
+            errno.EDQUOT: "the disk quota is used up; free some space",
+            errno.EACCES: "permission denied; make the folder writable",
+            errno.EROFS: "the file system is read-only; choose another output",
+        }.get(error.errno or 0)
+        if advice is None:
+            raise
+        raise StoreError(
+            f"cannot write {path}: {advice}, then run the same command again to go on"
+        ) from error

@@ -1,0 +1,91 @@
+"""Names of the files in a store.
+
+::
+
+    data/embeddings/dmc-pendulum-swingup/vc1/
+    ├── store.json          the manifest, sealed last
+    ├── episodes.parquet    one row per episode
+    ├── golden.safetensors  embeddings only: a few frames with their embeddings
+    ├── README.md           a dataset card that a person can read
+    └── shards/
+        ├── 00000.parquet   rows of whole episodes
+        └── 00000.json      commit record, written last
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic_core
+from pydantic import ValidationError
+
+from pvrpipe.schemas.errors import CorruptStoreError, NewerFormatError, NotAStoreError
+from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit
+
+MANIFEST = "store.json"
+EPISODES = "episodes.parquet"
+GOLDEN = "golden.safetensors"
+CARD = "README.md"
+SHARDS = "shards"
+MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
+
+
+def shard_file(shard: int) -> str:
+    """Path of a shard within its store."""
+    return f"{SHARDS}/{shard:05d}.parquet"
+
+
+def commit_file(shard: int) -> str:
+    """Path of a shard's commit record within its store."""
+    return f"{SHARDS}/{shard:05d}.json"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store, sealed or not.
+
+    Raises:
+        NotAStoreError: the folder holds no ``store.json``.
+        NewerFormatError: it was written by a newer pvrpipe.
+        CorruptStoreError: it is not a valid manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise NotAStoreError(
+            f"{folder} holds no store (no {MANIFEST}); make one with `pvrpipe collect` or `pvrpipe embed`"
+        )
+    if path.stat().st_size > MANIFEST_LIMIT:
+        raise CorruptStoreError(f"{path} is larger than {MANIFEST_LIMIT >> 20} MiB; it is not read")
+    text = path.read_bytes()
+    _refuse_newer(path, text)
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CorruptStoreError(
+            f"{path} is not a valid manifest: {where}: {first['msg']}; get the store again"
+        ) from None
+
+
+def read_commit(folder: Path, shard: int) -> ShardCommit | None:
+    """The commit record of a shard, or None if the shard was never finished."""
+    path = folder / commit_file(shard)
+    if not path.is_file() or path.stat().st_size > MANIFEST_LIMIT:
+        return None
+    try:
+        return ShardCommit.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return None
+
+
+def _refuse_newer(path: Path, text: bytes) -> None:
+    """Look at the version before anything else, for a newer manifest need not fit our models."""
+    try:
+        raw = pydantic_core.from_json(text)
+    except ValueError as error:
+        raise CorruptStoreError(f"{path} is not JSON ({error}); get the store again") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path} has format version {version}, this pvrpipe reads up to {FORMAT_VERSION}; upgrade pvrpipe"
+        )

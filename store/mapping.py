@@ -1,0 +1,129 @@
+"""Arrays mapped straight out of a Parquet file, once the file itself proves that they lie there whole.
+
+A required column of PLAIN, uncompressed values in one page per row group is, byte for byte, the array
+(N, *shape) behind a page header of about 30 bytes. Nothing is taken on trust: the footer must say so,
+and the page header is parsed and must agree. A file that someone has rewritten does not pass, and is
+read with ordinary Parquet calls instead.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pvrpipe.schemas.manifest import Column
+
+HEADER_LIMIT = 256  # bytes; a page header with a checksum has about 30
+PHYSICAL = {"float32": "FLOAT", "float64": "DOUBLE", "int32": "INT32"}
+_DATA_PAGE, _PLAIN = 0, 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the rows of one row group lie in the file."""
+
+    offset: int
+    rows: int
+
+
+def proven_spans(path: Path, metadata: pq.FileMetaData, column: Column) -> tuple[Span, ...] | None:
+    """The spans of a column, or None if any row group is not one plain page."""
+    index = next(
+        (i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column.name), None
+    )
+    if index is None or not _physically_plain(metadata.schema.column(index), column):
+        return None
+    spans = []
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        for group in range(metadata.num_row_groups):
+            chunk = metadata.row_group(group).column(index)
+            payload = chunk.num_values * column.width
+            header = chunk.total_compressed_size - payload
+            fits = 0 < header <= HEADER_LIMIT and chunk.data_page_offset + header + payload <= size
+            if not fits or chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+                return None
+            file.seek(chunk.data_page_offset)
+            if not _is_one_plain_page(file.read(header), chunk.num_values, payload):
+                return None
+            spans.append(Span(chunk.data_page_offset + header, chunk.num_values))
+    return tuple(spans)
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a file, read only, paged in as they are touched."""
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _physically_plain(schema: pq.ColumnSchema, column: Column) -> bool:
+    """The declared type has no levels and the width that the manifest promises."""
+    if schema.max_definition_level or schema.max_repetition_level:
+        return False
+    if column.shape == ():
+        return bool(schema.physical_type == PHYSICAL.get(column.dtype))
+    return bool(schema.physical_type == "FIXED_LEN_BYTE_ARRAY" and schema.length == column.width)
+
+
+def _is_one_plain_page(header: bytes, rows: int, payload: int) -> bool:
+    """Parse a Parquet ``PageHeader`` and see that it announces exactly the payload and ends with it."""
+    try:
+        fields, end = _struct(header, 0)
+    except (IndexError, ValueError):
+        return False
+    page = fields.get(5)
+    return (
+        end == len(header)
+        and fields.get(1) == _DATA_PAGE
+        and fields.get(2) == payload
+        and fields.get(3) == payload
+        and isinstance(page, dict)
+        and page.get(1) == rows
+        and page.get(2) == _PLAIN
+    )
+
+
+def _struct(data: bytes, at: int) -> tuple[dict[int, object], int]:
+    """A struct of Thrift's compact protocol, as far as page headers use it: field number → value."""
+    fields: dict[int, object] = {}
+    number = 0
+    while data[at]:
+        delta, kind = data[at] >> 4, data[at] & 15
+        at += 1
+        if delta:
+            number += delta
+        else:
+            number, at = _zigzag(data, at)
+        if kind in (1, 2):  # a boolean is its own type
+            fields[number] = kind == 1
+        elif kind in (3, 4, 5, 6):
+            fields[number], at = _zigzag(data, at)
+        elif kind == 8:
+            length, at = _varint(data, at)
+            at += length
+        elif kind == 12:
+            fields[number], at = _struct(data, at)
+        else:
+            raise ValueError(f"type {kind} does not occur in a page header")
+    return fields, at + 1
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while shift < 64:
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+        shift += 7
+    raise ValueError("a number without an end")
+
+
+def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at

@@ -1,0 +1,169 @@
+"""Whether every byte and number of a store holds: the content of ``pvrpipe verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pvrpipe.schemas.errors import PvrpipeError, one_line
+from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, store_id
+from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.columns import arrow_schema
+from pvrpipe.store.files import sha256_of
+from pvrpipe.store.layout import read_commit, read_manifest, shard_file
+from pvrpipe.store.moments import merged, moments_of, statistics_of
+from pvrpipe.store.planning import split_of
+from pvrpipe.store.reading import Rows, Shard, Store
+
+RETURN_TOLERANCE = 1e-3  # relative; rewards are float32, and an environment sums them in float64
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What does not hold, and where."""
+
+    where: str
+    what: str
+
+
+def verify(path: Path, progress: Progress = silent) -> list[Failure]:
+    """Every failure found; an empty list is a store that holds.
+
+    Checked: the manifest against its schema and its id, the sha256 of every file, commit records
+    against the manifest, footers and columns, episode bounds and alignment, finite values, returns,
+    splits and statistics.
+
+    Raises:
+        PvrpipeError: there is no sealed store to check.
+    """
+    manifest = read_manifest(path)
+    failures = list(_files(path, manifest))
+    if failures:  # the rows of a damaged file prove nothing
+        return failures
+    store = Store.open(path)
+    commits = {}
+    for index, entry in enumerate(manifest.shards):
+        progress(index, len(manifest.shards), entry.file)
+        commit = read_commit(path, index)
+        if commit is None:
+            failures.append(Failure(f"shards/{index:05d}.json", "the commit record is missing or invalid"))
+            continue
+        commits[index] = commit
+        try:
+            failures += _shard(store, manifest, index, commit)
+        except PvrpipeError as error:
+            failures.append(Failure(entry.file, one_line(error)))
+    progress(len(manifest.shards), len(manifest.shards))
+    return failures + list(_whole(store, manifest, commits))
+
+
+def _files(path: Path, manifest: Manifest) -> Iterator[Failure]:
+    """Names, sizes and hashes."""
+    expected = {name: (None, digest) for name, digest in manifest.files.items()}
+    expected |= {entry.file: (entry.bytes, entry.sha256) for entry in manifest.shards}
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            yield Failure(name, "leads out of the store")
+        elif not file.is_file() or file.is_symlink():
+            yield Failure(name, "is missing")
+        elif size is not None and file.stat().st_size != size:
+            yield Failure(name, f"has {file.stat().st_size} bytes, not {size}")
+        elif (found := sha256_of(file)) != digest:
+            yield Failure(name, f"has sha256 {found[:12]}…, not {digest[:12]}…")
+    if manifest.id != store_id(manifest.specification, [e.sha256 for e in manifest.shards]):
+        yield Failure("store.json", "the id does not follow from the specification and the shards")
+    for index, entry in enumerate(manifest.shards):
+        if entry.file != shard_file(index):
+            yield Failure("store.json", f"shard {index} is called {entry.file}")
+
+
+def _shard(store: Store, manifest: Manifest, index: int, commit: ShardCommit) -> Iterator[Failure]:
+    """One shard: footer, columns, then its episodes one by one."""
+    entry = manifest.shards[index]
+    for field in ("file", "rows", "bytes", "sha256", "row_groups"):
+        if getattr(commit, field) != getattr(entry, field):
+            yield Failure(f"shards/{index:05d}.json", f"'{field}' is not what the manifest says")
+    schema = pq.read_schema(store.path / entry.file)
+    if not schema.equals(arrow_schema(manifest.columns), check_metadata=False):
+        yield Failure(entry.file, f"has other columns than the manifest: {_differing(schema, manifest)}")
+        return
+    shard = store.shard(index)
+    for column in manifest.columns:
+        if column.layout == "mapped" and shard.mapped(column.name) is None:
+            yield Failure(f"{entry.file}:{column.name}", "cannot be mapped; someone has rewritten its pages")
+    plan = manifest.plan[index]
+    numbers = [record.episode for record in commit.episodes]
+    if numbers != list(range(plan.first_episode, plan.first_episode + plan.episodes)):
+        yield Failure(f"shards/{index:05d}.json", "does not list the episodes that were planned")
+    row = 0
+    for record in commit.episodes:
+        if record.row_start != row:
+            yield Failure(f"shards/{index:05d}.json", f"episode {record.episode} does not begin at row {row}")
+        row += record.rows
+        for column, what in _episode(shard, manifest, record):
+            yield Failure(f"{entry.file}:{column}", f"episode {record.episode}: {what}")
+
+
+def _differing(schema: pa.Schema, manifest: Manifest) -> str:
+    expected = {f.name: f.type for f in arrow_schema(manifest.columns)}
+    found = {f.name: f.type for f in schema}
+    return ", ".join(sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)))
+
+
+def _episode(shard: Shard, manifest: Manifest, record: EpisodeRecord) -> Iterator[tuple[str, str]]:
+    """Bounds, alignment and values of one episode, as (column, what is wrong)."""
+    last = record.rows - 1
+    arrays = {c.name: shard.rows(c.name, record.row_start, record.rows) for c in manifest.columns}
+    step = np.arange(record.rows)
+    holds: dict[str, Callable[[Rows], bool]] = {
+        "episode": lambda a: bool((a == record.episode).all()),
+        "step": lambda a: bool((a == step).all()),
+        "is_first": lambda a: bool((a == (step == 0)).all()),
+        "is_last": lambda a: bool((a == (step == last)).all()),
+        "is_terminal": lambda a: bool((a == ((step == last) & record.terminated)).all()),
+        "reward": lambda a: a[0] == 0 and _close(float(a.sum(dtype=np.float64)), record.episode_return),
+        "action": lambda a: not a[-1].any(),
+    }
+    means = {"reward": "the first is not 0, or they do not sum to the return", "action": "the last is not 0"}
+    for column, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            yield column, "has a value that is not finite"
+        elif column in holds and not holds[column](array):
+            yield column, means.get(column, "does not follow the episode's bounds")
+
+
+def _whole(store: Store, manifest: Manifest, commits: dict[int, ShardCommit]) -> Iterator[Failure]:
+    """What only the whole store shows: totals, the episode table, splits, statistics."""
+    records = [r for i in sorted(commits) for r in commits[i].episodes]
+    if store.episodes.drop("row_first").to_dicts() != [r.model_dump() for r in records]:
+        yield Failure("episodes.parquet", "does not list the episodes of the commit records")
+    totals = {"rows": sum(r.rows for r in records), "episodes": len(records)}
+    totals["bytes"] = sum(e.bytes for e in manifest.shards)
+    for field, total in totals.items():
+        if getattr(manifest, field) != total:
+            yield Failure(
+                "store.json", f"'{field}' is {getattr(manifest, field)}, but the shards hold {total}"
+            )
+    for record in records:
+        if record.split != split_of(record.episode, len(records)):
+            yield Failure("episodes.parquet", f"episode {record.episode} is in the wrong split")
+    for name, promised in manifest.statistics.items():
+        parts = []
+        for record in records:
+            if record.split == "train":
+                rows = store.shard(record.shard).rows(name, record.row_start, record.rows)
+                parts.append(moments_of(rows[:-1] if name == "action" else rows))
+        found = statistics_of(merged(parts))
+        for field in ("mean", "std"):
+            if not np.allclose(getattr(found, field), getattr(promised, field), rtol=1e-6, atol=1e-9):
+                yield Failure("store.json", f"the {field} of '{name}' is not that of the training rows")
+
+
+def _close(found: float, promised: float) -> bool:
+    return abs(found - promised) <= RETURN_TOLERANCE * max(1.0, abs(promised))

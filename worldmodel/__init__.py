@@ -1,0 +1,1 @@
+"""World models trained from embedding stores, and the probes of them."""
