@@ -104,13 +104,13 @@ class WeightsIdentity(Frozen):
 
 
 class EncoderIdentity(Frozen):
-    """Two embeddings are comparable if and only if this is equal."""
+    """What computes an embedding: two stores hold the same representation if and only if this is equal."""
 
     name: str
     title: str
     architecture: str
     overrides: dict[str, int | float | str | bool]
-    positions: str | None
+    positions: str | None  # how position embeddings were resampled
     weights: WeightsIdentity
     recipe: Recipe
     layer: str
@@ -118,9 +118,14 @@ class EncoderIdentity(Frozen):
     final_norm: bool
     pooling: str
     shape: tuple[int, ...]
+
+
+class Computation(Frozen):
+    """How an embedding was computed: it decides the last bits, not the meaning."""
+
     precision: Literal["fp32", "bf16"]
     device: str
-    threads: int | None
+    threads: int | None  # of one worker, on a CPU
     batch: int
 
 
@@ -131,6 +136,7 @@ class EmbeddingSpecification(Frozen):
     rollouts_id: Sha256
     rollouts: RolloutSpecification
     encoder: EncoderIdentity
+    computation: Computation
     dtype: Literal["float16", "float32"]
     versions: dict[str, str]
 

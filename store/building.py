@@ -84,12 +84,7 @@ class PendingStore:
         """
         if self.manifest.state == "sealed":
             return self.manifest
-        commits = self.commits()
-        if len(commits) < len(self.manifest.plan):
-            raise UnfinishedStoreError(
-                f"{self.folder}: {len(commits)} of {len(self.manifest.plan)} shards are there; run it again"
-            )
-        ordered = [commits[plan.shard] for plan in self.manifest.plan]
+        ordered = self._all_commits()
         files = {EPISODES: _episodes_file(ordered)}
         if golden is not None:
             files[GOLDEN] = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in golden.items()})
@@ -99,6 +94,18 @@ class PendingStore:
         write_whole(self.folder / CARD, card(self.manifest).encode())
         write_whole(self.folder / MANIFEST, self.manifest.to_json().encode())
         return self.manifest
+
+    def as_sealed(self) -> Manifest:
+        """The manifest with all shards in it, before the files beside them are written."""
+        return self.manifest if self.manifest.state == "sealed" else self._sealed(self._all_commits(), {})
+
+    def _all_commits(self) -> list[ShardCommit]:
+        commits = self.commits()
+        if len(commits) < len(self.manifest.plan):
+            raise UnfinishedStoreError(
+                f"{self.folder}: {len(commits)} of {len(self.manifest.plan)} shards are there; run it again"
+            )
+        return [commits[plan.shard] for plan in self.manifest.plan]
 
     def _sealed(self, commits: list[ShardCommit], files: dict[str, str]) -> Manifest:
         """The manifest of the finished store."""

@@ -61,7 +61,7 @@ def _embeddings(s: EmbeddingSpecification) -> str:
     return f"""# {s.rollouts.environment} embedded by {e.title}
 {random}
 - encoder `{e.name}`: {e.architecture}, layer {e.layer}, pooling {e.pooling}
-- computed in {e.precision}, stored as {s.dtype}
+- computed in {s.computation.precision}, stored as {s.dtype}
 - weights from {w.source}{f" at {w.revision}" if w.revision else ""}, {w.loaded} of {w.expected} tensors,
   tensors sha256 `{w.tensors_sha256}`
 - licence of the weights, which travels with what they computed: {w.licence}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError, UnknownNameError
-from pvrpipe.schemas.manifest import Column, Manifest
+from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
 from pvrpipe.store.columns import decode
 from pvrpipe.store.layout import EPISODES, read_manifest
 from pvrpipe.store.mapping import map_file, proven_spans
@@ -77,6 +77,11 @@ class Store:
     def _open_shard(self, index: int) -> Shard:
         """One shard; kept open while it is among those used last."""
         return Shard(self.path, self.manifest, index)
+
+    def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
+        """The episodes of one shard."""
+        rows = self.episodes.filter(self.episodes["shard"] == shard).drop("row_first").to_dicts()
+        return tuple(EpisodeRecord.model_validate(row) for row in rows)
 
     def read_episode(self, episode: int, columns: Sequence[str] | None = None) -> dict[str, Rows]:
         """The rows of one episode: column → array (L+1, ...)."""

@@ -63,7 +63,9 @@ class TwoHot(nn.Module):
         """The lower bin's index (int64) and the upper bin's weight, both of the shape of ``value``."""
         value = symlog(value.float()) if self.squash else value.float()
         value = value.clamp(self.bins[0], self.bins[-1])
-        lower = (torch.searchsorted(self.bins, value.contiguous(), right=True) - 1).clamp(0, len(self.bins) - 2)
+        lower = (torch.searchsorted(self.bins, value.contiguous(), right=True) - 1).clamp(
+            0, len(self.bins) - 2
+        )
         low, high = self.bins[lower], self.bins[lower + 1]
         return lower, (value - low) / (high - low)
 

@@ -1,0 +1,183 @@
+"""``pvrpipe embed``: a rollout store to one embedding store per PVR, the frames decoded once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pvrpipe.pipeline.embedding import CARRIED, ShardEmbedder, ShardTimes, Target
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.schemas.errors import EncodingError, InvalidValueError, PvrpipeError
+from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest, RolloutSpecification
+from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.building import PendingStore, new_manifest
+from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.reading import Rows, Store
+
+GOLDEN_FRAMES = 8
+VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What decides how the stage runs, and what it stores."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    engine: Literal["ray", "inline"] = "ray"
+    address: str | None = None
+    workers: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """One embedding store, and what it cost."""
+
+    store: Path
+    id: str
+    pvr: str
+    shape: tuple[int, ...]
+    rows: int
+    shards: int
+    resumed_shards: int
+    bytes: int
+    seconds: float
+    frames_per_second: float
+    model_seconds: float
+    read_seconds: float
+    write_seconds: float
+    random_weights: bool
+
+
+def embed(
+    rollouts: Path,
+    outputs: Sequence[tuple[EncoderRequest, Path]],
+    config: EmbedConfig,
+    progress: Progress = silent,
+) -> list[EmbedResult]:
+    """Embed every frame of a rollout store with each encoder; resumes what was begun.
+
+    Raises:
+        NotAStoreError, WeightsError, OutputExistsError: before anything is written.
+        EncodingError: a shard could not be embedded; the others are committed.
+    """
+    started = time.perf_counter()
+    store = Store.open(rollouts, kind="rollouts")
+    drafts = [(request, folder, draft_manifest(store, request, config)) for request, folder in outputs]
+    if len({folder.resolve() for _, folder, _ in drafts}) < len(drafts):
+        raise InvalidValueError(
+            "two of the encoders would write to the same folder; embed them one at a time with OUT"
+        )
+    with contextlib.ExitStack() as stack:
+        pending = [
+            stack.enter_context(PendingStore.begin(f, draft, config.overwrite)) for _, f, draft in drafts
+        ]
+        targets = [
+            Target(request, p.folder, p.manifest, frozenset(plan.shard for plan in p.todo))
+            for (request, _, _), p in zip(drafts, pending, strict=True)
+        ]
+        times = _run(rollouts, [t for t in targets if t.todo], config, store, progress)
+        sealed = [p.seal(golden(store, p)) for p in pending]
+        seconds = time.perf_counter() - started
+        return [_result(p, manifest, times, seconds) for p, manifest in zip(pending, sealed, strict=True)]
+
+
+def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -> Manifest:
+    """The manifest of the embeddings that a request makes of a rollout store."""
+    frame = store.column("frame")
+    if frame.dtype != "uint8" or len(frame.shape) != 3 or frame.shape[2] != 3:
+        raise EncodingError(
+            f"{store.path} holds frames of {frame.dtype} {list(frame.shape)}; encoders take uint8 RGB (H, W, 3)"
+        )
+    encoder = Encoder(request)
+    encoder(np.zeros((1, *frame.shape), np.uint8))  # a recipe that these frames do not fit is refused now
+    assert isinstance(store.manifest.specification, RolloutSpecification)
+    specification = EmbeddingSpecification(
+        rollouts_id=str(store.manifest.id),
+        rollouts=store.manifest.specification,
+        encoder=encoder.identity,
+        computation=encoder.computation,
+        dtype=config.dtype,
+        versions={name: version(name) for name in VERSIONS},
+    )
+    carried = [c for c in store.manifest.columns if c.name in CARRIED]
+    columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
+    return new_manifest(specification, columns, store.manifest.plan)
+
+
+def golden(store: Store, pending: PendingStore) -> dict[str, Rows]:
+    """A few frames with their embeddings, by which another machine can check its encoder."""
+    embeddings = Store(pending.folder, pending.as_sealed(), store.episodes)
+    rows = np.unique(np.linspace(0, store.manifest.shards[0].rows - 1, GOLDEN_FRAMES).astype(np.int64))
+    pick = {"frame": store.shard(0), "embedding": embeddings.shard(0)}
+    arrays = {
+        name: np.concatenate([shard.rows(name, int(row), 1) for row in rows]) for name, shard in pick.items()
+    }
+    return {**arrays, "row": rows}
+
+
+def _run(
+    rollouts: Path, targets: list[Target], config: EmbedConfig, store: Store, progress: Progress
+) -> list[ShardTimes]:
+    """Embed what is missing, shard by shard, and collect what each cost."""
+    todo = sorted(set().union(*(t.todo for t in targets)))
+    total = sum(store.manifest.shards[shard].rows for shard in todo)
+    times: list[ShardTimes] = []
+    failures: list[str] = []
+    for outcome in _outcomes(rollouts, targets, todo, config):
+        if isinstance(outcome, EncodingError):
+            failures.append(str(outcome))
+            continue
+        times.append(outcome)
+        progress(sum(t.rows for t in times), total, "frames")
+    if failures:
+        raise EncodingError(
+            "; ".join(failures[:3]) + (f" (and {len(failures) - 3} shards more)" if failures[3:] else "")
+        )
+    return times
+
+
+def _outcomes(
+    rollouts: Path, targets: list[Target], todo: list[int], config: EmbedConfig
+) -> Iterator[ShardTimes | PvrpipeError]:
+    if not todo:
+        return
+    if config.engine == "ray":
+        from pvrpipe.pipeline.ray_engine import run_on_ray
+
+        yield from run_on_ray(rollouts, targets, todo, config.address, config.workers)
+        return
+    embedder = ShardEmbedder(rollouts, targets)
+    for shard in todo:
+        yield embedder.attempt(shard)
+
+
+def _result(
+    pending: PendingStore, manifest: Manifest, times: list[ShardTimes], seconds: float
+) -> EmbedResult:
+    specification: Any = manifest.specification
+    name = specification.encoder.name
+    done = [t for t in times if name in t.model_seconds]
+    return EmbedResult(
+        store=pending.folder,
+        id=str(manifest.id),
+        pvr=name,
+        shape=specification.encoder.shape,
+        rows=manifest.rows,
+        shards=len(manifest.shards),
+        resumed_shards=pending.resumed,
+        bytes=manifest.bytes,
+        seconds=seconds,
+        frames_per_second=sum(t.rows for t in done) / seconds,
+        model_seconds=sum(t.model_seconds[name] for t in done),
+        read_seconds=sum(t.read_seconds for t in done),
+        write_seconds=sum(t.write_seconds for t in done),
+        random_weights=specification.encoder.weights.random_seed is not None,
+    )

@@ -1,0 +1,131 @@
+"""A frozen encoder: recipe, network and pooling behind one call from uint8 frames to embeddings."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pvrpipe.pipeline.autoencoder import ConvEncoder
+from pvrpipe.pipeline.preprocessing import preprocess
+from pvrpipe.pipeline.pvrs import Pvr, find_pvr
+from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
+from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.manifest import Computation, EncoderIdentity
+
+Precision = Literal["fp32", "bf16"]
+BATCH = {"cpu": 32, "cuda": 256}
+#: On a CPU every worker computes in one thread: rates add up over workers, and the number of threads,
+#: which can change the last bits of a sum, is the same everywhere.
+CPU_THREADS = 1
+
+
+@dataclass(frozen=True)
+class EncoderRequest:
+    """Which encoder, as the user asked for it; picklable, so that every worker builds its own."""
+
+    pvr: str
+    weights: str = "auto"
+    precision: Precision = "fp32"
+    device: str = "auto"
+    batch: int | None = None
+
+    def resolved_device(self) -> torch.device:
+        """The device to compute on; ``auto`` is a GPU where there is one."""
+        if self.device != "auto":
+            wanted = torch.device(self.device)
+            if wanted.type == "cuda" and not torch.cuda.is_available():
+                raise InvalidValueError("--device cuda: no GPU is visible here; use --device cpu")
+            return wanted
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Encoder:
+    """A frozen network that turns frames (n, H, W, 3) uint8 into embeddings (n, D) float32.
+
+    Every batch is padded to the full batch, so that the shapes the network sees, and with them the bits
+    it computes, do not depend on how many frames are left.
+    """
+
+    def __init__(self, request: EncoderRequest) -> None:
+        self.pvr = find_pvr(request.pvr)
+        self.device = request.resolved_device()
+        self.precision: Precision = request.precision
+        self.batch = request.batch or BATCH[self.device.type]
+        weights = find_weights(self.pvr, request.weights, request.pvr)
+        network = build_network(self.pvr, weights.seed if isinstance(weights, Random) else 0)
+        self.identity = _identity(self.pvr, network, weights)
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @property
+    def computation(self) -> Computation:
+        """How it computes, as far as it decides the last bits."""
+        cpu = self.device.type == "cpu"
+        return Computation(
+            precision=self.precision,
+            device=f"cpu {platform.machine()}" if cpu else torch.cuda.get_device_name(self.device),
+            threads=CPU_THREADS if cpu else None,
+            batch=self.batch,
+        )
+
+    def __call__(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode at most ``batch`` frames."""
+        padded = np.zeros((self.batch, *frames.shape[1:]), frames.dtype)
+        padded[: len(frames)] = frames
+        pixels = torch.from_numpy(padded).to(self.device, non_blocking=True)
+        return self.forward(pixels)[: len(frames)].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """A full batch (B, H, W, 3) uint8 on the device to (B, D)."""
+        bf16 = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return self.network(preprocess(pixels, self.pvr.recipe))
+
+
+def compute_deterministically(device: torch.device) -> None:
+    """Settings under which equal batches give equal bits; for a worker process, once."""
+    if device.type == "cpu":
+        torch.set_num_threads(CPU_THREADS)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+def build_network(pvr: Pvr, seed: int) -> nn.Module:
+    """The network with fresh weights drawn from ``seed``; its output is the embedding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if pvr.architecture == "conv-autoencoder":
+            overrides = {name: int(value) for name, value in pvr.overrides.items()}
+            return ConvEncoder(**overrides, width=pvr.width)
+        import timm  # a second of imports that the autoencoder does not need
+
+        network: nn.Module = timm.create_model(
+            pvr.architecture, pretrained=False, num_classes=0, **pvr.overrides
+        )
+        if pvr.projection is not None:
+            network.head = nn.Linear(network.num_features, pvr.projection, bias=False)  # type: ignore[arg-type]
+        return network
+
+
+def _identity(pvr: Pvr, network: nn.Module, weights: Random | WeightsFile) -> EncoderIdentity:
+    return EncoderIdentity(
+        name=pvr.name,
+        title=f"{pvr.title}, random weights" if isinstance(weights, Random) else pvr.title,
+        architecture=pvr.architecture,
+        overrides=pvr.overrides,
+        positions=pvr.positions,
+        weights=load_weights(network, pvr, weights),
+        recipe=pvr.recipe,
+        layer="last",
+        blocks=None,
+        final_norm=True,
+        pooling=pvr.pooling,
+        shape=(pvr.width,),
+    )

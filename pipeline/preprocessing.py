@@ -1,0 +1,60 @@
+"""From uint8 frames to the input of a network, on the device, by the recipe in the manifest.
+
+The authors' pipelines resize 8-bit images with PIL, which rounds and clips to 0 … 255; so do we, and
+the result is within one grey level of theirs (tests/test_pipeline_preprocessing.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pvrpipe.schemas.errors import EncodingError
+from pvrpipe.schemas.manifest import Recipe
+
+
+def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
+    """Frames (B, H, W, 3) uint8 to (B, 3, crop, crop) float32, channels last in memory.
+
+    Raises:
+        EncodingError: the frames are not uint8 RGB, or smaller than the crop where nothing resizes them.
+    """
+    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
+        raise EncodingError(
+            f"frames must be uint8 (B, H, W, 3), these are {frames.dtype} {list(frames.shape)}; "
+            "store RGB frames as uint8"
+        )
+    pixels = frames.permute(0, 3, 1, 2)
+    height, width = pixels.shape[2:]
+    if recipe.resize is not None and min(height, width) != recipe.resize:
+        pixels = _resized(pixels, recipe)
+    pixels = _middle(pixels, recipe.crop)
+    mean = torch.tensor(recipe.mean, device=frames.device).view(1, 3, 1, 1)
+    std = torch.tensor(recipe.std, device=frames.device).view(1, 3, 1, 1)
+    values = pixels.to(torch.float32, memory_format=torch.channels_last)
+    return values.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def _resized(pixels: Tensor, recipe: Recipe) -> Tensor:
+    """The shortest side to ``recipe.resize``, rounded to 8 bits as PIL does."""
+    height, width = pixels.shape[2:]
+    shortest = min(height, width)
+    assert recipe.resize is not None
+    size = [recipe.resize * height // shortest, recipe.resize * width // shortest]
+    resized = F.interpolate(
+        pixels.float(), size=size, mode=recipe.interpolation, antialias=recipe.antialias, align_corners=False
+    )
+    return resized.round_().clamp_(0, 255)
+
+
+def _middle(pixels: Tensor, crop: int) -> Tensor:
+    """The middle ``crop`` × ``crop`` pixels; torchvision's CenterCrop rounds the same way."""
+    height, width = pixels.shape[2:]
+    if height < crop or width < crop:
+        raise EncodingError(
+            f"frames of {height} × {width} are smaller than the {crop} pixels that this encoder takes; "
+            f"collect with --size {crop}"
+        )
+    top, left = round((height - crop) / 2), round((width - crop) / 2)
+    return pixels[:, :, top : top + crop, left : left + crop]

@@ -1,0 +1,55 @@
+"""The embedding stage on Ray Data: an actor pool over shards, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from pvrpipe.pipeline.embedding import ShardEmbedder, ShardTimes, Target
+from pvrpipe.schemas.errors import PvrpipeError
+
+
+class _Actor:
+    """A :class:`ShardEmbedder` that Ray Data feeds one shard at a time."""
+
+    def __init__(self, rollouts: Path, targets: Sequence[Target]) -> None:
+        self.embedder = ShardEmbedder(rollouts, targets)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        outcome = self.embedder.attempt(int(batch["shard"][0]))
+        return {"outcome": np.array([pickle.dumps(outcome)], object)}
+
+
+def run_on_ray(
+    rollouts: Path, targets: Sequence[Target], todo: Sequence[int], address: str | None, workers: int | None
+) -> Iterator[ShardTimes | PvrpipeError]:
+    """Embed shards on a Ray cluster; what each cost, as it is done.
+
+    A lost actor is replaced and its shard done again by Ray Data; a shard either was committed or was
+    not, so nothing is written twice.
+    """
+    if not ray.is_initialized():
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    on_gpu = targets[0].request.resolved_device().type == "cuda"
+    resources = ray.cluster_resources()
+    pool = workers or int(resources.get("GPU" if on_gpu else "CPU", 1))
+    shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
+    outcomes = shards.map_batches(
+        _Actor,
+        fn_constructor_args=(rollouts.resolve(), list(targets)),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(pool, len(todo)))),
+        num_cpus=1,
+        num_gpus=1 if on_gpu else 0,
+    )
+    for row in outcomes.iter_rows():
+        yield pickle.loads(row["outcome"])

@@ -1,0 +1,229 @@
+"""The DeepMind Control Suite (Tassa et al. 2018, arXiv 1801.00690); the one file that loads MuJoCo.
+
+Physics and task are driven through dm_control's own objects, so that rewards, observations and pictures
+are the suite's. Its time limit is not used: how long an episode lasts is the collector's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+
+import numpy as np
+from absl import logging
+from numpy.typing import NDArray
+
+from pvrpipe.rollouts.environments import Forecast
+from pvrpipe.schemas.errors import InvalidValueError, SimulationError, UnknownNameError, one_line
+from pvrpipe.schemas.records import Step
+
+MEND_GL = "install a renderer with `apt-get install libegl1 libgl1-mesa-dri` and check it with `pvrpipe doctor`"
+
+try:
+    import mujoco
+    from dm_control import suite
+    from dm_control.mujoco.engine import Camera
+except (ImportError, AttributeError, RuntimeError) as error:  # what a broken EGL raises while it is imported
+    raise SimulationError(f"dm_control cannot be loaded ({one_line(error)}); {MEND_GL}") from error
+
+EVERYTHING = mujoco.mjtState.mjSTATE_INTEGRATION  # all that a step depends on, the solver's warm start included
+UNENDING = 1000  # control steps of an episode where the task has no time limit of its own (lqr)
+UNLIMITED = 1e9  # MuJoCo's bounds for an actuator without a range are ±1e10
+SIZES = (16, 2048)  # pixels
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All tasks of the suite, as ``dmc:<domain>-<task>``."""
+    return tuple(f"dmc:{domain}-{task}" for domain, task in suite.ALL_TASKS)
+
+
+def make(name: str, size: int, camera: int | str, action_repeat: int, max_steps: int | None) -> SuiteEnvironment:
+    """Build a task by its name."""
+    if name not in names():
+        raise UnknownNameError.among("environment", name, names(), hint="see `pvrpipe envs`")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise InvalidValueError(f"--size is {size}; a frame has {SIZES[0]} to {SIZES[1]} pixels a side, e.g. 256")
+    for option, value in (("--action-repeat", action_repeat), ("--max-steps", max_steps)):
+        if value is not None and value < 1:
+            raise InvalidValueError(f"{option} is {value}; it must be at least 1")
+    return SuiteEnvironment(name, size, camera, action_repeat, max_steps)
+
+
+class SuiteEnvironment:
+    """One task of the suite; see :class:`pvrpipe.rollouts.environments.Environment`."""
+
+    def __init__(
+        self, name: str, size: int, camera: int | str, action_repeat: int, max_steps: int | None
+    ) -> None:
+        domain, _, task = name.removeprefix("dmc:").partition("-")
+        # Seeded, for lqr draws its model when it is loaded; episodes seed the task again.
+        env = _load(domain, task)
+        self.name, self.size, self.action_repeat = name, size, action_repeat
+        self._env, self._task, self._physics = env, env.task, env.physics
+        self._substeps = round(env.control_timestep() / self._physics.timestep())
+        self._scratch = self._physics.copy(share_model=True)  # where forecasts run, so that they touch nothing
+        self._scratch.legacy_step = self._physics.legacy_step
+
+        limit = env._step_limit if np.isfinite(env._step_limit) else UNENDING
+        self.max_steps = max_steps or max(1, round(limit / action_repeat))
+        self.control_timestep = env.control_timestep() * action_repeat
+        spec = env.action_spec()
+        unlimited = (np.abs(spec.minimum) > UNLIMITED) | (np.abs(spec.maximum) > UNLIMITED)
+        self.action_low = np.where(unlimited, -1.0, spec.minimum).astype(np.float32)
+        self.action_high = np.where(unlimited, 1.0, spec.maximum).astype(np.float32)
+        self.state_names = _flat_names(env.reset().observation)
+        self.physics_width = int(mujoco.mj_stateSize(self._model, EVERYTHING))
+        self.versions = {package: version(package) for package in ("dm_control", "mujoco", "numpy")}
+
+        model = self._physics.model
+        self.cameras = tuple(model.id2name(i, "camera") or str(i) for i in range(model.ncam))
+        self.camera = _camera_name(camera, self.cameras, name)
+        model.vis.global_.offwidth = model.vis.global_.offheight = size
+        self._camera: Camera | None = None
+        self._rows = 0
+
+    def renderer(self) -> str:
+        """Backend, vendor and version of the OpenGL that draws, e.g. ``egl: llvmpipe (LLVM 15) Mesa 22.3``."""
+        from dm_control import _render
+        from OpenGL import GL
+
+        self._open_camera()
+        with self._physics.contexts.gl.make_current() as context:
+            parts = [context.call(GL.glGetString, name) for name in (GL.GL_RENDERER, GL.GL_VERSION)]
+        return f"{_render.BACKEND}: " + " ".join(part.decode() for part in parts)
+
+    def reset(self, seed: int) -> Step:
+        """Begin the episode of that seed; its first row."""
+        self._task.random.seed(seed)
+        observation = self._env.reset().observation
+        self._rows = 0
+        return self._row(observation, reward=0.0, terminal=False)
+
+    def step(self, action: NDArray[np.float32]) -> Step:
+        """Take an action (A,), repeated ``action_repeat`` times; the row it arrives at."""
+        action = np.clip(np.asarray(action, np.float32), self.action_low, self.action_high)
+        reward, terminal = 0.0, False
+        for _ in range(self.action_repeat):
+            self._task.before_step(action, self._physics)
+            self._physics.step(self._substeps)
+            self._task.after_step(self._physics)
+            reward += float(self._task.get_reward(self._physics))
+            discount = self._task.get_termination(self._physics)
+            if discount is not None:
+                terminal = discount == 0
+                break
+        self._rows += 1
+        return self._row(self._task.get_observation(self._physics), reward, terminal)
+
+    def snapshot(self) -> NDArray[np.float64]:
+        """MuJoCo's ``mjSTATE_INTEGRATION`` (P,)."""
+        state = np.empty(self.physics_width, np.float64)
+        mujoco.mj_getState(self._model, self._physics.data.ptr, state, EVERYTHING)
+        return state
+
+    def restore(self, physics: NDArray[np.float64], row: int = 0) -> None:
+        """Go back to a row of the episode last reset; what follows is the same, bit for bit.
+
+        What an episode draws into the model itself (where a target lies, say) comes with its ``reset``.
+        """
+        self._settle(self._physics, np.asarray(physics, np.float64))
+        self._rows = row
+
+    def evaluate(self, actions: NDArray[np.float32]) -> Forecast:
+        """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode."""
+        start = self.snapshot()
+        actions = np.clip(actions, self.action_low, self.action_high)
+        returns, energies = np.zeros(len(actions)), np.zeros(len(actions))
+        for n, sequence in enumerate(actions):
+            self._settle(self._scratch, start)
+            returns[n] = sum(map(self._try_action, sequence))
+            energies[n] = self._energy()
+        return Forecast(returns, energies)
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        self._camera = None
+        self._physics.free()
+
+    @property
+    def _model(self) -> mujoco.MjModel:
+        return self._physics.model.ptr
+
+    def _settle(self, physics, state: NDArray[np.float64]) -> None:  # type: ignore[no-untyped-def]
+        """Set a state, and what dm_control keeps in step with it (``mj_step1``, as after its own steps)."""
+        mujoco.mj_setState(self._model, physics.data.ptr, state, EVERYTHING)
+        mujoco.mj_step1(self._model, physics.data.ptr)
+
+    def _try_action(self, action: NDArray[np.float32]) -> float:
+        """Reward of an action, repeated, in the scratch simulation."""
+        reward = 0.0
+        for _ in range(self.action_repeat):
+            self._task.before_step(action, self._scratch)
+            self._scratch._step_with_up_to_date_position_velocity(self._substeps)
+            reward += self._task.get_reward(self._scratch)
+        return reward
+
+    def _energy(self) -> float:
+        """Potential plus kinetic energy of the scratch simulation, in joule."""
+        data = self._scratch.data.ptr
+        mujoco.mj_energyPos(self._model, data)
+        mujoco.mj_energyVel(self._model, data)
+        return float(data.energy.sum())
+
+    def _row(self, observation: Mapping[str, NDArray[np.float64]], reward: float, terminal: bool) -> Step:
+        """What is seen now."""
+        state = np.concatenate([np.ravel(value) for value in observation.values()]).astype(np.float32)
+        return Step(
+            frame=self._render(),
+            state=state,
+            physics=self.snapshot(),
+            reward=reward,
+            is_last=terminal or self._rows >= self.max_steps,
+            is_terminal=terminal,
+        )
+
+    def _render(self) -> NDArray[np.uint8]:
+        """The frame (H, W, 3) of the current state."""
+        self._open_camera()
+        return np.ascontiguousarray(self._camera.render())
+
+    def _open_camera(self) -> None:
+        """Create the OpenGL context, once; a camera kept open saves its scene's allocation at every frame."""
+        if self._camera is not None:
+            return
+        try:
+            self._camera = Camera(self._physics, self.size, self.size, self.cameras.index(self.camera))
+        except Exception as error:  # PyOpenGL, EGL and MuJoCo each raise types of their own
+            raise SimulationError(f"the renderer does not start ({one_line(error)}); {MEND_GL}") from error
+
+
+def _load(domain: str, task: str):  # type: ignore[no-untyped-def]  # dm_control has no types
+    """Load a task, without the parser's notes on deprecated attributes in the suite's own models."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        return suite.load(domain, task, task_kwargs={"random": 0})
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _flat_names(observation: Mapping[str, NDArray[np.float64]]) -> tuple[str, ...]:
+    """Names of the flattened observation, e.g. ``orientation[0]``."""
+    return tuple(
+        f"{key}[{i}]" if np.size(value) > 1 else key
+        for key, value in observation.items()
+        for i in range(np.size(value))
+    )
+
+
+def _camera_name(camera: int | str, cameras: tuple[str, ...], environment: str) -> str:
+    """The camera's name, so that its number and its name mean the same store."""
+    if isinstance(camera, int) or camera.isdecimal():
+        if 0 <= int(camera) < len(cameras):
+            return cameras[int(camera)]
+    elif camera in cameras:
+        return camera
+    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(cameras))
+    raise UnknownNameError(f"{environment} has no camera '{camera}'; it has {listed}")

@@ -1,0 +1,90 @@
+"""Fixtures that many tests share: small real stores, written through the store's own interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pvrpipe.schemas.manifest import Manifest, RolloutSpecification
+from pvrpipe.schemas.records import Episode, EpisodeInfo
+from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
+from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.planning import plan_shards
+
+WriteStore = Callable[..., Path]
+
+
+def rollout_specification(
+    episodes: int, max_steps: int, seed: int = 0, size: int = 8
+) -> RolloutSpecification:
+    return RolloutSpecification(
+        environment="test:walk",
+        size=size,
+        camera=0,
+        action_repeat=1,
+        episodes=episodes,
+        max_steps=max_steps,
+        policy="random",
+        seed=seed,
+        control_timestep=0.1,
+        action_low=(-1.0, -1.0),
+        action_high=(1.0, 1.0),
+        state_names=("x", "y", "z"),
+        renderer="none",
+        versions={},
+    )
+
+
+def random_episode(number: int, length: int, seed: int = 0, size: int = 8) -> Episode:
+    """An episode of noise with frames, action, reward, state and physics, aligned as the contract says."""
+    random = np.random.default_rng((seed, number))
+    action = random.uniform(-1, 1, (length + 1, 2)).astype(np.float32)
+    reward = random.normal(size=length + 1).astype(np.float32)
+    action[-1], reward[0] = 0, 0
+    arrays = {
+        "frame": random.integers(0, 256, (length + 1, size, size, 3), np.uint8),
+        "action": action,
+        "reward": reward,
+        "state": random.normal(size=(length + 1, 3)).astype(np.float32),
+        "physics": random.normal(size=(length + 1, 5)),
+    }
+    info = EpisodeInfo(
+        number,
+        length,
+        float(reward.sum(dtype=np.float64)),
+        seed + number,
+        "random",
+        terminated=number % 3 == 0,
+    )
+    return Episode(info, arrays)
+
+
+def draft(episodes: Sequence[Episode], seed: int = 0, shard_rows: int | None = None) -> Manifest:
+    size = episodes[0].arrays["frame"].shape[1]
+    longest = max(len(e) for e in episodes)
+    columns = with_bounds(column(n, str(a.dtype), a.shape[1:]) for n, a in episodes[0].arrays.items())
+    specification = rollout_specification(len(episodes), longest - 1, seed, size)
+    return new_manifest(specification, columns, plan_shards(len(episodes), longest, shard_rows))
+
+
+@pytest.fixture
+def write_rollouts(tmp_path: Path) -> WriteStore:
+    """Write a rollout store of random episodes; returns its folder."""
+
+    def write(lengths: Sequence[int] = (30, 41, 25, 30, 33, 28), *, name: str = "rollouts", seed: int = 0, size: int = 8,
+              shard_rows: int | None = None) -> Path:  # fmt: skip
+        episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
+        manifest = draft(episodes, seed, shard_rows)
+        with PendingStore.begin(tmp_path / name, manifest) as pending:
+            for plan in pending.todo:
+                with ShardWriter(pending.folder, manifest, plan) as writer:
+                    for episode in episodes[plan.first_episode : plan.first_episode + plan.episodes]:
+                        writer.write_episode(episode)
+                    writer.commit()
+            pending.seal()
+        return tmp_path / name
+
+    return write

@@ -1,0 +1,86 @@
+"""Parameters and optimizer state in one safetensors file that is replaced whole, and loaded strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pvrpipe.schemas.errors import RunError
+from pvrpipe.store.files import disk_errors, settle, temporary_beside
+from pvrpipe.worldmodel.optimizer import Updater
+
+CHECKPOINT = "checkpoint.safetensors"
+MODEL, OPTIMIZER = "model.", "optimizer."
+
+
+def save(folder: Path, update: int, model: nn.Module, updater: Updater) -> None:
+    """Replace the checkpoint of a run; equal numbers give equal bytes.
+
+    Chance needs no state here: every update derives its own from the seed and its number.
+    """
+    path = folder / CHECKPOINT
+    temporary = temporary_beside(path)
+    tensors = {
+        **{MODEL + name: value for name, value in model.state_dict().items()},
+        **{OPTIMIZER + name: value for name, value in updater.tensors().items()},
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # One metadata entry only: safetensors writes several in an order of its own.
+    metadata = {"pvrpipe": json.dumps({"update": update})}
+    try:
+        with disk_errors(path):
+            safetensors.torch.save_file(tensors, temporary, metadata)
+            settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(folder: Path, model: nn.Module, updater: Updater | None = None) -> int:
+    """Load a run's checkpoint into a model, and into its optimizer if it is to go on.
+
+    Returns:
+        The number of updates done.
+
+    Raises:
+        RunError: the file is no checkpoint, or a tensor is missing, extra or of another shape or dtype.
+    """
+    path = folder / CHECKPOINT
+    wanted = {MODEL + name: value for name, value in model.state_dict().items()}
+    if updater is not None:
+        wanted |= {OPTIMIZER + name: value for name, value in updater.tensors().items()}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            update = int(json.loads((file.metadata() or {})["pvrpipe"])["update"])
+            names = [name for name in file.keys() if updater is not None or name.startswith(MODEL)]  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in names}
+    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise RunError(
+            f"{path} is no checkpoint of pvrpipe ({error}); train again with --overwrite"
+        ) from None
+    _check(path, wanted, found)
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(found[name])
+    return update
+
+
+def _check(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Name the first tensor that does not fit."""
+    cure = "it belongs to another model; train again with --overwrite"
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise RunError(f"{path}: tensor {name} is missing; {cure}")
+        if name not in wanted:
+            raise RunError(f"{path}: tensor {name} is not one of this model's; {cure}")
+        ours, theirs = wanted[name], found[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise RunError(
+                f"{path}: tensor {name} is {theirs.dtype} {list(theirs.shape)} where {ours.dtype} "
+                f"{list(ours.shape)} is needed; {cure}"
+            )

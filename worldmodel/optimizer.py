@@ -1,0 +1,135 @@
+"""How each world model's authors update it.
+
+* DreamerV3: gradients clipped to a share of their tensor's norm (AGC, Brock et al. 2021), then LaProp
+  (Ziyin et al. 2020), which takes the momentum of *normalised* gradients; linear warm-up, no weight decay
+  (danijar/dreamerv3 ``embodied/jax/opt.py``).
+* TD-MPC2: Adam with a slower encoder and the whole gradient's norm clipped (nicklashansen/tdmpc2
+  ``tdmpc2/tdmpc2.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEARNING_RATES = {"dreamerv3": 4e-5, "tdmpc2": 3e-4}
+ENCODER_SHARE = 0.3
+MAX_NORM = 20.0
+
+
+class LaProp(torch.optim.Optimizer):
+    """LaProp behind adaptive gradient clipping.
+
+    Args:
+        parameters: what to update.
+        lr: learning rate after warm-up.
+        warmup: updates over which the rate rises linearly.
+        clip: largest norm of a tensor's gradient, as a share of the tensor's own norm.
+        smallest: a tensor's norm counts as at least this.
+        betas: decay of the momentum and of the squared gradient.
+        eps: added to the root of the latter.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 4e-5,
+        *,
+        warmup: int = 1000,
+        clip: float = 0.3,
+        smallest: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-20,
+    ) -> None:
+        defaults = dict(lr=lr, warmup=warmup, clip=clip, smallest=smallest, betas=betas, eps=eps)
+        super().__init__(parameters, defaults)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {
+                "step": torch.zeros(()),
+                "momentum": torch.zeros_like(p),
+                "square": torch.zeros_like(p),
+            }
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "LaProp evaluates nothing again"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(parameters, [self.state[p] for p in parameters], group)
+
+    def _update(
+        self, parameters: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> None:
+        """The arithmetic, over all tensors at once."""
+        momentum_decay, square_decay = group["betas"]
+        momenta, squares = [s["momentum"] for s in states], [s["square"] for s in states]
+        for state in states:
+            state["step"] += 1
+        step = int(states[0]["step"])
+        grads = clipped([p.grad for p in parameters if p.grad is not None], parameters, group)
+        torch._foreach_mul_(squares, square_decay)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - square_decay)
+        scale = torch._foreach_sqrt(squares)
+        torch._foreach_mul_(scale, (1 - square_decay**step) ** -0.5)
+        torch._foreach_add_(scale, group["eps"])
+        torch._foreach_div_(grads, scale)
+        torch._foreach_lerp_(momenta, grads, 1 - momentum_decay)
+        rate = group["lr"] * min(1.0, step / max(1, group["warmup"]))
+        torch._foreach_add_(parameters, momenta, alpha=-rate / (1 - momentum_decay**step))
+
+
+def clipped(grads: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Each tensor's gradient, no longer than ``clip`` times the tensor."""
+    longest = [group["clip"] * n.clamp_min(group["smallest"]) for n in torch._foreach_norm(parameters)]
+    norms = torch._foreach_norm(grads)
+    shrink = [1 / (norm / most).clamp_min(1.0) for norm, most in zip(norms, longest, strict=True)]
+    return list(torch._foreach_mul(grads, shrink))
+
+
+@dataclass(frozen=True)
+class Updater:
+    """An optimizer over a model's parameters, and the norm the whole gradient is clipped to."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    max_norm: float | None
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, *, learning_rate: float | None, warmup: int) -> Updater:
+        """The published one for a model's name; ``learning_rate`` None is the published rate."""
+        rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
+        if name == "dreamerv3":
+            return cls(model, LaProp(model.parameters(), rate, warmup=warmup), None)
+        encoder = [p for n, p in model.named_parameters() if n.startswith("encoder.")]
+        others = [p for n, p in model.named_parameters() if not n.startswith("encoder.")]
+        groups = [{"params": encoder, "lr": rate * ENCODER_SHARE}, {"params": others}]
+        adam = torch.optim.Adam(groups, lr=rate, fused=True)
+        for p in model.parameters():  # Adam would do this in its first step; a checkpoint is loaded before
+            adam.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        return cls(model, adam, MAX_NORM)
+
+    def update(self, loss: Tensor) -> None:
+        """One update along the gradient of a loss."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by parameter: ``momentum.encoder.weight`` and so on."""
+        return {
+            f"{part}.{name}": value
+            for name, parameter in self.model.named_parameters()
+            for part, value in self.optimizer.state[parameter].items()
+        }

@@ -1,0 +1,152 @@
+"""A run's folder: what is trained on what (``run.json``), and the numbers along the way.
+
+::
+
+    data/runs/NAME/
+    ├── run.json                 configuration, store, encoder, versions, state, result
+    ├── checkpoint.safetensors   parameters and optimizer state
+    ├── metrics.jsonl            training and validation losses by update
+    ├── metrics.json             what `pvrpipe probe` found
+    └── tensorboard/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+from pydantic import ValidationError
+
+import pvrpipe
+from pvrpipe.schemas.errors import OutputExistsError, RunError
+from pvrpipe.schemas.manifest import EncoderIdentity, Frozen, canonical_json
+from pvrpipe.store.files import TEMPORARY, disk_errors, locked, remove_temporaries, write_whole
+from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+
+RECORD, METRICS, PROBE, TENSORBOARD = "run.json", "metrics.jsonl", "metrics.json", "tensorboard"
+
+
+class RunRecord(Frozen):
+    """``run.json``."""
+
+    format: Literal["pvrpipe run"] = "pvrpipe run"
+    format_version: Literal[1] = 1
+    state: Literal["training", "finished"]
+    config: dict[str, Any]
+    store: str
+    store_id: str
+    encoder: EncoderIdentity
+    embedding: int  # D, tokens taken side by side
+    action: int  # A
+    parameters: int
+    device: str
+    versions: dict[str, str]
+    result: dict[str, Any] | None = None
+
+
+def versions() -> dict[str, str]:
+    """What decides the last bits of a run besides its configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pvrpipe": pvrpipe.__version__,
+    }
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a run.
+
+    Raises:
+        RunError: there is none, or it cannot be read.
+    """
+    try:
+        return RunRecord.model_validate_json((folder / RECORD).read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{folder} holds no run; first run `pvrpipe train-model`") from None
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{folder / RECORD} cannot be read ({reason}); train again with --overwrite") from None
+
+
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Replace ``run.json``."""
+    write_whole(folder / RECORD, (canonical_json(record.model_dump(mode="json")) + "\n").encode())
+
+
+@contextlib.contextmanager
+def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRecord]:
+    """Begin a run or go on with it, and hold its folder against other writers meanwhile.
+
+    Raises:
+        OutputExistsError: the folder holds a run of another configuration or store, or strangers' files.
+        StoreBusyError: another process is training there.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not (folder / RECORD).exists():
+            if strangers := sorted(p.name for p in folder.iterdir() if TEMPORARY not in p.name):
+                raise OutputExistsError(
+                    f"{folder} is not empty and holds no run ({', '.join(strangers[:3])}); choose another output"
+                )
+        elif overwrite:
+            _clear(folder)
+        if (folder / RECORD).exists():
+            existing = read_run(folder)
+            _refuse_other(folder, existing, draft)
+            draft = existing
+        else:
+            write_run(folder, draft)
+        remove_temporaries(folder)
+        yield draft
+
+
+def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
+    """Refuse to go on with another configuration, and say which fields differ."""
+    old = {**existing.config, "store_id": existing.store_id}
+    new = {**draft.config, "store_id": draft.store_id}
+    differ = [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if differ:
+        raise OutputExistsError(
+            f"{folder} was begun with another configuration ({'; '.join(differ[:4])}); "
+            "choose another run, or replace it with --overwrite"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run's own files, the record last, so that a half-cleared run is still one."""
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+    for name in (CHECKPOINT, METRICS, PROBE, RECORD):
+        (folder / name).unlink(missing_ok=True)
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object per line, nothing in it that a rerun would not repeat.
+
+    Args:
+        folder: of the run.
+        done: updates of the checkpoint that training goes on from; lines after it are dropped.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        self.path = folder / METRICS
+        kept = [line for line in self._lines() if json.loads(line)["update"] <= done]
+        write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, update: int, part: Literal["train", "val"], values: Mapping[str, float]) -> None:
+        """Append one line."""
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"update": update, part: dict(values)}) + "\n")
+
+    def _lines(self) -> list[str]:
+        """The whole lines that are there; a killed writer may have left half of one."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return text.split("\n")[:-1]

@@ -1,0 +1,246 @@
+"""Train a world model from an embedding store: one loop, from the first update to the last."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pvrpipe.schemas.errors import InvalidValueError, RunError
+from pvrpipe.schemas.manifest import EmbeddingSpecification
+from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel import checkpoints, runs
+from pvrpipe.worldmodel.batches import Batches, Normaliser, chance, embedding_width, open_embeddings
+from pvrpipe.worldmodel.models import WorldModel, build_model, check_names
+from pvrpipe.worldmodel.optimizer import Updater
+
+BATCH = {"dreamerv3": 16, "tdmpc2": 256}
+LENGTH = {"dreamerv3": 64, "tdmpc2": 4}
+VALIDATION_BATCHES = 4
+VALIDATION = 1  # sets validation's chance apart from training's
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained and how; with the store's id it decides every number of a run."""
+
+    model: str = "dreamerv3"
+    """dreamerv3 or tdmpc2"""
+    size: str = "1m"
+    """a published size of that model"""
+    updates: int = 1000
+    """gradient steps"""
+    batch: int | None = None
+    """windows in a batch; None: 16 for dreamerv3, 256 for tdmpc2"""
+    length: int | None = None
+    """rows of a window; None: 64 for dreamerv3, 4 (a horizon of 3) for tdmpc2"""
+    seed: int = 0
+    """decides weights, windows and samples"""
+    learning_rate: float | None = None
+    """None: the published one, 4e-5 for dreamerv3 and 3e-4 for tdmpc2"""
+    warmup: int = 1000
+    """updates over which dreamerv3's learning rate rises"""
+    normalize: bool = True
+    """embeddings to zero mean and unit variance, by the store's own statistics"""
+    symlog_inputs: bool = True
+    """dreamerv3 squashes embeddings, as input and as target"""
+    log_every: int = 50
+    """updates between two lines of training losses"""
+    save_every: int = 500
+    """updates between two checkpoints, each with validation losses"""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        check_names(self.model, self.size)
+        for name in ("updates", "log_every", "save_every", "rows", "windows"):
+            if getattr(self, name) < 1:
+                raise InvalidValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.rows < 2:
+            raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
+        if self.save_every % self.log_every:
+            raise InvalidValueError(
+                f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})"
+            )
+
+    @property
+    def windows(self) -> int:
+        """B."""
+        return BATCH[self.model] if self.batch is None else self.batch
+
+    @property
+    def rows(self) -> int:
+        """T, without the rows a model needs in front."""
+        return LENGTH[self.model] if self.length is None else self.length
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What ``pvrpipe train-model --json`` prints; losses are those last logged."""
+
+    run: str
+    updates: int
+    updates_per_second: float
+    data_wait_fraction: float
+    train: dict[str, float]
+    val: dict[str, float]
+
+
+def train(
+    config: TrainConfig,
+    store_path: Path | str,
+    run: Path | str,
+    *,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> TrainResult:
+    """Train to the end, going on from the last checkpoint if the run was begun before.
+
+    Args:
+        config: what and how.
+        store_path: an embedding store.
+        run: the folder that the run goes to; laid out in :mod:`pvrpipe.worldmodel.runs`.
+        device: where to compute.
+        overwrite: replace a run of another configuration.
+        progress: told updates done and to do.
+
+    Returns:
+        The losses and the speed; a finished run is returned at once.
+
+    Raises:
+        NotAStoreError: the store holds no embeddings.
+        OutputExistsError: the run was begun with another configuration; it is left as it is.
+        RunError: a loss is not finite, or the checkpoint does not fit; the last good one is kept.
+    """
+    store, folder, device = open_embeddings(store_path), Path(run), torch.device(device)
+    model = build_model(
+        config.model,
+        config.size,
+        embedding_width(store),
+        store.column("action").shape[0],
+        symlog_inputs=config.symlog_inputs,
+        seed=config.seed,
+    ).to(device)
+    updater = Updater.of(config.model, model, learning_rate=config.learning_rate, warmup=config.warmup)
+    normaliser = Normaliser(store, normalize=config.normalize, device=device)
+    length = config.rows + model.rows_before
+    data, held_out = (
+        Batches(store, split, batch=config.windows, length=length, seed=config.seed, normaliser=normaliser)
+        for split in ("train", "val")
+    )
+    with runs.begun(folder, _record(config, store, model, device), overwrite=overwrite) as record:
+        if record.result is not None:
+            return TrainResult(**{**record.result, "run": str(folder)})
+        resumed = (folder / checkpoints.CHECKPOINT).exists()
+        done = checkpoints.load(folder, model, updater) if resumed else 0
+        log = runs.MetricsLog(folder, done)
+        board = SummaryWriter(str(folder / runs.TENSORBOARD), purge_step=done + 1)
+        train_losses: dict[str, float] = {}
+        val_losses: dict[str, float] = {}
+        unlogged: list[dict[str, Tensor]] = []
+        begun = time.perf_counter()
+        for k in range(done + 1, config.updates + 1):
+            loss, terms = model.loss(data(k), chance(config.seed, k))
+            updater.update(loss)
+            unlogged.append({name: term.detach() for name, term in terms.items()})
+            last = k == config.updates
+            if k % config.log_every == 0 or last:
+                train_losses = _means(unlogged, k)
+                unlogged.clear()
+                log.write(k, "train", train_losses)
+                _draw(board, "train", train_losses, k)
+            if k % config.save_every == 0 or last:
+                val_losses = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
+                log.write(k, "val", val_losses)
+                _draw(board, "val", val_losses, k)
+                checkpoints.save(folder, k, model, updater)
+            progress(k, config.updates, f"loss {train_losses.get('loss', math.nan):.3g}")
+        seconds = max(time.perf_counter() - begun, 1e-9)
+        board.close()
+        result = TrainResult(
+            run=str(folder),
+            updates=config.updates,
+            updates_per_second=(config.updates - done) / seconds,
+            data_wait_fraction=data.waited / seconds,
+            train=train_losses,
+            val=val_losses,
+        )
+        runs.write_run(folder, record.model_copy(update={"state": "finished", "result": asdict(result)}))
+    return result
+
+
+@torch.no_grad()
+def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int) -> dict[str, float]:
+    """Mean losses over batches, with the same chance every time."""
+    losses = [
+        {name: float(term) for name, term in model.loss(batch, chance(seed, k, VALIDATION))[1].items()}
+        for k, batch in enumerate(batches)
+    ]
+    return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
+
+
+def _means(unlogged: list[dict[str, Tensor]], k: int) -> dict[str, float]:
+    """Mean of each term over the updates up to k; a loss that is not finite ends the run here."""
+    losses = torch.stack([terms["loss"] for terms in unlogged]).tolist()
+    for update, loss in enumerate(losses, start=k - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of update {update} is {loss}; the last checkpoint is kept: "
+                "try a smaller learning rate, or look at the embeddings with `pvrpipe verify`"
+            )
+    return {name: float(torch.stack([t[name] for t in unlogged]).mean()) for name in unlogged[0]}
+
+
+def _draw(board: SummaryWriter, part: str, losses: dict[str, float], k: int) -> None:
+    """The same numbers for TensorBoard."""
+    for name, value in losses.items():
+        board.add_scalar(f"{part}/{name}", value, k)
+
+
+def _record(
+    config: TrainConfig, store: Store, model: torch.nn.Module, device: torch.device
+) -> runs.RunRecord:
+    """What ``run.json`` says when a run begins."""
+    specification = store.manifest.specification
+    assert isinstance(specification, EmbeddingSpecification)
+    assert store.manifest.id is not None
+    return runs.RunRecord(
+        state="training",
+        config=asdict(config),
+        store=str(store.path),
+        store_id=store.manifest.id,
+        encoder=specification.encoder,
+        embedding=embedding_width(store),
+        action=store.column("action").shape[0],
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=str(device),
+        versions=runs.versions(),
+    )
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[Any, runs.RunRecord]:
+    """The model of a run, as its last checkpoint left it, and the run's record.
+
+    Raises:
+        RunError: there is no run, no checkpoint, or a checkpoint that does not fit.
+    """
+    record = runs.read_run(folder)
+    config = TrainConfig(**record.config)
+    model = build_model(
+        config.model,
+        config.size,
+        record.embedding,
+        record.action,
+        symlog_inputs=config.symlog_inputs,
+        seed=config.seed,
+    ).to(device)
+    checkpoints.load(folder, model)
+    return model, record
