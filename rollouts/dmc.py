@@ -18,7 +18,9 @@ from pvrpipe.rollouts.environments import Forecast
 from pvrpipe.schemas.errors import InvalidValueError, SimulationError, UnknownNameError, one_line
 from pvrpipe.schemas.records import Step
 
-MEND_GL = "install a renderer with `apt-get install libegl1 libgl1-mesa-dri` and check it with `pvrpipe doctor`"
+MEND_GL = (
+    "install a renderer with `apt-get install libegl1 libgl1-mesa-dri` and check it with `pvrpipe doctor`"
+)
 
 try:
     import mujoco
@@ -27,7 +29,9 @@ try:
 except (ImportError, AttributeError, RuntimeError) as error:  # what a broken EGL raises while it is imported
     raise SimulationError(f"dm_control cannot be loaded ({one_line(error)}); {MEND_GL}") from error
 
-EVERYTHING = mujoco.mjtState.mjSTATE_INTEGRATION  # all that a step depends on, the solver's warm start included
+EVERYTHING = (
+    mujoco.mjtState.mjSTATE_INTEGRATION
+)  # all that a step depends on, the solver's warm start included
 UNENDING = 1000  # control steps of an episode where the task has no time limit of its own (lqr)
 UNLIMITED = 1e9  # MuJoCo's bounds for an actuator without a range are ±1e10
 SIZES = (16, 2048)  # pixels
@@ -39,12 +43,16 @@ def names() -> tuple[str, ...]:
     return tuple(f"dmc:{domain}-{task}" for domain, task in suite.ALL_TASKS)
 
 
-def make(name: str, size: int, camera: int | str, action_repeat: int, max_steps: int | None) -> SuiteEnvironment:
+def make(
+    name: str, size: int, camera: int | str, action_repeat: int, max_steps: int | None
+) -> SuiteEnvironment:
     """Build a task by its name."""
     if name not in names():
         raise UnknownNameError.among("environment", name, names(), hint="see `pvrpipe envs`")
     if not SIZES[0] <= size <= SIZES[1]:
-        raise InvalidValueError(f"--size is {size}; a frame has {SIZES[0]} to {SIZES[1]} pixels a side, e.g. 256")
+        raise InvalidValueError(
+            f"--size is {size}; a frame has {SIZES[0]} to {SIZES[1]} pixels a side, e.g. 256"
+        )
     for option, value in (("--action-repeat", action_repeat), ("--max-steps", max_steps)):
         if value is not None and value < 1:
             raise InvalidValueError(f"{option} is {value}; it must be at least 1")
@@ -63,7 +71,9 @@ class SuiteEnvironment:
         self.name, self.size, self.action_repeat = name, size, action_repeat
         self._env, self._task, self._physics = env, env.task, env.physics
         self._substeps = round(env.control_timestep() / self._physics.timestep())
-        self._scratch = self._physics.copy(share_model=True)  # where forecasts run, so that they touch nothing
+        self._scratch = self._physics.copy(
+            share_model=True
+        )  # where forecasts run, so that they touch nothing
         self._scratch.legacy_step = self._physics.legacy_step
 
         limit = env._step_limit if np.isfinite(env._step_limit) else UNENDING
@@ -96,7 +106,7 @@ class SuiteEnvironment:
 
     def reset(self, seed: int) -> Step:
         """Begin the episode of that seed; its first row."""
-        self._task.random.seed(seed)
+        self._task.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # it takes words of 32 bits
         observation = self._env.reset().observation
         self._rows = 0
         return self._row(observation, reward=0.0, terminal=False)
@@ -157,13 +167,10 @@ class SuiteEnvironment:
         mujoco.mj_step1(self._model, physics.data.ptr)
 
     def _try_action(self, action: NDArray[np.float32]) -> float:
-        """Reward of an action, repeated, in the scratch simulation."""
-        reward = 0.0
-        for _ in range(self.action_repeat):
-            self._task.before_step(action, self._scratch)
-            self._scratch._step_with_up_to_date_position_velocity(self._substeps)
-            reward += self._task.get_reward(self._scratch)
-        return reward
+        """Reward of an action in the scratch simulation; the one where it ends stands for its repeats."""
+        self._task.before_step(action, self._scratch)
+        self._scratch._step_with_up_to_date_position_velocity(self._substeps * self.action_repeat)
+        return self.action_repeat * float(self._task.get_reward(self._scratch))
 
     def _energy(self) -> float:
         """Potential plus kinetic energy of the scratch simulation, in joule."""

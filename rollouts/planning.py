@@ -62,9 +62,7 @@ def improved(
     return chosen
 
 
-def perturbations(
-    rng: np.random.Generator, config: PlannerConfig, width: int
-) -> NDArray[np.float64]:
+def perturbations(rng: np.random.Generator, config: PlannerConfig, width: int) -> NDArray[np.float64]:
     """Noise (N - 1, H, A) in units of half the action range, linear between its knots."""
     count, times = config.candidates - 1, np.arange(config.horizon)
     noise = np.empty((count, config.horizon, width))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvrpipe.worldmodel.distributions import TwoHot, categorical_kl, straight_through, symlog
+from pvrpipe.worldmodel.inputs import Standardise
 from pvrpipe.worldmodel.scan import NORM_EPS, UPDATE_BIAS, ScanWeights, posterior_scan
 
 SCALES = {"reconstruction": 1.0, "reward": 1.0, "continue": 1.0, "dynamics": 1.0, "representation": 0.1}
@@ -222,6 +223,7 @@ class DreamerV3(nn.Module):
         widths = SIZES[size]
         self.size, self.symlog_inputs = widths, symlog_inputs
         features = widths.deter + widths.categoricals * widths.classes
+        self.standardise = Standardise(embedding)
         self.encoder = nn.Linear(embedding, widths.units)
         self.rssm = RSSM(widths, widths.units, action)
         self.two_hot = TwoHot.dreamerv3()
@@ -295,7 +297,9 @@ class DreamerV3(nn.Module):
         return (categorical_kl(predicted, filtered) + categorical_kl(filtered, predicted)) / 2
 
     def _inputs(self, embedding: Tensor) -> Tensor:
-        return symlog(embedding) if self.symlog_inputs else embedding
+        """What the encoder sees and the decoder predicts."""
+        standard = self.standardise(embedding)
+        return symlog(standard) if self.symlog_inputs else standard
 
     def _uniform(self, rows: Tensor, random: torch.Generator) -> Tensor:
         """Chance for every row (B, T, ...), drawn on the CPU so that devices agree: (B, T, S)."""

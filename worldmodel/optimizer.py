@@ -45,7 +45,14 @@ class LaProp(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-20,
     ) -> None:
-        defaults = dict(lr=lr, warmup=warmup, clip=clip, smallest=smallest, betas=betas, eps=eps)
+        defaults = {
+            "lr": lr,
+            "warmup": warmup,
+            "clip": clip,
+            "smallest": smallest,
+            "betas": betas,
+            "eps": eps,
+        }
         super().__init__(parameters, defaults)
         for p in (p for group in self.param_groups for p in group["params"]):
             self.state[p] = {

@@ -35,7 +35,7 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.batches import Normaliser, chance, open_embeddings
+from pvrpipe.worldmodel.batches import chance, open_embeddings, tensors_of
 from pvrpipe.worldmodel.models import WorldModel
 from pvrpipe.worldmodel.training import load_model
 
@@ -107,9 +107,6 @@ def probe(
     model, record = load_model(folder, device)
     embeddings = open_embeddings(record.store if store is None else store)
     _check_encoder(record, embeddings)
-    normaliser = Normaliser(embeddings, normalize=record.config["normalize"], device=device)
-    if store is not None and record.config["normalize"]:
-        normaliser = Normaliser(open_embeddings(record.store), normalize=True, device=device)
     of_split = embeddings.episodes.filter(embeddings.episodes["split"] == split)
     numbers = of_split.filter(of_split["rows"] > context)["episode"].to_list()
     if not numbers:
@@ -119,7 +116,7 @@ def probe(
     usual = training_reward(embeddings)
     parts = []
     for start in range(0, len(numbers), TOGETHER):
-        batch = padded(embeddings, numbers[start : start + TOGETHER], normaliser)
+        batch = padded(embeddings, numbers[start : start + TOGETHER], device)
         parts.append(open_loop_errors(model, batch, context, usual, (seed, start)))
         progress(min(start + TOGETHER, len(numbers)), len(numbers), "episodes")
     report = {
@@ -214,22 +211,18 @@ def shuffled_actions(
     return action[lanes, torch.from_numpy(order)]
 
 
-def padded(store: Store, numbers: Sequence[int], normaliser: Normaliser) -> Padded:
+def padded(store: Store, numbers: Sequence[int], device: torch.device) -> Padded:
     """Read whole episodes and lay them side by side."""
-    episodes = [store.read_episode(n, ("embedding", "action", "reward")) for n in numbers]
+    names = ("embedding", "action", "reward")
+    episodes = [store.read_episode(n, names) for n in numbers]
     rows = np.array([len(e["reward"]) for e in episodes])
-
-    def side_by_side(name: str) -> NDArray[np.generic]:
+    arrays = {}
+    for name in names:
         first = episodes[0][name]
-        out = np.zeros((len(episodes), rows.max(), *first.shape[1:]), first.dtype)
+        arrays[name] = np.zeros((len(episodes), rows.max(), *first.shape[1:]), first.dtype)
         for lane, episode in enumerate(episodes):
-            out[lane, : rows[lane]] = episode[name]
-        return out
-
-    def tensor(name: str) -> Tensor:
-        return torch.from_numpy(side_by_side(name)).to(normaliser.device, torch.float32)
-
-    return Padded(normaliser(side_by_side("embedding")), tensor("action"), tensor("reward"), rows)
+            arrays[name][lane, : rows[lane]] = episode[name]
+    return Padded(**tensors_of(arrays, device), rows=rows)
 
 
 def training_reward(store: Store) -> float:

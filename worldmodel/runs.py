@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy
 import torch
 from pydantic import ValidationError
+from torch.utils.tensorboard import SummaryWriter
 
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
@@ -129,22 +130,41 @@ def _clear(folder: Path) -> None:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object per line, nothing in it that a rerun would not repeat.
+    """Losses by update, to ``metrics.jsonl`` and to TensorBoard.
+
+    The file holds nothing that a rerun would not repeat. ``last`` holds the newest losses of each part.
 
     Args:
         folder: of the run.
-        done: updates of the checkpoint that training goes on from; lines after it are dropped.
+        done: updates of the checkpoint that training goes on from; what was logged after it is dropped.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
         self.path = folder / METRICS
+        self.last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
         kept = [line for line in self._lines() if json.loads(line)["update"] <= done]
+        for line in kept:
+            self.last |= {part: values for part, values in json.loads(line).items() if part != "update"}
         write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
 
     def write(self, update: int, part: Literal["train", "val"], values: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line, and one point to each curve."""
+        self.last[part] = dict(values)
         with disk_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"update": update, part: dict(values)}) + "\n")
+            file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{part}/{name}", value, update)
+
+    @property
+    def note(self) -> str:
+        """The newest training loss, in words."""
+        loss = self.last["train"].get("loss")
+        return "" if loss is None else f"loss {loss:.4g}"
+
+    def close(self) -> None:
+        """Let TensorBoard write what it holds back."""
+        self._board.close()
 
     def _lines(self) -> list[str]:
         """The whole lines that are there; a killed writer may have left half of one."""

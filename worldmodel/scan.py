@@ -205,7 +205,15 @@ class _NormSilu:
 
 
 def _gate_slopes(gates: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """d next deter / d (reset, candidate, update) pre-activations (T, G, B, 3, k), and / d deter (T, G, B, k)."""
+    """Derivatives of the next deter.
+
+    Args:
+        gates: (T, G, B, 3·k), pre-activations of reset, candidate and update.
+        before: (T, B, d), the deter before.
+
+    Returns:
+        By the three pre-activations (T, G, B, 3, k), and by the deter before (T, G, B, k).
+    """
     T, G, B, width = gates.shape
     reset, raw, update = gates.view(T, G, B, 3, width // 3).unbind(3)
     reset, update = torch.sigmoid(reset), torch.sigmoid(update)

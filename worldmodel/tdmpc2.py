@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvrpipe.worldmodel.distributions import TwoHot
+from pvrpipe.worldmodel.inputs import Standardise
 
 STACK = 3
 GROUP = 8  # a latent is groups of eight numbers that sum to one
@@ -107,6 +108,7 @@ class TDMPC2(nn.Module):
         self.size = widths = SIZES[size]
         joint, latent = widths.latent + action, widths.latent
         self.two_hot = TwoHot.tdmpc2()
+        self.standardise = Standardise(embedding)
         self.encoder = mlp(
             STACK * embedding,
             widths.encoder,
@@ -154,7 +156,7 @@ class TDMPC2(nn.Module):
         A window that begins with its episode has no rows before it to look back to: there the first row
         is repeated and the window's last two rows are left out instead.
         """
-        embedding, action, reward = batch["embedding"], batch["action"], batch["reward"]
+        embedding, action, reward = self.standardise(batch["embedding"]), batch["action"], batch["reward"]
         begins = batch["is_first"][:, 0]
         rows = embedding.shape[1] - self.rows_before
         start = torch.where(begins, 0, self.rows_before)
@@ -166,7 +168,7 @@ class TDMPC2(nn.Module):
     def filter(self, embedding: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The encoded latent of each row of whole episodes (N, T, D), twice: to start from, to compare with."""
         del action, random
-        z = self.encoder(stacked(embedding))
+        z = self.encoder(stacked(self.standardise(embedding)))
         return z, z
 
     def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:

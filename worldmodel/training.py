@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from pvrpipe.schemas.errors import InvalidValueError, RunError
 from pvrpipe.schemas.manifest import EmbeddingSpecification
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
-from pvrpipe.worldmodel.batches import Batches, Normaliser, chance, embedding_width, open_embeddings
+from pvrpipe.worldmodel.batches import Batches, chance, embedding_width, open_embeddings
 from pvrpipe.worldmodel.models import WorldModel, build_model, check_names
 from pvrpipe.worldmodel.optimizer import Updater
 
@@ -130,10 +129,12 @@ def train(
         seed=config.seed,
     ).to(device)
     updater = Updater.of(config.model, model, learning_rate=config.learning_rate, warmup=config.warmup)
-    normaliser = Normaliser(store, normalize=config.normalize, device=device)
+    if config.normalize:
+        statistics = store.manifest.statistics["embedding"]
+        model.standardise.set(statistics.mean, statistics.std)
     length = config.rows + model.rows_before
     data, held_out = (
-        Batches(store, split, batch=config.windows, length=length, seed=config.seed, normaliser=normaliser)
+        Batches(store, split, batch=config.windows, length=length, seed=config.seed, device=device)
         for split in ("train", "val")
     )
     with runs.begun(folder, _record(config, store, model, device), overwrite=overwrite) as record:
@@ -142,9 +143,6 @@ def train(
         resumed = (folder / checkpoints.CHECKPOINT).exists()
         done = checkpoints.load(folder, model, updater) if resumed else 0
         log = runs.MetricsLog(folder, done)
-        board = SummaryWriter(str(folder / runs.TENSORBOARD), purge_step=done + 1)
-        train_losses: dict[str, float] = {}
-        val_losses: dict[str, float] = {}
         unlogged: list[dict[str, Tensor]] = []
         begun = time.perf_counter()
         for k in range(done + 1, config.updates + 1):
@@ -153,25 +151,21 @@ def train(
             unlogged.append({name: term.detach() for name, term in terms.items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
-                train_losses = _means(unlogged, k)
+                log.write(k, "train", _means(unlogged, k))
                 unlogged.clear()
-                log.write(k, "train", train_losses)
-                _draw(board, "train", train_losses, k)
             if k % config.save_every == 0 or last:
-                val_losses = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
-                log.write(k, "val", val_losses)
-                _draw(board, "val", val_losses, k)
+                log.write(k, "val", validate(model, held_out.first(VALIDATION_BATCHES), config.seed))
                 checkpoints.save(folder, k, model, updater)
-            progress(k, config.updates, f"loss {train_losses.get('loss', math.nan):.3g}")
+            progress(k, config.updates, log.note)
         seconds = max(time.perf_counter() - begun, 1e-9)
-        board.close()
+        log.close()
         result = TrainResult(
             run=str(folder),
             updates=config.updates,
             updates_per_second=(config.updates - done) / seconds,
             data_wait_fraction=data.waited / seconds,
-            train=train_losses,
-            val=val_losses,
+            train=log.last["train"],
+            val=log.last["val"],
         )
         runs.write_run(folder, record.model_copy(update={"state": "finished", "result": asdict(result)}))
     return result
@@ -197,12 +191,6 @@ def _means(unlogged: list[dict[str, Tensor]], k: int) -> dict[str, float]:
                 "try a smaller learning rate, or look at the embeddings with `pvrpipe verify`"
             )
     return {name: float(torch.stack([t[name] for t in unlogged]).mean()) for name in unlogged[0]}
-
-
-def _draw(board: SummaryWriter, part: str, losses: dict[str, float], k: int) -> None:
-    """The same numbers for TensorBoard."""
-    for name, value in losses.items():
-        board.add_scalar(f"{part}/{name}", value, k)
 
 
 def _record(

@@ -1,0 +1,199 @@
+"""One world-model update of ours against TorchRL's DreamerV3 model loss: same sizes, same optimizer, interleaved.
+
+    python benchmarks/train.py --sizes 1m 12m --batch 16 --length 64 --repeats 11 --json train.json
+
+Both do the same work on the same batch: linear map from the embedding, block-GRU posterior, prior, KL,
+decoder, reward and continue heads, backward, AGC and LaProp; no actor, no data loading. Medians, taken in
+turns so that a drifting machine disturbs both alike; the ratio is the median of the ratios of each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.modules.models.model_based import DreamerV3MLP, RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+from torchrl.objectives import DreamerV3ModelLoss
+
+from pvrpipe.worldmodel.dreamerv3 import SIZES
+from pvrpipe.worldmodel.models import build_model
+from pvrpipe.worldmodel.optimizer import LaProp
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    results = [measure(size, options) for size in options.sizes]
+    print(f"{'size':>6} {'parameters':>12} {'pvrpipe ms':>11} {'TorchRL ms':>11} {'ratio':>6}")
+    for r in results:
+        print(
+            f"{r['size']:>6} {r['parameters']:>12,} {r['pvrpipe_ms']:>11.1f} {r['torchrl_ms']:>11.1f} {r['ratio']:>6.2f}"
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps({"threads": options.threads, "results": results}, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["1m", "12m"], choices=list(SIZES))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--width", type=int, default=768, help="of the embedding")
+    parser.add_argument("--action", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Both updates in turns."""
+    batch = random_batch(options)
+    ours, theirs = our_update(size, batch, options), torchrl_update(size, batch, options)
+    for update in (ours, theirs):
+        update()
+    turns = [(timed(ours), timed(theirs)) for _ in range(options.repeats)]
+    with torch.device("meta"):
+        model = build_model("dreamerv3", size, options.width, options.action, symlog_inputs=True, seed=0)
+    return {
+        "size": size,
+        "batch": options.batch,
+        "length": options.length,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "pvrpipe_ms": 1e3 * statistics.median(a for a, _ in turns),
+        "torchrl_ms": 1e3 * statistics.median(b for _, b in turns),
+        "ratio": statistics.median(b / a for a, b in turns),
+    }
+
+
+def timed(update: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    begun = time.perf_counter()
+    update()
+    return time.perf_counter() - begun
+
+
+def random_batch(options: argparse.Namespace) -> dict[str, Tensor]:
+    """Noise of the right shapes, (B, T, ...)."""
+    B, T = options.batch, options.length
+    is_first = torch.zeros(B, T, dtype=torch.bool)
+    is_first[:, 0] = True
+    return {
+        "embedding": torch.randn(B, T, options.width),
+        "action": torch.rand(B, T, options.action) * 2 - 1,
+        "reward": torch.rand(B, T),
+        "is_first": is_first,
+        "is_terminal": torch.zeros(B, T, dtype=torch.bool),
+    }
+
+
+def optimised(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Callable[[], None]:
+    """Loss, backward and the same optimizer for both."""
+    optimizer = LaProp(parameters)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return update
+
+
+def our_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace) -> Callable[[], None]:
+    """One update of pvrpipe's DreamerV3."""
+    model = build_model("dreamerv3", size, options.width, options.action, symlog_inputs=True, seed=0)
+    random = torch.Generator().manual_seed(0)
+    return optimised(lambda: model.loss(batch, random)[0], list(model.parameters()))
+
+
+def torchrl_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace) -> Callable[[], None]:
+    """One update of the same model put together from TorchRL's parts, as they come (eager)."""
+    world_model, loss = torchrl_model(size, options)
+    B, T, _ = batch["embedding"].shape
+    widths = SIZES[size]
+    data = TensorDict(
+        {
+            "state": torch.zeros(B, T, widths.categoricals * widths.classes),
+            "belief": torch.zeros(B, T, widths.deter),
+            "action": torch.cat([torch.zeros(B, 1, options.action), batch["action"][:, :-1]], 1),
+            "is_init": batch["is_first"].unsqueeze(-1),
+            "next": {
+                "pixels": batch["embedding"],
+                "reward": batch["reward"].unsqueeze(-1),
+                "done": batch["is_terminal"].unsqueeze(-1),
+                "terminated": batch["is_terminal"].unsqueeze(-1),
+            },
+        },
+        [B, T],
+    )
+
+    def total() -> Tensor:
+        terms, _ = loss(data.clone(recurse=False))
+        return torch.stack([v.sum() for k, v in terms.items() if k.startswith("loss")]).sum()
+
+    return optimised(total, list(world_model.parameters()))
+
+
+def torchrl_model(size: str, options: argparse.Namespace) -> tuple[nn.Module, DreamerV3ModelLoss]:
+    """TorchRL's world model and its loss, in the current DreamerV3's settings."""
+    w = SIZES[size]
+    width, features = w.categoricals * w.classes, ["state", "belief"]
+    prior = RSSMPriorV3(
+        action_shape=torch.Size([options.action]),
+        hidden_dim=w.hidden,
+        rnn_hidden_dim=w.deter,
+        num_categoricals=w.categoricals,
+        num_classes=w.classes,
+        action_dim=options.action,
+        recurrent_model="block_gru",
+        num_blocks=w.blocks,
+        unimix=0.01,
+    )
+    posterior = RSSMPosteriorV3(
+        hidden_dim=w.hidden,
+        rnn_hidden_dim=w.deter,
+        num_categoricals=w.categoricals,
+        num_classes=w.classes,
+        obs_embed_dim=w.units,
+        use_rms_norm=True,
+        unimix=0.01,
+    )
+
+    def after(module: nn.Module, inputs: list[str], outputs: list[str]) -> TensorDictModule:
+        return TensorDictModule(
+            module, in_keys=[("next", k) for k in inputs], out_keys=[("next", k) for k in outputs]
+        )
+
+    rollout = RSSMRolloutV3(
+        TensorDictModule(
+            prior,
+            in_keys=["state", "belief", "action"],
+            out_keys=[("next", k) for k in ("prior_logits", "state", "belief")],
+        ),
+        after(posterior, ["belief", "encoded_latents"], ["posterior_logits", "state"]),
+    )
+    world_model = TensorDictSequential(
+        after(nn.Linear(options.width, w.units), ["pixels"], ["encoded_latents"]),
+        rollout,
+        after(DreamerV3MLP(w.deter + width, options.width, 3, w.units), features, ["reco_pixels"]),
+        after(DreamerV3MLP(w.deter + width, 255, 1, w.units, outscale=0.0), features, ["reward_logits"]),
+        after(DreamerV3MLP(w.deter + width, 1, 1, w.units), features, ["continue_pred"]),
+    )
+    return world_model, DreamerV3ModelLoss(world_model, kl_mode="separate", unimix=0.01, lambda_continue=1.0)
+
+
+if __name__ == "__main__":
+    main()

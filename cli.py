@@ -1,0 +1,457 @@
+"""The command line: parse, call one function, print. ``--json`` prints one object as the last line of stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, show, tell, watching
+from pvrpipe.schemas.errors import InvalidValueError, PvrpipeError, one_line
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich"
+)
+pretrain = typer.Typer(
+    no_args_is_help=True, help="Train a representation of your own on the frames of a rollout store."
+)
+app.add_typer(pretrain, name="pretrain")
+
+Root = Annotated[Path, typer.Option(envvar="PVRPIPE_ROOT", help="Workspace that supplies the default paths.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Seed = Annotated[int, typer.Option(help="Decides everything that is drawn.")]
+Engine = Annotated[Literal["ray", "inline"], typer.Option(help="Ray, or this process (for debugging).")]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default: start one here.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per processor.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output made with another configuration.")
+]
+
+DATA = Path("data")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 1, a stop leaves what is finished."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own log files keep the rest
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except PvrpipeError as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(one_line(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("stopped; what is finished is kept. Run the same command again to go on from there.", 130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: wrong usage
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def fail(message: str, status: int) -> None:
+    """Say it on stderr and leave."""
+    print(f"pvrpipe: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.command()
+def collect(
+    env: Annotated[
+        str, typer.Argument(help="Environment, e.g. dmc:walker-walk; `pvrpipe envs` lists them.")
+    ] = "dmc:pendulum-swingup",
+    out: Annotated[Path | None, typer.Argument(help="Rollout store to write.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels of a side of the square frames.")] = 256,
+    camera: Annotated[str, typer.Option(help="Number or name of a camera.")] = "0",
+    action_repeat: Annotated[int, typer.Option(help="Simulator steps per action; rewards are summed.")] = 2,
+    episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 24,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Transitions per episode; default: the task's limit.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="random, ou, mpc, or a mixture such as random:0.5,mpc+0.3:0.5.")
+    ] = "random:0.5,mpc:0.5",
+    shard_rows: Annotated[int | None, typer.Option(help="Rows wanted in a shard.")] = None,
+    seed: Seed = 0,
+    engine: Engine = "ray",
+    address: Address = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Collect rollouts of an environment into a store.
+
+    Example: pvrpipe collect dmc:walker-walk --episodes 100 --policy random:0.3,mpc:0.7
+    """
+    from pvrpipe.rollouts.collect import CollectConfig
+    from pvrpipe.rollouts.collect import collect as run
+    from pvrpipe.store.workspace import Workspace
+
+    out = out or Workspace(root).rollouts(env)
+    config = CollectConfig(
+        environment=env,
+        size=size,
+        camera=int(camera) if camera.lstrip("-").isdecimal() else camera,
+        action_repeat=action_repeat,
+        episodes=episodes,
+        max_steps=max_steps,
+        policy=policy,
+        seed=seed,
+        shard_rows=shard_rows,
+    )
+    note(f"collecting {env} into {out}")
+    with watching("collect", "frames") as progress:
+        result = run(
+            config,
+            out,
+            engine=engine,
+            address=address,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    tell(
+        json_,
+        result,
+        [result],
+        ("store", "episodes", "rows", "shards", "resumed_shards", "frames_per_second"),
+    )
+
+
+@app.command()
+def embed(
+    rollouts: Annotated[Path | None, typer.Argument(help="Rollout store; default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Embedding store to write; for one PVR.")] = None,
+    pvr: Annotated[
+        list[str],
+        typer.Option(help="A name that `pvrpipe pvrs` lists, or the folder of your own; repeatable."),
+    ] = ["vc1"],
+    weights: Annotated[
+        list[str], typer.Option(help="auto, FILE_OR_FOLDER or random:SEED; once, or once per --pvr.")
+    ] = ["auto"],
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="What embeddings are stored in.")
+    ] = "float16",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
+    batch: Annotated[
+        int | None, typer.Option(help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
+    ] = None,
+    device: Device = "auto",
+    engine: Engine = "ray",
+    address: Address = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Push the frames of a rollout store through frozen encoders, each frame decoded once.
+
+    Example: pvrpipe embed --pvr vc1 --pvr dinov2-b
+    """
+    from pvrpipe.pipeline.embed import EmbedConfig
+    from pvrpipe.pipeline.embed import embed as run
+    from pvrpipe.pipeline.encoders import EncoderRequest
+    from pvrpipe.store.workspace import Workspace
+
+    if len(weights) not in (1, len(pvr)):
+        raise InvalidValueError(
+            f"{len(weights)} --weights for {len(pvr)} --pvr; give one for all, or one for each in order"
+        )
+    if out is not None and len(pvr) > 1:
+        raise InvalidValueError(
+            f"OUT is one store, but {len(pvr)} --pvr were given; leave OUT out, or embed one at a time"
+        )
+    rollouts = rollouts or took("rollouts", Workspace(root).newest_rollouts())
+    environment = environment_of(rollouts)
+    outputs = []
+    for name, source in zip(pvr, weights * (len(pvr) // len(weights)), strict=True):
+        folder = out or Workspace(root).embeddings(environment, pvr_label(name, source))
+        outputs.append((EncoderRequest(name, source, precision, device, batch), folder))
+        note(f"embedding with {name} into {folder}")
+    config = EmbedConfig(dtype=dtype, engine=engine, address=address, workers=workers, overwrite=overwrite)
+    with watching("embed", "frames") as progress:
+        results = run(rollouts, outputs, config, progress)
+    for result in results:
+        if result.random_weights:
+            note(
+                f"{result.pvr}: RANDOM WEIGHTS, nobody trained this encoder; its store and all that follows say so"
+            )
+    tell(
+        json_,
+        {"stores": results},
+        results,
+        ("store", "pvr", "shape", "rows", "resumed_shards", "frames_per_second"),
+    )
+
+
+@app.command("train-model")
+def train_model(
+    store: Annotated[Path | None, typer.Argument(help="Embedding store; default: the newest.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="dreamerv3 or tdmpc2.")] = "dreamerv3",
+    size: Annotated[
+        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2).")
+    ] = "1m",
+    updates: Annotated[int, typer.Option(help="Gradient steps.")] = 1000,
+    batch: Annotated[int | None, typer.Option(help="Windows per batch; default: the paper's.")] = None,
+    length: Annotated[int | None, typer.Option(help="Rows per window; default: the paper's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the paper's.")] = None,
+    warmup: Annotated[int, typer.Option(help="Updates over which dreamerv3's learning rate rises.")] = 1000,
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a world model offline from an embedding store; the same command resumes it.
+
+    Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
+    """
+    from pvrpipe.store.workspace import Workspace
+    from pvrpipe.worldmodel.training import TrainConfig, train
+
+    store = store or took("embeddings", Workspace(root).newest_embeddings())
+    name = f"{environment_of(store)}-{store.name}-{model}-{size}-s{seed}".removeprefix("dmc:")
+    run = run or Workspace(root).run(name)
+    config = TrainConfig(
+        model=model,
+        size=size,
+        updates=updates,
+        batch=batch,
+        length=length,
+        seed=seed,
+        learning_rate=learning_rate,
+        warmup=warmup,
+    )
+    note(f"training {model} {size} into {run}")
+    with watching("train", "updates") as progress:
+        result = train(config, store, run, device=pick_device(device), overwrite=overwrite, progress=progress)
+    tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
+
+
+@app.command()
+def probe(
+    run: Annotated[Path | None, typer.Argument(help="Folder of a run; default: the newest.")] = None,
+    store: Annotated[Path | None, typer.Argument(help="Embedding store; default: the run's own.")] = None,
+    horizon: Annotated[list[int], typer.Option(help="Rows to accumulate over; repeatable.")] = [33, 500],
+    split: Annotated[str, typer.Option(help="Which episodes: val or train.")] = "val",
+    seed: Seed = 0,
+    device: Device = "auto",
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a run's dynamics and reward errors on held-out episodes, beside two controls.
+
+    Example: pvrpipe probe data/runs/pendulum-swingup-vc1-dreamerv3-1m-s0 --horizon 15 --horizon 50
+    """
+    from pvrpipe.store.workspace import Workspace
+    from pvrpipe.worldmodel.probe import probe as measure
+    from pvrpipe.worldmodel.runs import RECORD
+
+    run = run or took("run", Workspace(root).newest_run(RECORD))
+    with watching("probe", "episodes") as progress:
+        metrics = measure(
+            run,
+            store,
+            horizons=horizon,
+            split=split,
+            seed=seed,
+            device=pick_device(device),
+            progress=progress,
+        )
+    tell(json_, metrics, error_rows(metrics), ERROR_COLUMNS)
+
+
+@pretrain.command("autoencoder")
+def pretrain_autoencoder(
+    rollouts: Annotated[Path | None, typer.Argument(help="Rollout store; default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder of the encoder, for `embed --pvr`.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 64,
+    updates: Annotated[int, typer.Option(help="Gradient steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Frames per batch.")] = 64,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small convolutional autoencoder on a store's own frames.
+
+    Example: pvrpipe pretrain autoencoder && pvrpipe embed --pvr data/pvrs/dmc-pendulum-swingup-autoencoder
+    """
+    from pvrpipe.pipeline.pretraining import PretrainConfig
+    from pvrpipe.pipeline.pretraining import pretrain_autoencoder as train
+    from pvrpipe.store.workspace import Workspace
+
+    rollouts = rollouts or took("rollouts", Workspace(root).newest_rollouts())
+    out = out or Workspace(root).pvr(environment_of(rollouts), "autoencoder")
+    config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
+    note(f"training an autoencoder into {out}")
+    with watching("pretrain", "updates") as progress:
+        result = train(rollouts, out, config, overwrite, progress)
+    tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "reused"))
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a store is: size, columns, provenance, returns.
+
+    Example: pvrpipe inspect data/rollouts/dmc-pendulum-swingup
+    """
+    from pvrpipe.store.describing import describe
+    from pvrpipe.store.reading import Store
+
+    found = describe(Store.open(store))
+    if json_:
+        return tell(True, found, [], ())
+    for key in ("kind", "environment", "id", "episodes", "rows", "shards", "bytes"):
+        print(f"{key:12} {found[key]}")
+    if found["random_weights"]:
+        print("RANDOM WEIGHTS: nobody trained this encoder")
+    columns = [{**c, "mapped": found["mapped"].get(c["name"], "")} for c in found["columns"]]
+    show(columns, ("name", "dtype", "shape", "layout", "mapped"))
+    return show(
+        found["returns"], ("policy", "split", "episodes", "mean_return", "best_return", "mean_length")
+    )
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every byte and number of a store; exit status 1 and what fails, if anything does.
+
+    Example: pvrpipe verify data/embeddings/dmc-pendulum-swingup/vc1
+    """
+    from pvrpipe.store.verifying import verify as check
+
+    with watching("verify", "shards") as progress:
+        failures = check(store, progress)
+    tell(json_, {"ok": not failures, "failures": failures}, failures, ("where", "what"))
+    if failures:
+        raise typer.Exit(1)
+    if not json_:
+        print(f"{store}: every byte and number holds")
+
+
+@app.command()
+def envs(json_: Json = False, debug: Debug = False) -> None:
+    """List the environments.
+
+    Example: pvrpipe envs
+    """
+    from pvrpipe.rollouts.environments import list_environments
+
+    names = [{"env": name} for name in list_environments()]
+    tell(json_, {"envs": [row["env"] for row in names]}, names, ("env",))
+
+
+@app.command()
+def pvrs(json_: Json = False, debug: Debug = False) -> None:
+    """List the representations: width, licence, where the weights are.
+
+    Example: pvrpipe pvrs
+    """
+    from pvrpipe.pipeline.pvrs import PVRS
+
+    rows = [
+        {
+            "pvr": p.name,
+            "title": p.title,
+            "width": p.width,
+            "licence": p.licence,
+            "weights": p.source.repo or p.source.url,
+            "revision": p.source.revision,
+        }
+        for p in PVRS.values()
+    ]
+    tell(json_, {"pvrs": rows}, rows, ("pvr", "title", "width", "licence", "weights"))
+
+
+@app.command()
+def doctor(root: Root = DATA, json_: Json = False, debug: Debug = False) -> None:
+    """Check what pvrpipe needs of this machine, and print the command that mends what fails.
+
+    Example: pvrpipe doctor
+    """
+    from pvrpipe.commands.doctor import examine
+
+    checks = examine(root)
+    ok = all(check.ok for check in checks if check.needed)
+    tell(json_, {"ok": ok, "checks": checks}, checks, ("check", "ok", "found", "mend"))
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Workspace of the demonstration.")] = Path("demo"),
+    episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 15,
+    max_steps: Annotated[int, typer.Option(help="Transitions per episode.")] = 500,
+    updates: Annotated[int, typer.Option(help="Gradient steps per world model.")] = 500,
+    engine: Engine = "ray",
+    seed: Seed = 0,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go the whole way on a real environment: collect, pretrain, embed, train, probe, compare.
+
+    Example: pvrpipe demo
+    """
+    from pvrpipe.commands.demo import DemoConfig, demonstrate
+
+    rows = demonstrate(out, DemoConfig(episodes, max_steps, updates, seed, engine))
+    tell(json_, {"table": rows}, rows, ("pvr", "model", *ERROR_COLUMNS))
+
+
+def took(what: str, path: Path) -> Path:
+    """Say which default was taken."""
+    note(f"taking the newest {what}: {path}")
+    return path
+
+
+def environment_of(store: Path) -> str:
+    """The environment of a rollout or embedding store."""
+    from pvrpipe.store.layout import read_manifest
+
+    specification = read_manifest(store).specification
+    return (
+        specification.environment if specification.kind == "rollouts" else specification.rollouts.environment
+    )
+
+
+def pvr_label(pvr: str, weights: str) -> str:
+    """A folder's name for an encoder: an own one by what it is, a random one as what it is."""
+    from pvrpipe.pipeline.pvrs import find_pvr
+
+    return find_pvr(pvr).name + ("-" + weights if weights.startswith("random") else "")
+
+
+def pick_device(device: str) -> str:
+    """Resolve ``auto``, and refuse a GPU that is not there."""
+    from pvrpipe.pipeline.encoders import EncoderRequest
+
+    return str(EncoderRequest("", device=device).resolved_device())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the command line does beyond calling one stage: print, check the machine, go the whole way."""

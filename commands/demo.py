@@ -1,0 +1,111 @@
+"""``pvrpipe demo``: the whole way on a real environment, by the same functions as the commands call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pvrpipe.commands.terminal import error_rows, note, watching
+from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
+from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
+from pvrpipe.pipeline.pvrs import PVRS
+from pvrpipe.pipeline.weights import find_weights
+from pvrpipe.rollouts.collect import CollectConfig, collect
+from pvrpipe.schemas.errors import WeightsError, one_line
+from pvrpipe.store.workspace import Workspace
+from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.training import TrainConfig, train
+
+ENVIRONMENT = "dmc:pendulum-swingup"
+#: Diverse trajectories, as the study's analysis has them: aimless, wandering, good, and nearly good.
+POLICY = "random:0.2,ou:0.2,mpc:0.3,mpc+0.3:0.3"
+MODELS: dict[str, dict[str, Any]] = {
+    "dreamerv3": {"size": "1m", "batch": 16, "length": 32, "learning_rate": 1e-3, "warmup": 50},
+    "tdmpc2": {"size": "1m", "batch": 256},
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How much of everything."""
+
+    episodes: int
+    max_steps: int
+    updates: int
+    seed: int
+    engine: Literal["ray", "inline"]
+
+
+def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
+    """Collect, pretrain, embed, train and probe; the rows of the table that compares the models."""
+    workspace = Workspace(root)
+    rollouts, autoencoder = workspace.rollouts(ENVIRONMENT), workspace.pvr(ENVIRONMENT, "autoencoder")
+    with _ray(config.engine):
+        collecting = CollectConfig(
+            environment=ENVIRONMENT,
+            episodes=config.episodes,
+            max_steps=config.max_steps,
+            policy=POLICY,
+            seed=config.seed,
+        )
+        with watching("collect", "frames") as progress:
+            collect(collecting, rollouts, engine=config.engine, progress=progress)
+        with watching("pretrain", "updates") as progress:
+            pretraining = PretrainConfig(seed=config.seed, updates=config.updates)
+            pretrain_autoencoder(rollouts, autoencoder, pretraining, progress=progress)
+        control = EncoderRequest("resnet18", f"random:{config.seed}")
+        outputs = [
+            (EncoderRequest(str(autoencoder)), workspace.embeddings(ENVIRONMENT, "autoencoder")),
+            (control, workspace.embeddings(ENVIRONMENT, f"resnet18-{control.weights}")),
+            *((request, workspace.embeddings(ENVIRONMENT, request.pvr)) for request in _real_pvr()),
+        ]
+        with watching("embed", "frames") as progress:
+            stores = embed(rollouts, outputs, EmbedConfig(engine=config.engine), progress)
+    return [row for store in stores for model in MODELS for row in _compare(workspace, store, model, config)]
+
+
+def _compare(
+    workspace: Workspace, store: EmbedResult, model: str, config: DemoConfig
+) -> list[dict[str, str]]:
+    """Train one model on one store and probe it."""
+    run = workspace.run(f"{store.store.name}-{model}")
+    training = TrainConfig(model=model, updates=config.updates, seed=config.seed, **MODELS[model])
+    with watching("train", "updates") as progress:
+        train(training, store.store, run, progress=progress)
+    with watching("probe", "episodes") as progress:
+        metrics = probe(run, seed=config.seed, progress=progress)
+    pvr = store.pvr + (" (random weights)" if store.random_weights else "")
+    return [{"pvr": pvr, "model": model, **row} for row in error_rows(metrics)]
+
+
+def _real_pvr() -> list[EncoderRequest]:
+    """A representation that someone trained, where its weights can be had; a line why not, where not."""
+    name = "vc1" if torch.cuda.is_available() else "resnet18"
+    try:
+        find_weights(PVRS[name], "auto", name)
+    except WeightsError as error:
+        note(f"no published PVR in this demonstration: {one_line(error)}")
+        return []
+    return [EncoderRequest(name)]
+
+
+@contextmanager
+def _ray(engine: str) -> Iterator[None]:
+    """One Ray for both stages that use it."""
+    if engine != "ray":
+        yield
+        return
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()

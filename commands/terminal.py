@@ -1,0 +1,105 @@
+"""What a person sees: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pvrpipe.schemas.progress import Progress
+
+
+def note(message: str) -> None:
+    """A remark for the person at the terminal; stdout stays clean."""
+    print(message, file=sys.stderr)
+
+
+@contextmanager
+def watching(what: str, unit: str) -> Iterator[Progress]:
+    """A progress bar on stderr with rate and time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:,.1f} {unit}/s")
+
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+    )
+    with Bar(
+        *columns,
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task(what, total=1, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+def tell(as_json: bool, result: Any, rows: Iterable[Any], columns: Sequence[str]) -> None:
+    """Print a result: as one line of JSON, or as a table for a person."""
+    if as_json:
+        print(json.dumps(plain(result)))
+    else:
+        show(rows, columns)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and paths as JSON has them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def show(rows: Iterable[Any], columns: Sequence[str], title: str | None = None) -> None:
+    """A table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title)
+    for row in rows:
+        cells = plain(row)
+        table.add_row(*(f"{c:,.3f}" if isinstance(c := cells[name], float) else str(c) for name in columns))
+    if table.row_count:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+ERROR_COLUMNS = ("error", "horizon", "accumulated", "per step", "shuffled actions", "no change")
+
+
+def error_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A probe's errors as the rows of a table, mean ± standard error over episodes."""
+    rows = []
+    for error in ("dynamics_error", "reward_error"):
+        for horizon, values in metrics[error].items():
+            rows.append(
+                {
+                    "error": error,
+                    "horizon": horizon,
+                    "accumulated": mean_sem(values["accumulated"]),
+                    "per step": mean_sem(values["per_step"]),
+                    "shuffled actions": mean_sem(values["shuffled_actions"]["accumulated"]),
+                    "no change": mean_sem(values["no_change"]["accumulated"]),
+                }
+            )
+    return rows
+
+
+def mean_sem(value: Mapping[str, float | None]) -> str:
+    """``12.3 ± 0.4``."""
+    sem = value["sem"]
+    return f"{value['mean']:.4g}" + (f" ± {sem:.2g}" if sem is not None else "")

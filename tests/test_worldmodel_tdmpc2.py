@@ -1,0 +1,148 @@
+"""TD-MPC2's world model: SimNorm, stacks, alignment and losses; and both optimizers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pvrpipe.schemas.errors import UnknownNameError
+from pvrpipe.worldmodel.models import build_model
+from pvrpipe.worldmodel.optimizer import LaProp, Updater
+from pvrpipe.worldmodel.tdmpc2 import TDMPC2, SimNorm, stacked
+
+WIDTH, ACTION = 5, 2
+GENERATOR = torch.Generator()
+
+
+def windows(rows: int = 6) -> dict[str, Tensor]:
+    """Two windows whose numbers tell row and lane; the second begins its episode."""
+    lane = torch.tensor([100.0, 200.0]).unsqueeze(1) + torch.arange(rows)
+    is_first = torch.zeros(2, rows, dtype=torch.bool)
+    is_first[1, 0] = True
+    return {
+        "embedding": lane.unsqueeze(-1).expand(2, rows, WIDTH),
+        "action": lane.unsqueeze(-1).expand(2, rows, ACTION) / 1000,
+        "reward": lane,
+        "is_first": is_first,
+    }
+
+
+def test_simnorm_is_a_softmax_over_groups_of_eight() -> None:
+    group = torch.arange(8) * 0.25
+    expected = [0.04445499, 0.05708134, 0.07329389, 0.09411121, 0.12084119, 0.15516316, 0.19923344, 0.2558208]
+    assert SimNorm()(group).tolist() == pytest.approx(expected, abs=1e-7)
+    out = SimNorm()(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(out.view(3, 3, 8).sum(-1), torch.ones(3, 3))
+
+
+def test_the_first_row_is_repeated_before_an_episode() -> None:
+    rows = torch.arange(4.0).view(1, 4, 1)
+    assert stacked(rows)[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]
+
+
+def test_windows_use_true_preceding_rows_and_pair_action_with_the_next_reward() -> None:
+    model = TDMPC2("1m", WIDTH, ACTION)
+    stacks, action, reward = model._aligned(windows())
+    newest, oldest = stacks[..., -1], stacks[..., 0]
+    assert newest.tolist() == [[102, 103, 104, 105], [200, 201, 202, 203]]
+    assert oldest.tolist() == [[100, 101, 102, 103], [200, 200, 200, 201]]
+    assert (action[..., 0] * 1000).round().tolist() == [[102, 103, 104], [200, 201, 202]]
+    assert reward.tolist() == [[103, 104, 105], [201, 202, 203]]
+
+
+def test_loss_at_initialisation_and_its_weights() -> None:
+    """The reward loss is ln 101 times the mean of 1, 1/2, 1/4; consistency is weighed by 20, reward by 0.1."""
+    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    loss, terms = model.loss(windows(), GENERATOR)
+    assert terms["reward"].item() == pytest.approx(math.log(101) * 1.75 / 3, abs=1e-4)
+    assert loss.item() == pytest.approx(
+        20 * terms["consistency"].item() + 0.1 * terms["reward"].item(), rel=1e-6
+    )
+
+
+def test_consistency_equals_a_plain_loop_and_its_target_has_no_gradient() -> None:
+    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    stacks, action, _ = model._aligned(windows())
+    z, expected = model.encoder(stacks[:, 0]), torch.zeros(())
+    for t in range(3):
+        z = model.dynamics(torch.cat([z, action[:, t]], -1))
+        expected = expected + nn.functional.mse_loss(z, model.encoder(stacks[:, t + 1]).detach()) * 0.5**t / 3
+    _, terms = model.loss(windows(), GENERATOR)
+    assert terms["consistency"].item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = torch.autograd.grad(terms["consistency"], list(model.encoder.parameters()))
+    theirs = torch.autograd.grad(expected, list(model.encoder.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("width", "encoder"), [(8, 139_520), (256, None), (768, None)], ids=["24-D state", "256", "768"]
+)
+def test_parameter_counts_of_the_published_5m(width: int, encoder: int | None) -> None:
+    """Observation 24 is our stack of three embeddings of 8; wider stacks only widen the first layer."""
+    with torch.device("meta"):
+        model = TDMPC2("5m", width, 6)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert counts["dynamics"] == 794_112
+    assert counts["reward"] == 582_245
+    assert counts["encoder"] == 139_520 + (3 * width - 24) * 256
+    if encoder is not None:
+        assert counts["encoder"] == encoder
+
+
+def test_predictions_follow_the_actions_one_by_one() -> None:
+    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    random = torch.Generator().manual_seed(0)
+    nn.init.normal_(model.reward[-1].weight, std=0.1, generator=random)
+    z, action = torch.rand(3, 128, generator=random), torch.randn(3, 4, ACTION, generator=random)
+    latents, reward = model.predict(z, action, GENERATOR)
+    for t in range(4):
+        joint = torch.cat([z, action[:, t]], -1)
+        assert torch.allclose(reward[:, t], model.two_hot.decode(model.reward(joint)), atol=1e-6)
+        z = model.dynamics(joint)
+        assert torch.allclose(latents[:, t], z)
+    assert model.divergence(latents, latents.flip(1)).max() <= 2 / 8
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="nearest: dreamerv3"):
+        build_model("dreamer", "1m", 8, 2, symlog_inputs=True, seed=0)
+    with pytest.raises(UnknownNameError, match=r"unknown tdmpc2 size '12m'; nearest: .*1m"):
+        build_model("tdmpc2", "12m", 8, 2, symlog_inputs=True, seed=0)
+
+
+def test_laprop_with_clipping_equals_a_float64_loop() -> None:
+    """Ten updates against the written-out rule, with a gradient that is clipped and one that is not."""
+    random = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(4, 3, generator=random).requires_grad_(), torch.zeros(5).requires_grad_()]
+    optimizer = LaProp(parameters, 0.01, warmup=4)
+    expected = [p.detach().double().clone() for p in parameters]
+    momenta, squares = ([torch.zeros_like(p) for p in expected] for _ in range(2))
+    for step in range(1, 11):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=random) * (0.01 if i == 0 else 10)
+            grad = p.grad.double()
+            longest = 0.3 * max(1e-3, expected[i].norm().item())
+            grad = grad * min(1.0, longest / grad.norm().item())
+            squares[i] = 0.999 * squares[i] + 0.001 * grad**2
+            unit = grad / ((squares[i] / (1 - 0.999**step)).sqrt() + 1e-20)
+            momenta[i] = 0.9 * momenta[i] + 0.1 * unit
+            expected[i] = expected[i] - 0.01 * min(1, step / 4) * momenta[i] / (1 - 0.9**step)
+        optimizer.step()
+        for p, q in zip(parameters, expected, strict=True):
+            assert torch.allclose(p.detach().double(), q, rtol=1e-5, atol=1e-7)
+
+
+def test_tdmpc2_learns_slower_in_its_encoder_and_clips_the_whole_gradient() -> None:
+    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    updater.update(1e6 * sum(p.sum() for p in model.parameters()))
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(20.0, rel=1e-3)
+    for name, parameter in model.named_parameters():
+        step = (parameter - before[name]).abs().max().item()
+        expected = 3e-4 * (0.3 if name.startswith("encoder.") else 1.0)
+        assert step == pytest.approx(expected, rel=0.02), name
