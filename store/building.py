@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pvrpipe.schemas.errors import OutputExistsError, PvrpipeError, UnfinishedStoreError
 from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardEntry, ShardPlan, store_id
 from pvrpipe.store.card import card
-from pvrpipe.store.files import disk_errors, locked, remove_temporaries, sha256_of, write_whole
+from pvrpipe.store.files import TEMPORARY, disk_errors, locked, remove_temporaries, sha256_of, write_whole
 from pvrpipe.store.layout import (
     CARD,
     EPISODES,
@@ -162,7 +162,7 @@ def _existing(folder: Path, overwrite: bool) -> Manifest | None:
             if overwrite:
                 return None
             raise
-    others = sorted(p.name for p in folder.iterdir() if p.name != SHARDS)
+    others = sorted(p.name for p in folder.iterdir() if p.name != SHARDS and TEMPORARY not in p.name)
     if others or any((folder / SHARDS).glob("*.json")):
         raise OutputExistsError(
             f"{folder} is not empty and holds no store ({', '.join(others[:3])}); choose another output"

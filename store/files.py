@@ -57,7 +57,7 @@ def sha256_of(path: Path) -> str:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed writer left; call only while holding the folder's lock."""
-    for path in folder.glob(f"*{TEMPORARY}*"):
+    for path in folder.glob(f"*{TEMPORARY}[0-9]*-????????"):
         path.unlink(missing_ok=True)
 
 

@@ -168,6 +168,11 @@ class ShardWriter:
 
     def _count(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Add the training rows to the statistics."""
+        strangers = set(np.unique(arrays["episode"]).tolist()) - self._splits.keys()
+        if strangers:
+            raise InvalidValueError(
+                f"shard {self.plan.shard} was not planned to hold episode {min(strangers)}"
+            )
         train = np.array([self._splits[int(e)] == "train" for e in arrays["episode"]], bool)
         for name, parts in self._moments.items():
             rows = train & ~arrays["is_last"].astype(bool) if name == "action" else train

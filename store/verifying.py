@@ -59,7 +59,8 @@ def verify(path: Path, progress: Progress = silent) -> list[Failure]:
         except PvrpipeError as error:
             failures.append(Failure(entry.file, one_line(error)))
     progress(len(manifest.shards), len(manifest.shards))
-    return failures + list(_whole(store, manifest, commits))
+    whole = _whole(store, manifest, commits) if len(commits) == len(manifest.shards) else ()
+    return [*failures, *whole]
 
 
 def _files(path: Path, manifest: Manifest) -> Iterator[Failure]:
@@ -150,8 +151,9 @@ def _whole(store: Store, manifest: Manifest, commits: dict[int, ShardCommit]) ->
             yield Failure(
                 "store.json", f"'{field}' is {getattr(manifest, field)}, but the shards hold {total}"
             )
+    planned = sum(plan.episodes for plan in manifest.plan)
     for record in records:
-        if record.split != split_of(record.episode, len(records)):
+        if record.split != split_of(record.episode, planned):
             yield Failure("episodes.parquet", f"episode {record.episode} is in the wrong split")
     for name, promised in manifest.statistics.items():
         parts = []

@@ -74,8 +74,14 @@ def draft(episodes: Sequence[Episode], seed: int = 0, shard_rows: int | None = N
 def write_rollouts(tmp_path: Path) -> WriteStore:
     """Write a rollout store of random episodes; returns its folder."""
 
-    def write(lengths: Sequence[int] = (30, 41, 25, 30, 33, 28), *, name: str = "rollouts", seed: int = 0, size: int = 8,
-              shard_rows: int | None = None) -> Path:  # fmt: skip
+    def write(
+        lengths: Sequence[int] = (30, 41, 25, 30, 33, 28),
+        *,
+        name: str = "rollouts",
+        seed: int = 0,
+        size: int = 8,
+        shard_rows: int | None = None,
+    ) -> Path:
         episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
         manifest = draft(episodes, seed, shard_rows)
         with PendingStore.begin(tmp_path / name, manifest) as pending:

@@ -42,7 +42,8 @@ from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.files import locked
 from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel import checkpoints, probe as probing, runs
+from pvrpipe.worldmodel import checkpoints, runs
+from pvrpipe.worldmodel import probe as probing
 from pvrpipe.worldmodel.batches import Batches
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import Updater
@@ -299,7 +300,7 @@ def test_probing_another_encoders_store_names_the_field(
     train(short(), write_embeddings(), tmp_path / "run")
     same = write_embeddings("longer", lengths=(20,) * 5)
     assert probe(tmp_path / "run", same, horizons=(5,))["store"] == str(same)
-    with pytest.raises(RunError, match="another encoder .*name: toy, there other"):
+    with pytest.raises(RunError, match=r"another encoder .*name: toy, there other"):
         probe(tmp_path / "run", write_embeddings("other", encoder="other"))
 
 
@@ -309,23 +310,23 @@ def test_a_killed_run_ends_with_the_same_bytes(
 ) -> None:
     """SIGKILL a real process in the middle of training, run the same again: the same checkpoint and log."""
     store = write_embeddings()
-    config = short(model, updates=40, save_every=4)
+    config = short(model, updates=24, save_every=4)
     train(config, store, tmp_path / "undisturbed")
     program = (
-        "import sys, torch; from pathlib import Path; from pvrpipe.worldmodel.training import *\n"
+        "import sys, torch; from pvrpipe.worldmodel.training import TrainConfig, train\n"
         "torch.set_num_threads(1)\n"
         f"train(TrainConfig(**{config.__dict__!r}), sys.argv[1], sys.argv[2])"
     )
     run = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", program, str(store), str(run)])
     log = run / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 5):
         time.sleep(0.01)
     assert process.poll() is None, "the run ended before it was killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert runs.read_run(run).state == "training"
-    log.write_text(log.read_text() + '{"update": 39, "tra')  # a line cut short by the kill
+    log.write_text(log.read_text() + '{"update": 23, "tra')  # a line cut short by the kill
     train(config, store, run)
     for name in (checkpoints.CHECKPOINT, runs.METRICS):
         assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
@@ -426,7 +427,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_on_resume(tmp_path: Pat
 
 
 def test_a_rollout_store_is_sent_to_embed(write_rollouts: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(NotAStoreError, match="pvrpipe embed .* --pvr NAME"):
+    with pytest.raises(NotAStoreError, match=r"pvrpipe embed .* --pvr NAME"):
         train(short(), write_rollouts(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -436,7 +437,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(UnknownNameError, match="nearest: dreamerv3"):
         TrainConfig("dreamerv2")
-    with pytest.raises(UnknownNameError, match="unknown dreamerv3 size '13m'; nearest: 12m"):
+    with pytest.raises(UnknownNameError, match=r"unknown dreamerv3 size '13m'; nearest: .*12m"):
         TrainConfig("dreamerv3", "13m")
     with pytest.raises(InvalidValueError, match="multiple"):
         TrainConfig(log_every=30, save_every=100)
