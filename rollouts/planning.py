@@ -32,8 +32,9 @@ class PlannerConfig:
     """Actions taken between two plannings."""
     spacings: tuple[int, ...] = (3, 6, 12)
     """Actions between the knots of the noise, in turn from candidate to candidate."""
-    noise: tuple[float, float] = (0.05, 1.0)
-    """Smallest and largest standard deviation of the noise, as fractions of half the action range."""
+    noise: tuple[float, float] = (0.05, 2.0)
+    """Smallest and largest standard deviation of the noise, as fractions of half the action range; the
+    largest is clipped to bang-bang control more often than not, which a weak motor needs."""
 
 
 def planned_actions(

@@ -121,10 +121,10 @@ def test_perturbations_are_linear_between_knots_and_of_every_size() -> None:
 
 
 def test_mpc_swings_the_pendulum_up(pendulum: Environment) -> None:
-    """From hanging still to balancing within 4 seconds, where random actions never get a reward."""
-    planned = run_episode(pendulum, Member("mpc"), episode=0, seed=0).info
-    random = run_episode(pendulum, Member("random"), episode=0, seed=0).info
-    assert planned.episode_return > 60 + random.episode_return
+    """Up and balancing within 4 seconds, which random actions never are."""
+    planned = run_episode(pendulum, Member("mpc"), episode=0, seed=2).info
+    random = run_episode(pendulum, Member("random"), episode=0, seed=2).info
+    assert planned.episode_return > 80 + random.episode_return
 
 
 @pytest.mark.slow

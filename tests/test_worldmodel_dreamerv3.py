@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.modules.models.model_based import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 
 from pvrpipe.worldmodel.distributions import straight_through
-from pvrpipe.worldmodel.dreamerv3 import CONTINUE, RSSM, SIZES, DreamerV3, Size, initialise, mlp
+from pvrpipe.worldmodel.dreamerv3 import CONTINUE, MLP, RSSM, SIZES, DreamerV3, Size, initialise
 from pvrpipe.worldmodel.models import build_model
 
 SMALL = Size(deter=16, hidden=6, classes=3, units=5, categoricals=4, blocks=2)
@@ -77,7 +77,7 @@ def test_the_scan_equals_the_loop_in_values_and_gradients() -> None:
 def test_block_gru_reproduces_the_published_fixture() -> None:
     """TorchRL ``test_block_gru_reference_fixture``: every parameter is linspace(-0.2, 0.2)."""
     rssm = RSSM(Size(deter=4, hidden=4, classes=2, units=4, categoricals=2, blocks=2), 1, 2)
-    prior = mlp(4, 4, 1, 4)
+    prior = MLP(4, 4, 1, 4)
     for parameter in (*rssm.parameters(), *prior.parameters()):
         parameter.data = torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter)
     stoch = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
@@ -118,10 +118,12 @@ def torchrl_rollout(rssm: RSSM) -> RSSMRolloutV3:
         (prior.rnn.hidden_layers[1], rssm.core_norm),
         (prior.rnn.gates, rssm.gates),
         (prior.rnn_to_prior_projector, rssm.prior),
-        (posterior.obs_rnn_to_post_projector, rssm.posterior),
+        (posterior.obs_rnn_to_post_projector, torch.nn.Sequential(rssm.posterior_in, rssm.posterior_out)),
     ]
     for theirs, ours in pairs:
-        theirs.load_state_dict(ours.state_dict())
+        for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+            assert a.shape == b.shape
+            a.data.copy_(b)
     assert sum(p.numel() for p in (*prior.parameters(), *posterior.parameters())) == sum(
         p.numel() for p in rssm.parameters()
     )
@@ -220,13 +222,13 @@ def test_losses_at_initialisation() -> None:
 def test_free_nats_hold_after_the_sum_over_categoricals() -> None:
     """Where prior and posterior agree, both KL losses are exactly 1 and give no gradient."""
     model = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=0)
-    for head in (model.rssm.prior[-1], model.rssm.posterior[-1]):
+    for head in (model.rssm.prior.out, model.rssm.posterior_out):
         torch.nn.init.zeros_(head.weight)
     _, terms = model.loss(batch_of(12), torch.Generator().manual_seed(0))
     assert terms["dynamics"].item() == terms["representation"].item() == 1.0
     assert terms["kl"].item() == pytest.approx(0.0, abs=1e-5)
     (terms["dynamics"] + terms["representation"]).backward()
-    assert model.rssm.prior[-1].weight.grad.abs().max() == 0
+    assert model.rssm.prior.out.weight.grad.abs().max() == 0
 
 
 def test_symlog_inputs_decides_what_is_decoded() -> None:
@@ -244,8 +246,8 @@ def test_symlog_inputs_decides_what_is_decoded() -> None:
 
 def test_a_row_that_is_not_terminal_continues_with_the_discount() -> None:
     model = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=0)
-    model.continues[-1].weight.data.zero_()
-    model.continues[-1].bias.data.fill_(math.log(CONTINUE / (1 - CONTINUE)))
+    model.continues.out.weight.data.zero_()
+    model.continues.out.bias.data.fill_(math.log(CONTINUE / (1 - CONTINUE)))
     batch = batch_of(12)
     batch["is_terminal"][:] = False
     _, terms = model.loss(batch, torch.Generator().manual_seed(0))
@@ -283,7 +285,7 @@ def test_initialisation_counts_the_fan_in_of_all_blocks() -> None:
     for part, fan_in in (
         (model.rssm.gates, 512),
         (model.rssm.core, 512 + 3 * 64 * 8),
-        (model.rssm.prior[0], 512),
+        (model.rssm.prior.hidden[0].linear, 512),
     ):
         assert part.weight.std().item() * fan_in**0.5 == pytest.approx(1.0, abs=0.03)
         assert part.bias.abs().max() == 0

@@ -55,8 +55,8 @@ WIDTH = 8
 CORNERS = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float32)
 CODES = np.random.default_rng(99).normal(size=(5, WIDTH)).astype(np.float16)
 QUICK = {
-    "dreamerv3": TrainConfig("dreamerv3", "1m", 120, 16, 12, learning_rate=2e-3, warmup=20),
-    "tdmpc2": TrainConfig("tdmpc2", "1m", 200, 64, 4, learning_rate=1e-3),
+    "dreamerv3": TrainConfig("dreamerv3", "1m", 60, 24, 8, learning_rate=3e-3, warmup=10),
+    "tdmpc2": TrainConfig("tdmpc2", "1m", 100, 64, 4, learning_rate=2e-3),
 }
 MODELS = tuple(QUICK)
 WriteEmbeddings = Callable[..., Path]

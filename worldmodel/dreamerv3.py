@@ -66,15 +66,30 @@ class BlockLinear(nn.Module):
         return torch.einsum("bgi,gio->bgo", x, self.weight) + self.bias.view(G, width)
 
 
-def layer(features: int, units: int) -> list[nn.Module]:
+class Layer(nn.Module):
     """A linear map, RMS norm without shift, and silu."""
-    return [nn.Linear(features, units), nn.RMSNorm(units, eps=NORM_EPS), nn.SiLU()]
+
+    def __init__(self, features: int, units: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, units)
+        self.norm = nn.RMSNorm(units, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> (..., units)."""
+        return F.silu(self.norm(self.linear(x)))
 
 
-def mlp(features: int, units: int, layers: int, out: int) -> nn.Sequential:
-    """``layers`` hidden layers and a linear output."""
-    hidden = [m for i in range(layers) for m in layer(units if i else features, units)]
-    return nn.Sequential(*hidden, nn.Linear(units, out))
+class MLP(nn.Module):
+    """Hidden layers and a linear output."""
+
+    def __init__(self, features: int, units: int, layers: int, out: int) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(*(Layer(units if i else features, units) for i in range(layers)))
+        self.out = nn.Linear(units, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> (..., out)."""
+        return self.out(self.hidden(x))
 
 
 def initialise(module: nn.Module) -> None:
@@ -97,14 +112,12 @@ class RSSM(nn.Module):
         super().__init__()
         d, H, G = size.deter, size.hidden, size.blocks
         self.size, self.width = size, size.categoricals * size.classes
-        self.deter_in = nn.Sequential(*layer(d, H))
-        self.stoch_in = nn.Sequential(*layer(self.width, H))
-        self.action_in = nn.Sequential(*layer(action, H))
+        self.deter_in, self.stoch_in, self.action_in = Layer(d, H), Layer(self.width, H), Layer(action, H)
         self.core = BlockLinear(d + 3 * H * G, d, G)
         self.core_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.gates = BlockLinear(d, 3 * d, G)
-        self.prior = mlp(d, H, 2, self.width)
-        self.posterior = mlp(d + tokens, H, 1, self.width)
+        self.prior = MLP(d, H, 2, self.width)
+        self.posterior_in, self.posterior_out = Layer(d + tokens, H), nn.Linear(H, self.width)
 
     def step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """The next deter (B, d), from the state and the action (B, A) taken in it."""
@@ -123,7 +136,7 @@ class RSSM(nn.Module):
 
     def posterior_logits(self, deter: Tensor, tokens: Tensor) -> Tensor:
         """The same once the observation is there."""
-        return self._categoricals(self.posterior(torch.cat([deter, tokens], -1)))
+        return self._categoricals(self.posterior_out(self.posterior_in(torch.cat([deter, tokens], -1))))
 
     def observe(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, uniform: Tensor
@@ -147,28 +160,26 @@ class RSSM(nn.Module):
         before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
         before = before.masked_fill(is_first.unsqueeze(-1), 0)
         of_deter, of_state, of_action = self.core.weight.split([k, 2 * H, H], 1)
-        (deter_in, deter_norm, _), (stoch_in, stoch_norm, _) = self.deter_in, self.stoch_in
-        into, post_norm, _, to_logits = self.posterior
-        of_past, of_tokens = into.weight.split([d, tokens.shape[-1]], 1)
+        of_past, of_tokens = self.posterior_in.linear.weight.split([d, tokens.shape[-1]], 1)
         weights = ScanWeights(
-            deter_in=deter_in.weight,
-            deter_in_bias=deter_in.bias,
-            stoch_in=stoch_in.weight,
-            stoch_in_bias=stoch_in.bias,
-            in_gain=torch.stack([deter_norm.weight, stoch_norm.weight]),
+            deter_in=self.deter_in.linear.weight,
+            deter_in_bias=self.deter_in.linear.bias,
+            stoch_in=self.stoch_in.linear.weight,
+            stoch_in_bias=self.stoch_in.linear.bias,
+            in_gain=torch.stack([self.deter_in.norm.weight, self.stoch_in.norm.weight]),
             core_deter=of_deter.contiguous(),
             core_features=of_state.transpose(0, 1).reshape(2 * H, d),
             core_gain=self.core_norm.weight,
             gates=self.gates.weight,
             gates_bias=self.gates.bias.view(G, 1, 3 * k),
             post=of_past.contiguous(),
-            post_gain=post_norm.weight,
-            logits=to_logits.weight,
-            logits_bias=to_logits.bias,
+            post_gain=self.posterior_in.norm.weight,
+            logits=self.posterior_out.weight,
+            logits_bias=self.posterior_out.bias,
         )
         action_kernel = of_action.permute(1, 0, 2).reshape(H, d).t()
         action_part = F.linear(self.action_in(bounded(before.transpose(0, 1))), action_kernel, self.core.bias)
-        token_part = F.linear(tokens.transpose(0, 1), of_tokens, into.bias)
+        token_part = F.linear(tokens.transpose(0, 1), of_tokens, self.posterior_in.linear.bias)
         keep = (~is_first).t().unsqueeze(-1).to(tokens.dtype)
         states = posterior_scan(action_part, token_part, keep, uniform.transpose(0, 1), weights)
         deter, stoch, logits = (s.transpose(0, 1) for s in states)
@@ -227,11 +238,11 @@ class DreamerV3(nn.Module):
         self.encoder = nn.Linear(embedding, widths.units)
         self.rssm = RSSM(widths, widths.units, action)
         self.two_hot = TwoHot.dreamerv3()
-        self.decoder = mlp(features, widths.units, 3, embedding)
-        self.reward = mlp(features, widths.units, 1, len(self.two_hot.bins))
-        self.continues = mlp(features, widths.units, 1, 1)
+        self.decoder = MLP(features, widths.units, 3, embedding)
+        self.reward = MLP(features, widths.units, 1, len(self.two_hot.bins))
+        self.continues = MLP(features, widths.units, 1, 1)
         initialise(self)
-        nn.init.zeros_(self.reward[-1].weight)
+        nn.init.zeros_(self.reward.out.weight)
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The world-model loss (DreamerV3, equations 4 and 5) and its parts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class WorldModel(Protocol):
     model needs to go on from a row, ``latent`` whatever it compares predictions by.
     """
 
-    rows_before: int  # rows a window needs in front of those it trains on
+    rows_before: ClassVar[int]  # rows a window needs in front of those it trains on
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, rows_before + T, ...) -> the loss and its terms."""

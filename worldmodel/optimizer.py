@@ -62,9 +62,9 @@ class LaProp(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "LaProp evaluates nothing again"
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; ``closure`` is not supported."""
+        assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
@@ -115,7 +115,7 @@ class Updater:
             return cls(model, LaProp(model.parameters(), rate, warmup=warmup), None)
         encoder = [p for n, p in model.named_parameters() if n.startswith("encoder.")]
         others = [p for n, p in model.named_parameters() if not n.startswith("encoder.")]
-        groups = [{"params": encoder, "lr": rate * ENCODER_SHARE}, {"params": others}]
+        groups: list[dict[str, Any]] = [{"params": encoder, "lr": rate * ENCODER_SHARE}, {"params": others}]
         adam = torch.optim.Adam(groups, lr=rate, fused=True)
         for p in model.parameters():  # Adam would do this in its first step; a checkpoint is loaded before
             adam.state[p] = {

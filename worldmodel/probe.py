@@ -228,7 +228,8 @@ def padded(store: Store, numbers: Sequence[int], device: torch.device) -> Padded
 def training_reward(store: Store) -> float:
     """Mean reward of a transition in the training episodes, from the episode table alone."""
     train = store.episodes.filter(store.episodes["split"] == "train")
-    return float(train["episode_return"].sum() / max(1, train["length"].sum()))
+    returns, lengths = train["episode_return"].to_numpy(), train["length"].to_numpy()
+    return float(returns.sum() / max(1, lengths.sum()))
 
 
 def _check_encoder(record: runs.RunRecord, store: Store) -> None:

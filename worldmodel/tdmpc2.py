@@ -116,10 +116,10 @@ class TDMPC2(nn.Module):
             layer(widths.encoder, latent, SimNorm()),
         )
         self.dynamics = mlp(joint, widths.hidden, 2, layer(widths.hidden, latent, SimNorm()))
-        bins = len(self.two_hot.bins)
-        self.reward = mlp(joint, widths.hidden, 2, [nn.Linear(widths.hidden, bins)])
+        logits = nn.Linear(widths.hidden, len(self.two_hot.bins))
+        self.reward = mlp(joint, widths.hidden, 2, [logits])
         initialise(self)
-        nn.init.zeros_(self.reward[-1].weight)
+        nn.init.zeros_(logits.weight)
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Consistency and reward along the rolled-out latent (TD-MPC2, equation 3, without the value).

@@ -1,0 +1,211 @@
+"""The embedding stage: right values, the same bytes whatever runs it, and nothing lost when it is killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from pvrpipe.pipeline.embed import EmbedConfig, embed
+from pvrpipe.pipeline.embedding import stored_as
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
+from pvrpipe.schemas.errors import (
+    EncodingError,
+    InvalidValueError,
+    NotAStoreError,
+    OutputExistsError,
+)
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+from .conftest import WriteStore
+
+INLINE = EmbedConfig(engine="inline")
+SMALL = PretrainConfig(size=16, channels=4, width=8, updates=4, batch=8)
+
+
+@pytest.fixture
+def rollouts(write_rollouts: WriteStore) -> Path:
+    return write_rollouts(size=24)
+
+
+@pytest.fixture
+def autoencoder(rollouts: Path, tmp_path: Path) -> EncoderRequest:
+    """A real trained encoder, small enough for a test."""
+    pretrain_autoencoder(rollouts, tmp_path / "ae", SMALL)
+    return EncoderRequest(str(tmp_path / "ae"), device="cpu", batch=16)
+
+
+def test_every_embedding_is_that_of_its_own_frame(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    (result,) = embed(
+        rollouts, [(autoencoder, tmp_path / "e")], EmbedConfig(engine="inline", dtype="float32")
+    )
+    encoder, frames, embeddings = Encoder(autoencoder), Store.open(rollouts), Store.open(tmp_path / "e")
+    assert (result.rows, result.shape) == (frames.manifest.rows, (8,))
+    for episode in range(frames.manifest.episodes):
+        source, stored = frames.read_episode(episode), embeddings.read_episode(episode)
+        for at in range(0, len(source["frame"]), 16):
+            expected = encoder(source["frame"][at : at + 16])
+            np.testing.assert_array_equal(stored["embedding"][at : at + 16], expected)
+        for name in ("action", "reward", "state", "is_first", "is_last", "is_terminal", "episode", "step"):
+            np.testing.assert_array_equal(stored[name], source[name], err_msg=name)
+    assert verify(tmp_path / "e") == []
+    assert embeddings.shard(0).mapped("embedding") is not None
+
+
+def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    golden = safetensors.numpy.load_file(tmp_path / "e" / "golden.safetensors")
+    assert len(golden["frame"]) == 8
+    np.testing.assert_array_equal(
+        Encoder(autoencoder)(golden["frame"]).astype(np.float16), golden["embedding"]
+    )
+
+
+def test_two_encoders_in_one_pass_equal_one_at_a_time(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    pretrain_autoencoder(rollouts, tmp_path / "other", PretrainConfig(**{**vars(SMALL), "seed": 1}))
+    other = EncoderRequest(str(tmp_path / "other"), device="cpu", batch=8)
+    together = embed(rollouts, [(autoencoder, tmp_path / "a"), (other, tmp_path / "b")], INLINE)
+    alone = [embed(rollouts, [(r, tmp_path / n)], INLINE)[0] for r, n in ((autoencoder, "c"), (other, "d"))]
+    assert [r.id for r in together] == [r.id for r in alone]
+    assert together[0].id != together[1].id
+
+
+def test_ray_data_gives_the_same_store_as_this_process(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    inline = embed(rollouts, [(autoencoder, tmp_path / "inline")], INLINE)
+    seen: list[float] = []
+    on_ray = embed(
+        rollouts,
+        [(autoencoder, tmp_path / "ray")],
+        EmbedConfig(engine="ray", workers=2),
+        lambda done, total, note="": seen.append(done / total),
+    )
+    assert on_ray[0].id == inline[0].id
+    assert seen[-1] == 1
+    assert (tmp_path / "ray" / "store.json").read_bytes() == (tmp_path / "inline" / "store.json").read_bytes()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from pvrpipe.pipeline import embedding
+from pvrpipe.pipeline.embed import EmbedConfig, embed
+from pvrpipe.pipeline.encoders import EncoderRequest
+slow = embedding.Encoder.__call__
+embedding.Encoder.__call__ = lambda self, frames: (time.sleep(0.2), slow(self, frames))[1]
+request = EncoderRequest(sys.argv[2], device="cpu", batch=16)
+embed(Path(sys.argv[1]), [(request, Path(sys.argv[3]))], EmbedConfig(engine="inline"))
+"""
+
+
+def test_killed_and_run_again_it_ends_with_the_same_store(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    (whole,) = embed(rollouts, [(autoencoder, tmp_path / "whole")], INLINE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(rollouts), autoencoder.pvr, str(tmp_path / "e")]
+    )
+    while not (tmp_path / "e" / "shards" / "00001.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "e" / "episodes.parquet").exists()
+    (resumed,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    assert resumed.resumed_shards >= 2
+    assert resumed.id == whole.id
+    assert sorted(p.name for p in (tmp_path / "e").rglob("*")) == sorted(
+        p.name for p in (tmp_path / "whole").rglob("*")
+    )
+
+
+def test_a_nan_from_an_encoder_names_the_frame_and_the_other_shards_finish(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, target = Encoder.__call__, Store.open(rollouts).read_episode(2)["frame"][5]
+
+    def broken(self: Encoder, frames: np.ndarray) -> np.ndarray:
+        embedding = original(self, frames)
+        embedding[(frames == target).all(axis=(1, 2, 3))] = np.nan
+        return embedding
+
+    monkeypatch.setattr(Encoder, "__call__", broken)
+    with pytest.raises(
+        EncodingError, match=r"autoencoder gives an embedding that is not finite at episode 2, step 5"
+    ):
+        embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    assert len(list((tmp_path / "e" / "shards").glob("*.json"))) == 5
+    monkeypatch.setattr(Encoder, "__call__", original)
+    (mended,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    assert mended.resumed_shards == 5
+    assert verify(tmp_path / "e") == []
+
+
+def test_float16_never_overflows_in_silence() -> None:
+    rows = {"episode": np.array([4, 4]), "step": np.array([8, 9])}
+    embedding = np.array([[1.0, 2.0], [3.0, 70_000.0]], np.float32)
+    with pytest.raises(
+        EncodingError, match=r"gives 70000 at episode 4, step 9, beyond float16; embed with --dtype float32"
+    ):
+        stored_as(embedding, "float16", "x", rows)
+    assert stored_as(embedding, "float32", "x", rows).tolist() == embedding.tolist()
+
+
+def test_outputs_that_exist_and_inputs_that_do_not_fit(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    with pytest.raises(OutputExistsError, match="dtype: float16, now float32"):
+        embed(rollouts, [(autoencoder, tmp_path / "e")], EmbedConfig(engine="inline", dtype="float32"))
+    with pytest.raises(NotAStoreError, match="give the rollout store"):
+        embed(tmp_path / "e", [(autoencoder, tmp_path / "f")], INLINE)
+    with pytest.raises(InvalidValueError, match="same folder"):
+        embed(rollouts, [(autoencoder, tmp_path / "g"), (autoencoder, tmp_path / "g")], INLINE)
+    (again,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    assert again.resumed_shards == again.shards == 6
+
+
+def test_pretraining_lowers_the_error_on_held_out_frames_and_repeats_exactly(
+    write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    rollouts = write_rollouts(size=16)
+    few, many = (PretrainConfig(**{**vars(SMALL), "updates": n}) for n in (1, 60))
+    short, long = (pretrain_autoencoder(rollouts, tmp_path / str(c.updates), c) for c in (few, many))
+    assert long.loss < short.loss
+    assert long.val_loss < short.val_loss
+    again = pretrain_autoencoder(rollouts, tmp_path / "again", many)
+    assert safetensors.torch.load_file(again.pvr / "encoder.safetensors").keys()
+    for name in ("encoder.safetensors", "pvr.json"):
+        assert (again.pvr / name).read_bytes() == (long.pvr / name).read_bytes()
+    assert pretrain_autoencoder(rollouts, tmp_path / "again", many).reused
+    with pytest.raises(OutputExistsError, match="another configuration"):
+        pretrain_autoencoder(rollouts, tmp_path / "again", few)
+    with pytest.raises(InvalidValueError, match="multiple of 16"):
+        PretrainConfig(size=30)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_the_cpu_does(rollouts: Path) -> None:
+    frames = Store.open(rollouts).read_episode(0)["frame"][:8]
+    on_cpu, on_gpu = (
+        Encoder(EncoderRequest("resnet18", "random:0", device=d, batch=8)) for d in ("cpu", "cuda")
+    )
+    assert torch.cuda.is_available()
+    np.testing.assert_allclose(on_gpu(frames), on_cpu(frames), rtol=1e-3, atol=1e-4)
