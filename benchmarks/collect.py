@@ -1,6 +1,6 @@
 """Collection against a bare step-and-render loop, in one run; prints a table and one line of JSON.
 
-    python benchmarks/collect.py [--frames 240] [--repeats 3] [--size 256]
+    python benchmarks/collect.py [--frames 366] [--repeats 3] [--size 256]
 
 The bare loop is dm_control as its users write it: ``env.step`` twice, ``physics.render``, nothing kept.
 DESIGN.md asks that collecting with n workers reaches 0.95 × n × that, start-up aside. All ways take turns
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--frames", type=int, default=240, help="per process and repeat")
+    parser.add_argument("--frames", type=int, default=366, help="per process and repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=256, help="pixels")
     options = parser.parse_args()

@@ -197,13 +197,18 @@ class SuiteEnvironment:
         return np.ascontiguousarray(self._camera.render())
 
     def _open_camera(self) -> None:
-        """Create the OpenGL context, once; a camera kept open saves its scene's allocation at every frame."""
+        """Create the OpenGL context and draw a first frame, once; that is where renderers fail, and compile.
+
+        A camera kept open also saves the allocation of its scene at every frame.
+        """
         if self._camera is not None:
             return
         try:
-            self._camera = Camera(self._physics, self.size, self.size, self.cameras.index(self.camera))
+            camera = Camera(self._physics, self.size, self.size, self.cameras.index(self.camera))
+            camera.render()
         except Exception as error:  # PyOpenGL, EGL and MuJoCo each raise types of their own
             raise SimulationError(f"the renderer does not start ({one_line(error)}); {MEND_GL}") from error
+        self._camera = camera
 
 
 def _load(domain: str, task: str):  # type: ignore[no-untyped-def]  # dm_control has no types
