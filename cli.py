@@ -433,10 +433,7 @@ def environment_of(store: Path) -> str:
     """The environment of a rollout or embedding store."""
     from pvrpipe.store.layout import read_manifest
 
-    specification = read_manifest(store).specification
-    return (
-        specification.environment if specification.kind == "rollouts" else specification.rollouts.environment
-    )
+    return read_manifest(store).rollouts.environment
 
 
 def pvr_label(pvr: str, weights: str) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from pvrpipe.pipeline.embedding import CARRIED, ShardEmbedder, ShardTimes, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.schemas.errors import EncodingError, InvalidValueError, PvrpipeError
-from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest, RolloutSpecification
+from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
@@ -80,7 +80,9 @@ def embed(
             stack.enter_context(PendingStore.begin(f, draft, config.overwrite)) for _, f, draft in drafts
         ]
         targets = [
-            Target(request, p.folder, p.manifest, frozenset(plan.shard for plan in p.todo))
+            Target(
+                request, p.folder, p.manifest, made_by(p.manifest), frozenset(plan.shard for plan in p.todo)
+            )
             for (request, _, _), p in zip(drafts, pending, strict=True)
         ]
         times = _run(rollouts, [t for t in targets if t.todo], config, store, progress)
@@ -98,10 +100,9 @@ def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -
         )
     encoder = Encoder(request)
     encoder(np.zeros((1, *frame.shape), np.uint8))  # a recipe that these frames do not fit is refused now
-    assert isinstance(store.manifest.specification, RolloutSpecification)
     specification = EmbeddingSpecification(
         rollouts_id=str(store.manifest.id),
-        rollouts=store.manifest.specification,
+        rollouts=store.manifest.rollouts,
         encoder=encoder.identity,
         computation=encoder.computation,
         dtype=config.dtype,
@@ -110,6 +111,12 @@ def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
     columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
     return new_manifest(specification, columns, store.manifest.plan)
+
+
+def made_by(manifest: Manifest) -> EmbeddingSpecification:
+    """How the embeddings of a manifest are made."""
+    assert manifest.embeddings is not None
+    return manifest.embeddings
 
 
 def golden(store: Store, pending: PendingStore) -> dict[str, Rows]:
@@ -162,7 +169,7 @@ def _outcomes(
 def _result(
     pending: PendingStore, manifest: Manifest, times: list[ShardTimes], seconds: float
 ) -> EmbedResult:
-    specification: Any = manifest.specification
+    specification = made_by(manifest)
     name = specification.encoder.name
     done = [t for t in times if name in t.model_seconds]
     return EmbedResult(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
-from pvrpipe.schemas.manifest import Manifest
+from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.store.reading import Rows, Store
 from pvrpipe.store.shards import ShardWriter
 
@@ -30,6 +30,7 @@ class Target:
     request: EncoderRequest
     folder: Path
     manifest: Manifest
+    specification: EmbeddingSpecification
     todo: frozenset[int]
 
 
@@ -60,14 +61,12 @@ class ShardEmbedder:
             EncodingError: an embedding is not finite or does not fit its dtype; names episode and step.
         """
         wanted = [(t, e) for t, e in zip(self.targets, self.encoders, strict=True) if shard in t.todo]
-        times = ShardTimes(
-            shard, model_seconds={t.manifest.specification.encoder.name: 0.0 for t, _ in wanted}
-        )
+        times = ShardTimes(shard, model_seconds={t.specification.encoder.name: 0.0 for t, _ in wanted})
         with contextlib.ExitStack() as stack:
             plan = self.store.manifest.plan[shard]
             writers = [stack.enter_context(ShardWriter(t.folder, t.manifest, plan)) for t, _ in wanted]
             for rows in read_ahead(self._batches(shard, times)):
-                frames = rows.pop("frame")
+                frames = rows.pop("frame").astype(np.uint8, copy=False)
                 times.rows += len(frames)
                 for (target, encoder), writer in zip(wanted, writers, strict=True):
                     self._embed(target, encoder, writer, frames, rows, times)
@@ -103,7 +102,7 @@ class ShardEmbedder:
         rows: Mapping[str, Rows],
         times: ShardTimes,
     ) -> None:
-        specification = target.manifest.specification
+        specification = target.specification
         started = time.perf_counter()
         pieces = [encoder(frames[at : at + encoder.batch]) for at in range(0, len(frames), encoder.batch)]
         times.model_seconds[specification.encoder.name] += time.perf_counter() - started

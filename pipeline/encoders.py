@@ -60,7 +60,9 @@ class Encoder:
         weights = find_weights(self.pvr, request.weights, request.pvr)
         network = build_network(self.pvr, weights.seed if isinstance(weights, Random) else 0)
         self.identity = _identity(self.pvr, network, weights)
-        self.network = network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.network = (
+            network.to(memory_format=torch.channels_last).to(self.device).eval().requires_grad_(False)
+        )
 
     @property
     def computation(self) -> Computation:
@@ -102,8 +104,7 @@ def build_network(pvr: Pvr, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if pvr.architecture == "conv-autoencoder":
-            overrides = {name: int(value) for name, value in pvr.overrides.items()}
-            return ConvEncoder(**overrides, width=pvr.width)
+            return ConvEncoder(**{name: int(value) for name, value in pvr.overrides.items()}, width=pvr.width)
         import timm  # a second of imports that the autoencoder does not need
 
         network: nn.Module = timm.create_model(

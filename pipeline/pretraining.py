@@ -18,7 +18,7 @@ from pvrpipe.pipeline.autoencoder import ConvDecoder, ConvEncoder
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pvrs import SPEC_FILE, WEIGHTS_FILE, Pvr, WeightsSource
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
-from pvrpipe.schemas.manifest import Recipe, RolloutSpecification, canonical_json
+from pvrpipe.schemas.manifest import Recipe, canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import locked, sha256_of, write_whole
 from pvrpipe.store.reading import Store
@@ -180,15 +180,13 @@ def _write(
     report: tuple[float, float],
 ) -> None:
     """Weights first, the specification that makes the folder a PVR last."""
-    specification = store.manifest.specification
-    assert isinstance(specification, RolloutSpecification)
     write_whole(out / WEIGHTS_FILE, safetensors.torch.save(encoder.state_dict()))
     write_whole(out / DECODER_FILE, safetensors.torch.save(decoder.state_dict()))
     losses = {"asked": asked, "loss": report[0], "val_loss": report[1]}
     write_whole(out / REPORT_FILE, canonical_json(losses).encode())
     pvr = Pvr(
         name="autoencoder",
-        title=f"autoencoder trained on {specification.environment}",
+        title=f"autoencoder trained on {store.manifest.rollouts.environment}",
         source=WeightsSource(file=WEIGHTS_FILE, sha256=sha256_of(out / WEIGHTS_FILE)),
         architecture="conv-autoencoder",
         overrides={"size": config.size, "channels": config.channels},

@@ -230,6 +230,17 @@ class Manifest(Frozen):
     files: dict[str, Sha256] = {}
     statistics: dict[str, ColumnStatistics] = {}
 
+    @property
+    def rollouts(self) -> RolloutSpecification:
+        """How the rollouts were made: these, or those that were embedded."""
+        made = self.specification
+        return made.rollouts if isinstance(made, EmbeddingSpecification) else made
+
+    @property
+    def embeddings(self) -> EmbeddingSpecification | None:
+        """How the embeddings were made, if these are any."""
+        return self.specification if isinstance(self.specification, EmbeddingSpecification) else None
+
     def column(self, name: str) -> Column | None:
         """The column of that name, if the store has it."""
         return next((c for c in self.columns if c.name == name), None)

@@ -6,13 +6,12 @@ from typing import Any
 
 import polars as pl
 
-from pvrpipe.schemas.manifest import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 
 
 def describe(store: Store) -> dict[str, Any]:
     """Kind, size, columns, provenance, and returns per policy and split."""
-    manifest, specification = store.manifest, store.manifest.specification
+    manifest = store.manifest
     returns = (
         store.episodes.group_by("policy", "split")
         .agg(
@@ -23,13 +22,12 @@ def describe(store: Store) -> dict[str, Any]:
         )
         .sort("policy", "split")
     )
-    embeddings = isinstance(specification, EmbeddingSpecification)
     return {
         "store": str(store.path),
         "kind": manifest.kind,
         "id": manifest.id,
         "format_version": manifest.format_version,
-        "environment": specification.rollouts.environment if embeddings else specification.environment,
+        "environment": manifest.rollouts.environment,
         "episodes": manifest.episodes,
         "rows": manifest.rows,
         "shards": len(manifest.shards),
@@ -40,7 +38,8 @@ def describe(store: Store) -> dict[str, Any]:
             for c in manifest.columns
             if c.layout == "mapped"
         },
-        "random_weights": embeddings and specification.encoder.weights.random_seed is not None,
-        "specification": specification.model_dump(mode="json"),
+        "random_weights": manifest.embeddings is not None
+        and manifest.embeddings.encoder.weights.random_seed is not None,
+        "specification": manifest.specification.model_dump(mode="json"),
         "returns": returns.to_dicts(),
     }

@@ -65,7 +65,7 @@ def verify(path: Path, progress: Progress = silent) -> list[Failure]:
 
 def _files(path: Path, manifest: Manifest) -> Iterator[Failure]:
     """Names, sizes and hashes."""
-    expected = {name: (None, digest) for name, digest in manifest.files.items()}
+    expected: dict[str, tuple[int | None, str]] = {n: (None, digest) for n, digest in manifest.files.items()}
     expected |= {entry.file: (entry.bytes, entry.sha256) for entry in manifest.shards}
     for name, (size, digest) in expected.items():
         file = path / name
@@ -107,8 +107,8 @@ def _shard(store: Store, manifest: Manifest, index: int, commit: ShardCommit) ->
         if record.row_start != row:
             yield Failure(f"shards/{index:05d}.json", f"episode {record.episode} does not begin at row {row}")
         row += record.rows
-        for column, what in _episode(shard, manifest, record):
-            yield Failure(f"{entry.file}:{column}", f"episode {record.episode}: {what}")
+        for name, what in _episode(shard, manifest, record):
+            yield Failure(f"{entry.file}:{name}", f"episode {record.episode}: {what}")
 
 
 def _differing(schema: pa.Schema, manifest: Manifest) -> str:
