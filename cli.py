@@ -157,9 +157,6 @@ def embed(
 
     Example: pvrpipe embed --pvr vc1 --pvr dinov2-b
     """
-    from pvrpipe.pipeline.embed import EmbedConfig
-    from pvrpipe.pipeline.embed import embed as run
-    from pvrpipe.pipeline.encoders import EncoderRequest
     from pvrpipe.store.workspace import Workspace
 
     if len(weights) not in (1, len(pvr)):
@@ -172,9 +169,15 @@ def embed(
         )
     rollouts = rollouts or took("rollouts", Workspace(root).newest_rollouts())
     environment = environment_of(rollouts)
+    asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
+    folders = [out or Workspace(root).embeddings(environment, pvr_label(*each)) for each in asked]
+
+    from pvrpipe.pipeline.embed import EmbedConfig  # torch takes seconds to import: after the mistakes
+    from pvrpipe.pipeline.embed import embed as run
+    from pvrpipe.pipeline.encoders import EncoderRequest
+
     outputs = []
-    for name, source in zip(pvr, weights * (len(pvr) // len(weights)), strict=True):
-        folder = out or Workspace(root).embeddings(environment, pvr_label(name, source))
+    for (name, source), folder in zip(asked, folders, strict=True):
         outputs.append((EncoderRequest(name, source, precision, device, batch), folder))
         note(f"embedding with {name} into {folder}")
     config = EmbedConfig(dtype=dtype, engine=engine, address=address, workers=workers, overwrite=overwrite)
@@ -220,9 +223,11 @@ def train_model(
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
     from pvrpipe.store.workspace import Workspace
-    from pvrpipe.worldmodel.training import TrainConfig, train
 
     store = store or took("embeddings", Workspace(root).newest_embeddings())
+
+    from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
+
     name = f"{environment_of(store)}-{store.name}-{model}-{size}-s{seed}".removeprefix("dmc:")
     run = run or Workspace(root).run(name)
     config = TrainConfig(
@@ -258,10 +263,11 @@ def probe(
     Example: pvrpipe probe data/runs/pendulum-swingup-vc1-dreamerv3-1m-s0 --horizon 15 --horizon 50
     """
     from pvrpipe.store.workspace import Workspace
-    from pvrpipe.worldmodel.probe import probe as measure
-    from pvrpipe.worldmodel.runs import RECORD
 
-    run = run or took("run", Workspace(root).newest_run(RECORD))
+    run = run or took("run", Workspace(root).newest_run())
+
+    from pvrpipe.worldmodel.probe import probe as measure  # torch: after the mistakes
+
     with watching("probe", "episodes") as progress:
         metrics = measure(
             run,

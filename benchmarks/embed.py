@@ -48,7 +48,7 @@ def main() -> None:
         config = CollectConfig(size=options.size, episodes=1, max_steps=options.frames - 1, policy="random")
         collect(config, rollouts, engine="inline")
         results = [measure(name, rollouts, Path(folder), options) for name in options.pvr]
-    print(f"{'PVR':>10} {'stage':>9} {'bare':>9} {'ratio':>7} {'start-up':>9}   frames/s, s")
+    print(f"{'PVR':>10} {'stage':>9} {'bare':>9} {'ratio':>7} {'start-up':>9}   (frames/s, s)")
     for r in results:
         print(
             f"{r['pvr']:>10} {r['stage']:>9.1f} {r['bare']:>9.1f} {r['ratio']:>7.3f} {r['startup_seconds']:>9.1f}"
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(name: str, rollouts: Path, folder: Path, options: argparse.Namespace) -> dict[str, float | str]:
-    """The stage over one shard and the bare network over as many frames, in turns."""
+    """The stage over one shard, and the bare network over as many frames, in turns."""
     request = EncoderRequest(name, "random:0", options.precision, options.device, options.batch)
     store, target_folder = Store.open(rollouts), folder / name
     manifest = draft_manifest(store, request, EmbedConfig())

@@ -36,9 +36,8 @@ def main() -> None:
     results = [measure(size, options) for size in options.sizes]
     print(f"{'size':>6} {'parameters':>12} {'pvrpipe ms':>11} {'TorchRL ms':>11} {'ratio':>6}")
     for r in results:
-        print(
-            f"{r['size']:>6} {r['parameters']:>12,} {r['pvrpipe_ms']:>11.1f} {r['torchrl_ms']:>11.1f} {r['ratio']:>6.2f}"
-        )
+        numbers = f"{r['pvrpipe_ms']:>11.1f} {r['torchrl_ms']:>11.1f} {r['ratio']:>6.2f}"
+        print(f"{r['size']:>6} {r['parameters']:>12,} {numbers}")
     if options.json is not None:
         options.json.write_text(json.dumps({"threads": options.threads, "results": results}, indent=1) + "\n")
 

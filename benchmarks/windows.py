@@ -61,9 +61,21 @@ def write_store(folder: Path, episodes: int, width: int) -> tuple[Store, NDArray
     """A store of noise, and the same rows in RAM."""
     random = np.random.default_rng(0)
     specification = RolloutSpecification(
-        environment="noise", size=1, camera=0, action_repeat=1, episodes=episodes, max_steps=STEPS, policy="none", seed=0,
-        control_timestep=1.0, action_low=(), action_high=(), state_names=(), renderer="none", versions={},
-    )  # fmt: skip
+        environment="noise",
+        size=1,
+        camera=0,
+        action_repeat=1,
+        episodes=episodes,
+        max_steps=STEPS,
+        policy="none",
+        seed=0,
+        control_timestep=1.0,
+        action_low=(),
+        action_high=(),
+        state_names=(),
+        renderer="none",
+        versions={},
+    )
     columns = with_bounds((column("embedding", "float16", (width,)),))
     manifest = new_manifest(specification, columns, plan_shards(episodes, STEPS + 1))
     rows = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -161,7 +162,7 @@ class SuiteEnvironment:
     def _model(self) -> mujoco.MjModel:
         return self._physics.model.ptr
 
-    def _settle(self, physics, state: NDArray[np.float64]) -> None:  # type: ignore[no-untyped-def]
+    def _settle(self, physics: Any, state: NDArray[np.float64]) -> None:
         """Set a state, and what dm_control keeps in step with it (``mj_step1``, as after its own steps)."""
         mujoco.mj_setState(self._model, physics.data.ptr, state, EVERYTHING)
         mujoco.mj_step1(self._model, physics.data.ptr)
@@ -193,25 +194,25 @@ class SuiteEnvironment:
 
     def _render(self) -> NDArray[np.uint8]:
         """The frame (H, W, 3) of the current state."""
-        self._open_camera()
-        return np.ascontiguousarray(self._camera.render())
+        return np.ascontiguousarray(self._open_camera().render())
 
-    def _open_camera(self) -> None:
+    def _open_camera(self) -> Camera:
         """Create the OpenGL context and draw a first frame, once; that is where renderers fail, and compile.
 
         A camera kept open also saves the allocation of its scene at every frame.
         """
         if self._camera is not None:
-            return
+            return self._camera
         try:
             camera = Camera(self._physics, self.size, self.size, self.cameras.index(self.camera))
             camera.render()
         except Exception as error:  # PyOpenGL, EGL and MuJoCo each raise types of their own
             raise SimulationError(f"the renderer does not start ({one_line(error)}); {MEND_GL}") from error
         self._camera = camera
+        return camera
 
 
-def _load(domain: str, task: str):  # type: ignore[no-untyped-def]  # dm_control has no types
+def _load(domain: str, task: str) -> Any:
     """Load a task, without the parser's notes on deprecated attributes in the suite's own models."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -111,8 +113,13 @@ def choose_backend() -> None:
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")
+    # Mesa's software renderer and triton, which torch imports when it likes, each bring an LLVM. Triton's
+    # loaded first, both work; Mesa's first, the process dies of a segmentation fault (docs/LOG.md).
+    with suppress(ImportError):
+        import_module("triton")
 
 
-def _family(prefix: str):  # type: ignore[no-untyped-def]  # a module
+def _family(prefix: str) -> ModuleType:
+    """The module that knows the environments of a prefix."""
     choose_backend()
     return import_module(FAMILIES[prefix])

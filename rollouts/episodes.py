@@ -75,7 +75,7 @@ def _play(
     row, step = 0, environment.reset(seed)
     while True:
         for name in ("frame", "reward", "state", "physics"):
-            arrays[name][row] = step[name]  # type: ignore[literal-required]
+            arrays[name][row] = step[name]
         if step["is_last"]:
             return row, step["is_terminal"], {name: array[: row + 1] for name, array in arrays.items()}
         arrays["action"][row] = action = next(actions)

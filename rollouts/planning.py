@@ -43,7 +43,7 @@ def planned_actions(
     """The actions (A,) of a planner that plans again from the environment's state every few of them."""
     config = config or PlannerConfig()
     middle = (environment.action_low + environment.action_high) / 2
-    plan = np.tile(middle, (config.horizon, 1))
+    plan: Actions = np.tile(middle, (config.horizon, 1)).astype(np.float32)
     while True:
         plan = improved(plan, environment, rng, config)
         yield from plan[: config.interval]

@@ -47,9 +47,8 @@ class Member:
         """Actions (A,) within the bounds, without end; each is asked for once the last was taken."""
         low, high = environment.action_low, environment.action_high
         for action in POLICIES[self.name](environment, rng):
-            if self.noise:
-                action = action + self.noise * (high - low) / 2 * rng.standard_normal(len(low))
-            yield np.clip(action, low, high).astype(np.float32)
+            noise = self.noise * (high - low) / 2 * rng.standard_normal(len(low)) if self.noise else 0
+            yield np.clip(action + noise, low, high).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ DEATHS = 3  # of workers, without a shard committed in between, until that is an
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
 
 
-@ray.remote(num_cpus=1)
 class ShardWorker:
     """One environment in a process of its own."""
 
@@ -69,7 +69,7 @@ class Pool:
             ray.kill(actor)
 
     def _spawn(self) -> None:
-        actor = ShardWorker.remote()
+        actor = ray.remote(num_cpus=1)(ShardWorker).remote()
         self._busy[self._start(actor)] = (actor, None)
 
     def _next(self) -> ShardCommit | ShardPlan | None:
@@ -142,15 +142,17 @@ def _start_ray(address: str | None, workers: int) -> bool:
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"num_cpus": workers or None, "include_dashboard": False}
+    if address:
+        _check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
             address=address,
+            num_cpus=None if address else workers or None,  # a running cluster has its own
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             ignore_reinit_error=True,
-            **local,
         )
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise SimulationError(
@@ -158,3 +160,16 @@ def _start_ray(address: str | None, workers: int) -> bool:
             "check --address and `pvrpipe doctor`, or use --engine inline"
         ) from error
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse at once an address that nobody answers at; Ray itself goes on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto" and the like are Ray's to resolve
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise SimulationError(
+            f"no Ray cluster answers at {address} ({one_line(error)}); check --address, or leave it out"
+        ) from error

@@ -18,6 +18,8 @@ from pathlib import Path
 from pvrpipe.schemas.errors import NotAStoreError, PvrpipeError
 from pvrpipe.store.layout import MANIFEST, read_manifest
 
+RUN = "run.json"  # what makes a folder a training run
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -49,9 +51,9 @@ class Workspace:
         """The embedding store that was sealed last."""
         return self._newest("embeddings", "embeddings", "make one with `pvrpipe embed --pvr NAME`")
 
-    def newest_run(self, record: str) -> Path:
-        """The run whose record, a file of that name, was written last."""
-        runs = latest_first((self.root / "runs").glob(f"*/{record}"))
+    def newest_run(self) -> Path:
+        """The run whose record was written last."""
+        runs = latest_first((self.root / "runs").glob(f"*/{RUN}"))
         if not runs:
             raise NotAStoreError(
                 f"there is no run in {self.root / 'runs'}; make one with `pvrpipe train-model`"

@@ -286,3 +286,16 @@ def test_bad_environments_leave_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="--workers"):
         collect(SMALL, tmp_path / "store", workers=0)
     assert not (tmp_path / "store").exists()
+
+
+def test_an_address_nobody_answers_at_is_refused_at_once(tmp_path: Path) -> None:
+    """In a process of its own: one with Ray up already stays with that."""
+    code = """
+import sys
+from pvrpipe.rollouts.collect import CollectConfig, collect
+collect(CollectConfig(size=32), sys.argv[1], address="127.0.0.1:1")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert "SimulationError: no Ray cluster answers at 127.0.0.1:1" in last_line
+    assert "--address" in last_line

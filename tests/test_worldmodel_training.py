@@ -62,15 +62,6 @@ MODELS = tuple(QUICK)
 WriteEmbeddings = Callable[..., Path]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Models this small are fastest, and least disturbed by other tests, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def toy_episode(number: int, length: int, shift: int) -> Episode:
     """``embedding[t + 1]`` is the code of ``action[t]``, ``reward[t + 1]`` its first number.
 
@@ -313,8 +304,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     config = short(model, updates=24, save_every=4)
     train(config, store, tmp_path / "undisturbed")
     program = (
-        "import sys, torch; from pvrpipe.worldmodel.training import TrainConfig, train\n"
-        "torch.set_num_threads(1)\n"
+        "import sys; from pvrpipe.worldmodel.training import TrainConfig, train\n"
         f"train(TrainConfig(**{config.__dict__!r}), sys.argv[1], sys.argv[2])"
     )
     run = tmp_path / "killed"

@@ -112,7 +112,7 @@ def one_hot_sample(probs: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (..., C), exactly one-hot; no gradient passes.
     """
-    index = (uniform.unsqueeze(-1) > probs.cumsum(-1)).sum(-1, keepdim=True).clamp_max(probs.shape[-1] - 1)
+    index = (uniform.unsqueeze(-1) > probs.cumsum(-1)[..., :-1]).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -133,6 +133,17 @@ def categorical_kl(p_logits: Tensor, q_logits: Tensor, unimix: float = UNIMIX) -
     Returns:
         (...); not clipped by free nats.
     """
-    p = unimix_probs(p_logits.float(), unimix)
-    q = unimix_probs(q_logits.float(), unimix)
+    p, q = unimix_probs(p_logits.float(), unimix), unimix_probs(q_logits.float(), unimix)
     return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+def balanced_kl(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(posterior || prior) twice, (...) each: the first moves only the prior, the second the posterior.
+
+    Equals :func:`categorical_kl` with one side detached, at half the work.
+    """
+    p, q = unimix_probs(posterior.float()), unimix_probs(prior.float())
+    log_p, log_q = p.log(), q.log()
+    dynamics = (p.detach() * (log_p.detach() - log_q)).sum((-2, -1))
+    representation = (p * (log_p - log_q.detach())).sum((-2, -1))
+    return dynamics, representation

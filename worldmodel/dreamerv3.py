@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvrpipe.worldmodel.distributions import TwoHot, categorical_kl, straight_through, symlog
+from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, categorical_kl, straight_through, symlog
 from pvrpipe.worldmodel.inputs import Standardise
-from pvrpipe.worldmodel.scan import NORM_EPS, UPDATE_BIAS, ScanWeights, posterior_scan
+from pvrpipe.worldmodel.scan import UPDATE_BIAS, ScanWeights, posterior_scan
+from pvrpipe.worldmodel.steps import NORM_EPS
 
 SCALES = {"reconstruction": 1.0, "reward": 1.0, "continue": 1.0, "dynamics": 1.0, "representation": 0.1}
 FREE_NATS = 1.0  # per row, after the sum over categoricals
@@ -261,8 +262,7 @@ class DreamerV3(nn.Module):
         prior = self.rssm.prior_logits(deter)
         features = torch.cat([deter, stoch.flatten(-2)], -1)
         continues = (~batch["is_terminal"]).to(target.dtype) * CONTINUE
-        dynamics = categorical_kl(posterior.detach(), prior)
-        representation = categorical_kl(posterior, prior.detach())
+        dynamics, representation = balanced_kl(posterior, prior)
         terms = {
             "reconstruction": (self.decoder(features) - target).square().sum(-1).mean(),
             "reward": self.two_hot.loss(self.reward(features), batch["reward"]).mean(),

@@ -36,7 +36,7 @@ from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.batches import chance, open_embeddings, tensors_of
-from pvrpipe.worldmodel.models import WorldModel
+from pvrpipe.worldmodel.models import WorldModel, suitable_threads
 from pvrpipe.worldmodel.training import load_model
 
 TOGETHER = 32  # episodes predicted in one batch
@@ -115,10 +115,11 @@ def probe(
         )
     usual = training_reward(embeddings)
     parts = []
-    for start in range(0, len(numbers), TOGETHER):
-        batch = padded(embeddings, numbers[start : start + TOGETHER], device)
-        parts.append(open_loop_errors(model, batch, context, usual, (seed, start)))
-        progress(min(start + TOGETHER, len(numbers)), len(numbers), "episodes")
+    with suitable_threads(model, device):
+        for start in range(0, len(numbers), TOGETHER):
+            batch = padded(embeddings, numbers[start : start + TOGETHER], device)
+            parts.append(open_loop_errors(model, batch, context, usual, (seed, start)))
+            progress(min(start + TOGETHER, len(numbers)), len(numbers), "episodes")
     report = {
         "run": str(folder),
         "model": record.config["model"],

@@ -29,9 +29,10 @@ import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.schemas.manifest import EncoderIdentity, Frozen, canonical_json
 from pvrpipe.store.files import TEMPORARY, disk_errors, locked, remove_temporaries, write_whole
+from pvrpipe.store.workspace import RUN
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 
-RECORD, METRICS, PROBE, TENSORBOARD = "run.json", "metrics.jsonl", "metrics.json", "tensorboard"
+RECORD, METRICS, PROBE, TENSORBOARD = RUN, "metrics.jsonl", "metrics.json", "tensorboard"
 
 
 class RunRecord(Frozen):

@@ -11,16 +11,16 @@ the two together, values and gradients. Inside, time comes first: (T, B, ...).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pvrpipe.worldmodel.distributions import UNIMIX
+from pvrpipe.worldmodel.steps import Draw, Gates, Normed, NormGrad
 
-NORM_EPS = 1e-4
 UPDATE_BIAS = -1.0  # the update gate starts nearly closed
 
 
@@ -71,179 +71,184 @@ class _PosteriorScan(torch.autograd.Function):
         ctx: Any, action_part: Tensor, token_part: Tensor, keep: Tensor, uniform: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         w = ScanWeights(*tensors)
-        T, B, d = action_part.shape
-        G, k, _ = w.core_deter.shape
-        H, S, C = len(w.post), uniform.shape[-1], len(w.logits) // uniform.shape[-1]
-        # A product of few rows is several times faster with the weight laid out (in, out).
-        deter_in, stoch_in, post, to_logits = (
-            m.t().contiguous() for m in (w.deter_in, w.stoch_in, w.post, w.logits)
-        )
+        T, B, S = uniform.shape
+        new, (H, d) = action_part.new_empty, w.post.shape
+        states = _States(new(T + 1, B, d), new(T + 1, B, len(w.logits)).zero_(), new(T, B, len(w.logits)))
+        states.deter[0] = 0
+        kept = _Kept.empty(new, T, B, H, d, len(w.core_deter))
         resets = (keep == 0).flatten(1).any(1).tolist()
-
-        new = action_part.new_empty
-        deter, stoch = new(T + 1, B, d), new(T + 1, B, S, C).zero_()
-        deter[0] = 0
-        logits, gates = new(T, B, S, C), new(T, G, B, 3 * k)
-        gated = _Gated(new(T, G, B, k), new(T, G, B, k), new(T, G, B, k))
-        into, core, hidden = (
-            _Normed.empty(action_part, shape) for shape in ((T, B, 2, H), (T, B, d), (T, B, H))
-        )
-        pre_in = new(B, 2, H)
-        for t in range(T):
-            h, z = deter[t], stoch[t].flatten(1)
-            if resets[t]:
-                h, z = h * keep[t], z * keep[t]
-            torch.addmm(w.deter_in_bias, h, deter_in, out=pre_in[:, 0])
-            torch.addmm(w.stoch_in_bias, z, stoch_in, out=pre_in[:, 1])
-            features = into.forward(t, pre_in, w.in_gain).view(B, 2 * H)
-            pre_core = torch.addmm(action_part[t], features, w.core_features).view(B, G, k)
-            blocks = h.view(B, G, k).transpose(0, 1)
-            pre_core += torch.bmm(blocks, w.core_deter).transpose(0, 1)
-            by_block = core.forward(t, pre_core.view(B, d), w.core_gain).view(B, G, k).transpose(0, 1)
-            torch.baddbmm(w.gates_bias, by_block, w.gates, out=gates[t])
-            gated.forward(t, gates[t], blocks, deter[t + 1].view(B, G, k).transpose(0, 1))
-            pre_post = torch.addmm(token_part[t], deter[t + 1], post)
-            seen = hidden.forward(t, pre_post, w.post_gain)
-            torch.addmm(w.logits_bias, seen, to_logits, out=logits[t].view(B, S * C))
-            _sample_into(stoch[t + 1], logits[t], uniform[t])
+        _run(w, states, kept, action_part, token_part, keep, uniform, resets)
         ctx.resets = resets
-        ctx.save_for_backward(*tensors, keep, deter, stoch, logits, gates, *gated, *into, *core, *hidden)
-        return deter[1:], stoch[1:], logits
+        ctx.save_for_backward(keep, *tensors, *states, *(x for part in kept for x in part))
+        deter, stoch, logits = states.deter[1:], states.stoch[1:], states.logits
+        return deter, stoch.view(T, B, S, -1), logits.view(T, B, S, -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, deter_grad: Tensor, stoch_grad: Tensor, logits_grad: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
+        keep = next(saved)
         w = ScanWeights(*islice(saved, len(ScanWeights._fields)))
-        keep, deter, stoch, logits, gates = islice(saved, 5)
-        gated = _Gated(*islice(saved, 3))
-        into, core, hidden = (_Normed(*islice(saved, 4)) for _ in range(3))
-        T, B, S, C = logits.shape
-        G, k, _ = w.core_deter.shape
-        H, d = w.post.shape
-        before, stoch_before = deter[:-1] * keep, stoch[:-1].flatten(2) * keep
-        probs = torch.softmax(logits, -1)
-        core_deter, gates_out = w.core_deter.mT.contiguous(), w.gates.mT.contiguous()
-        features_out = w.core_features.t().contiguous()
-
-        new = deter.new_empty
-        d_logits, d_gates = new(T, B, S * C), new(G, T, B, 3 * k)
-        d_into, d_core, d_hidden = (_NormGrad.empty(deter, n.unit.shape) for n in (into, core, hidden))
-        d_core_value = new(B, d)
-        dh, dz = new(B, d).zero_(), new(B, S * C).zero_()
-        for t in reversed(range(T)):
-            dz = (dz.view(B, S, C) + stoch_grad[t]) * (1 - UNIMIX)
-            dl = torch.ops.aten._softmax_backward_data(dz, probs[t], -1, probs.dtype)
-            torch.add(dl, logits_grad[t], out=d_logits[t].view(B, S, C))
-            d_pre = hidden.backward(t, torch.mm(d_logits[t], w.logits), w.post_gain, d_hidden)
-            dh = torch.addmm(dh + deter_grad[t], d_pre, w.post).view(B, G, k).transpose(0, 1)
-            by_block = before[t].view(B, G, k).transpose(0, 1)
-            dh = gated.backward(t, dh, gates[t], by_block, d_gates[:, t])
-            torch.bmm(d_gates[:, t], gates_out, out=d_core_value.view(B, G, k).transpose(0, 1))
-            d_pre = core.backward(t, d_core_value, w.core_gain, d_core)
-            dh = torch.baddbmm(dh, d_pre.view(B, G, k).transpose(0, 1), core_deter)
-            dh = dh.transpose(0, 1).reshape(B, d)
-            d_pre = into.backward(t, torch.mm(d_pre, features_out).view(B, 2, H), w.in_gain, d_into)
-            dh = torch.addmm(dh, d_pre[:, 0], w.deter_in)
-            dz = torch.mm(d_pre[:, 1], w.stoch_in)
-            if ctx.resets[t]:
-                dh, dz = dh * keep[t], dz * keep[t]
-
-        def grouped(x: Tensor) -> Tensor:
-            return x.view(T * B, G, k).transpose(0, 1)
-
-        grads = ScanWeights(
-            deter_in=_outer(d_into.pre[:, :, 0], before),
-            deter_in_bias=d_into.pre[:, :, 0].sum((0, 1)),
-            stoch_in=_outer(d_into.pre[:, :, 1], stoch_before),
-            stoch_in_bias=d_into.pre[:, :, 1].sum((0, 1)),
-            in_gain=(d_into.gained * into.unit).sum((0, 1)),
-            core_deter=torch.bmm(grouped(before).mT, grouped(d_core.pre)),
-            core_features=_outer(into.value.flatten(2), d_core.pre),
-            core_gain=(d_core.gained * core.unit).sum((0, 1)),
-            gates=torch.bmm(grouped(core.value).mT, d_gates.flatten(1, 2)),
-            gates_bias=d_gates.sum((1, 2)).unsqueeze(1),
-            post=_outer(d_hidden.pre, deter[1:]),
-            post_gain=(d_hidden.gained * hidden.unit).sum((0, 1)),
-            logits=_outer(d_logits, hidden.value),
-            logits_bias=d_logits.sum((0, 1)),
-        )
-        return d_core.pre, d_hidden.pre, None, None, *grads
+        states, kept = _States(*islice(saved, 3)), _Kept.of(saved)
+        before = _States(states.deter[:-1] * keep, states.stoch[:-1] * keep, states.logits)
+        outer = _States(deter_grad, stoch_grad, logits_grad)
+        grads = _run_back(w, before, kept, outer, keep, ctx.resets)
+        return grads.core.pre, grads.hidden.pre, None, None, *_weight_grads(before, states, kept, grads)
 
 
-class _NormGrad(NamedTuple):
-    """Gradients of a normed layer at every step: before the norm, and before the silu."""
+def _run(
+    w: ScanWeights,
+    states: _States,
+    kept: _Kept,
+    action_part: Tensor,
+    token_part: Tensor,
+    keep: Tensor,
+    uniform: Tensor,
+    resets: list[bool],
+) -> None:
+    """Fill ``states`` and ``kept``, row after row."""
+    T, B = action_part.shape[:2]
+    G, k, _ = w.core_deter.shape
+    # A product of few rows is several times faster with the weight laid out (in, out).
+    deter_in, stoch_in, post, to_logits = (
+        m.t().contiguous() for m in (w.deter_in, w.stoch_in, w.post, w.logits)
+    )
+    gates_bias = w.gates_bias.clone()
+    gates_bias[..., 2 * k :] += UPDATE_BIAS
+    pre_in = action_part.new_empty(B, 2, len(post.t()))
+    pre_deter, pre_stoch = pre_in.unbind(1)
+    draw = Draw(uniform, states.logits.shape[-1] // uniform.shape[-1])
+    deters, stochs, logits = (x.unbind() for x in states)
+    by_block = states.deter.view(T + 1, B, G, k).transpose(1, 2).unbind()
+    for t, (into, core, hidden, gates) in enumerate(zip(*map(_steps, kept), strict=True)):
+        h, z, blocks = deters[t], stochs[t], by_block[t]
+        if resets[t]:
+            h, z, blocks = h * keep[t], z * keep[t], blocks * keep[t]
+        torch.addmm(w.deter_in_bias, h, deter_in, out=pre_deter)
+        torch.addmm(w.stoch_in_bias, z, stoch_in, out=pre_stoch)
+        features = into.forward(pre_in, w.in_gain).flatten(1)
+        pre_core = torch.addmm(action_part[t], features, w.core_features)
+        pre_core.view(B, G, k).add_(torch.bmm(blocks, w.core_deter).transpose(0, 1))
+        value = core.forward(pre_core, w.core_gain).view(B, G, k).transpose(0, 1)
+        torch.baddbmm(gates_bias, value, w.gates, out=gates.pre)
+        gates.forward(blocks, by_block[t + 1])
+        seen = hidden.forward(torch.addmm(token_part[t], deters[t + 1], post), w.post_gain)
+        torch.addmm(w.logits_bias, seen, to_logits, out=logits[t])
+        draw.into(stochs[t + 1], logits[t], t)
 
-    pre: Tensor
-    gained: Tensor
+
+def _run_back(
+    w: ScanWeights, before: _States, kept: _Kept, outer: _States, keep: Tensor, resets: list[bool]
+) -> _Grads:
+    """Gradients of every pre-activation, row after row from the last, given those of the outputs."""
+    (T, B, S, C), (G, k, _), (H, d) = outer.logits.shape, w.core_deter.shape, w.post.shape
+    probs = torch.softmax(before.logits.view(T, B, S, C), -1)
+    core_deter, gates_out = w.core_deter.mT.contiguous(), w.gates.mT.contiguous()
+    features_out = w.core_features.t().contiguous()
+    new = before.deter.new_empty
+    grads = _Grads.like(kept, new(T, B, S * C), new(G, T, B, 3 * k))
+    by_block = before.deter.view(T, B, G, k).transpose(1, 2).unbind()
+    d_value = new(B, d)
+    d_value_blocks = d_value.view(B, G, k).transpose(0, 1)
+    rows = zip(*map(_steps, kept), *map(_steps, grads[:3]), grads.gates.unbind(1), strict=True)
+    dh, dz = new(B, d).zero_(), new(B, S * C).zero_()
+    for t, (into, core, hidden, gates, d_into, d_core, d_hidden, d_gates) in reversed(list(enumerate(rows))):
+        dz = dz.view(B, S, C) + outer.stoch[t]
+        through = torch.ops.aten._softmax_backward_data(dz, probs[t], -1, probs.dtype)
+        d_logits = torch.add(outer.logits[t], through, alpha=1 - UNIMIX).view(B, S * C)
+        grads.logits[t] = d_logits
+        d_pre = hidden.backward(torch.mm(d_logits, w.logits), w.post_gain, d_hidden)
+        dh = torch.addmm(dh + outer.deter[t], d_pre, w.post).view(B, G, k).transpose(0, 1)
+        dh = gates.backward(dh, by_block[t], d_gates)
+        torch.bmm(d_gates, gates_out, out=d_value_blocks)
+        d_pre = core.backward(d_value, w.core_gain, d_core)
+        dh = torch.baddbmm(dh, d_pre.view(B, G, k).transpose(0, 1), core_deter)
+        d_pre = into.backward(torch.mm(d_pre, features_out).view(B, 2, H), w.in_gain, d_into)
+        dh = torch.addmm(dh.transpose(0, 1).reshape(B, d), d_pre[:, 0], w.deter_in)
+        dz = torch.mm(d_pre[:, 1], w.stoch_in)
+        if resets[t]:
+            dh, dz = dh * keep[t], dz * keep[t]
+    return grads
+
+
+def _weight_grads(before: _States, states: _States, kept: _Kept, grads: _Grads) -> ScanWeights:
+    """The gradient of each weight, as one product over T·B rows."""
+    d_deter_in, d_stoch_in = grads.into.pre.unbind(2)
+    G, k = grads.gates.shape[0], grads.gates.shape[-1] // 3
+
+    def by_block(x: Tensor) -> Tensor:
+        return x.view(-1, G, k).transpose(0, 1)
+
+    return ScanWeights(
+        deter_in=_outer(d_deter_in, before.deter),
+        deter_in_bias=d_deter_in.sum((0, 1)),
+        stoch_in=_outer(d_stoch_in, before.stoch),
+        stoch_in_bias=d_stoch_in.sum((0, 1)),
+        in_gain=(grads.into.gained * kept.into.unit).sum((0, 1)),
+        core_deter=torch.bmm(by_block(before.deter).mT, by_block(grads.core.pre)),
+        core_features=_outer(kept.into.value.flatten(2), grads.core.pre),
+        core_gain=(grads.core.gained * kept.core.unit).sum((0, 1)),
+        gates=torch.bmm(by_block(kept.core.value).mT, grads.gates.flatten(1, 2)),
+        gates_bias=grads.gates.sum((1, 2)).unsqueeze(1),
+        post=_outer(grads.hidden.pre, states.deter[1:]),
+        post_gain=(grads.hidden.gained * kept.hidden.unit).sum((0, 1)),
+        logits=_outer(grads.logits, kept.hidden.value),
+        logits_bias=grads.logits.sum((0, 1)),
+    )
+
+
+class _States(NamedTuple):
+    """Deter (T, B, d) and stoch (T, B, S·C), before the first row too where there is one more; logits."""
+
+    deter: Tensor
+    stoch: Tensor
+    logits: Tensor
+
+
+class _Kept(NamedTuple):
+    """The activations of a whole sequence, time first."""
+
+    into: Normed
+    core: Normed
+    hidden: Normed
+    gates: Gates
 
     @classmethod
-    def empty(cls, like: Tensor, shape: Sequence[int]) -> _NormGrad:
-        return cls(*(like.new_empty(shape) for _ in range(2)))
-
-
-class _Normed(NamedTuple):
-    """silu(gain · rms_norm(pre)), kept step by step: (T, B, ..., n) each, ``scale`` (T, B, ..., 1)."""
-
-    scale: Tensor
-    unit: Tensor
-    gained: Tensor
-    value: Tensor
+    def empty(cls, new: Callable[..., Tensor], T: int, B: int, H: int, d: int, G: int) -> _Kept:
+        """Room for T rows."""
+        shapes, k = ((T, B, 2, H), (T, B, d), (T, B, H)), d // G
+        into, core, hidden = (Normed(new(*s[:-1], 1), *(new(s) for _ in range(3))) for s in shapes)
+        return cls(into, core, hidden, Gates(new(T, G, B, 3 * k), *(new(T, G, B, k) for _ in range(3))))
 
     @classmethod
-    def empty(cls, like: Tensor, shape: Sequence[int]) -> _Normed:
-        """Room for every step."""
-        return cls(like.new_empty(*shape[:-1], 1), *(like.new_empty(shape) for _ in range(3)))
-
-    def forward(self, t: int, pre: Tensor, gain: Tensor) -> Tensor:
-        """Step t's value from its pre-activation."""
-        torch.rsqrt(pre.square().mean(-1, keepdim=True).add_(NORM_EPS), out=self.scale[t])
-        torch.mul(pre, self.scale[t], out=self.unit[t])
-        torch.mul(self.unit[t], gain, out=self.gained[t])
-        return torch.ops.aten.silu.out(self.gained[t], out=self.value[t])
-
-    def backward(self, t: int, grad: Tensor, gain: Tensor, out: _NormGrad) -> Tensor:
-        """The gradient of step t's pre-activation from that of its value; both are kept in ``out``."""
-        torch.ops.aten.silu_backward.grad_input(grad, self.gained[t], grad_input=out.gained[t])
-        direct, unit = out.gained[t] * gain, self.unit[t]
-        along = (direct * unit).mean(-1, keepdim=True)
-        return torch.mul(direct.addcmul_(unit, along, value=-1), self.scale[t], out=out.pre[t])
+    def of(cls, tensors: Iterator[Tensor]) -> _Kept:
+        """From the tensors in order."""
+        into, core, hidden = (Normed(*islice(tensors, 4)) for _ in range(3))
+        return cls(into, core, hidden, Gates(*islice(tensors, 4)))
 
 
-class _Gated(NamedTuple):
-    """The gates' activations, kept step by step: (T, G, B, k) each."""
+class _Grads(NamedTuple):
+    """Gradients of all pre-activations of a whole sequence; ``gates`` (G, T, B, 3·k)."""
 
-    reset: Tensor
-    candidate: Tensor
-    update: Tensor
+    into: NormGrad
+    core: NormGrad
+    hidden: NormGrad
+    logits: Tensor
+    gates: Tensor
 
-    def forward(self, t: int, gates: Tensor, before: Tensor, out: Tensor) -> None:
-        """Write the next deter (G, B, k) from pre-activations (G, B, 3·k) and the deter before."""
-        reset, raw, update = gates.chunk(3, -1)
-        torch.sigmoid(reset, out=self.reset[t])
-        torch.tanh(self.reset[t] * raw, out=self.candidate[t])
-        torch.sigmoid(update + UPDATE_BIAS, out=self.update[t])
-        torch.lerp(before, self.candidate[t], self.update[t], out=out)
-
-    def backward(self, t: int, grad: Tensor, gates: Tensor, before: Tensor, out: Tensor) -> Tensor:
-        """Write the pre-activations' gradient (G, B, 3·k); return that of the deter before."""
-        aten = torch.ops.aten
-        reset, candidate, update = self.reset[t], self.candidate[t], self.update[t]
-        d_reset, d_raw, d_update = out.chunk(3, -1)
-        aten.sigmoid_backward.grad_input(grad * (candidate - before), update, grad_input=d_update)
-        d_candidate = grad * update
-        d_inner = aten.tanh_backward(d_candidate, candidate)
-        torch.mul(d_inner, reset, out=d_raw)
-        aten.sigmoid_backward.grad_input(d_inner * gates.chunk(3, -1)[1], reset, grad_input=d_reset)
-        return grad - d_candidate
+    @classmethod
+    def like(cls, kept: _Kept, logits: Tensor, gates: Tensor) -> _Grads:
+        """Room for the gradients of what was kept."""
+        into, core, hidden = (NormGrad(*(torch.empty_like(n.unit) for _ in range(2))) for n in kept[:3])
+        return cls(into, core, hidden, logits, gates)
 
 
-def _sample_into(out: Tensor, logits: Tensor, uniform: Tensor) -> None:
-    """Write one-hot samples of unimixed logits (B, S, C) into zeros ``out`` (B, S, C)."""
-    C = logits.shape[-1]
-    probs = torch.softmax(logits, -1).mul_(1 - UNIMIX).add_(UNIMIX / C)
-    index = (uniform.unsqueeze(-1) > probs.cumsum_(-1)).sum(-1, keepdim=True).clamp_max_(C - 1)
-    out.scatter_(-1, index, 1.0)
+Record = TypeVar("Record", bound=tuple)
+
+
+def _steps(record: Record) -> list[Record]:
+    """A record of whole sequences -> a record of each step; indexing every tensor would cost more."""
+    return [type(record)(*step) for step in zip(*(x.unbind() for x in record), strict=True)]
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.batches import Batches, chance, embedding_width, open_embeddings
-from pvrpipe.worldmodel.models import WorldModel, build_model, check_names
+from pvrpipe.worldmodel.models import WorldModel, build_model, check_names, suitable_threads
 from pvrpipe.worldmodel.optimizer import Updater
 
 BATCH = {"dreamerv3": 16, "tdmpc2": 256}
@@ -137,7 +137,8 @@ def train(
         Batches(store, split, batch=config.windows, length=length, seed=config.seed, device=device)
         for split in ("train", "val")
     )
-    with runs.begun(folder, _record(config, store, model, device), overwrite=overwrite) as record:
+    draft = _record(config, store, model, device)
+    with suitable_threads(model, device), runs.begun(folder, draft, overwrite=overwrite) as record:
         if record.result is not None:
             return TrainResult(**{**record.result, "run": str(folder)})
         resumed = (folder / checkpoints.CHECKPOINT).exists()
