@@ -411,9 +411,9 @@ def doctor(root: Root = DATA, json_: Json = False, debug: Debug = False) -> None
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Workspace of the demonstration.")] = Path("demo"),
-    episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 15,
-    max_steps: Annotated[int, typer.Option(help="Transitions per episode.")] = 500,
-    updates: Annotated[int, typer.Option(help="Gradient steps per world model.")] = 500,
+    episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 12,
+    max_steps: Annotated[int, typer.Option(help="Transitions per episode.")] = 250,
+    updates: Annotated[int, typer.Option(help="Gradient steps per network.")] = 400,
     engine: Engine = "ray",
     seed: Seed = 0,
     json_: Json = False,

@@ -24,6 +24,7 @@ from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 ENVIRONMENT = "dmc:pendulum-swingup"
+SIZE = 128  # pixels; above this, software rendering costs half as much again
 #: Diverse trajectories, as the study's analysis has them: aimless, wandering, good, and nearly good.
 POLICY = "random:0.2,ou:0.2,mpc:0.3,mpc+0.3:0.3"
 MODELS: dict[str, dict[str, Any]] = {
@@ -50,6 +51,7 @@ def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
     with _ray(config.engine):
         collecting = CollectConfig(
             environment=ENVIRONMENT,
+            size=SIZE,
             episodes=config.episodes,
             max_steps=config.max_steps,
             policy=POLICY,

@@ -137,17 +137,16 @@ def _run(
     todo = sorted(set().union(*(t.todo for t in targets)))
     total = sum(store.manifest.shards[shard].rows for shard in todo)
     times: list[ShardTimes] = []
-    failures: list[str] = []
+    failures: list[PvrpipeError] = []
     for outcome in _outcomes(rollouts, targets, todo, config):
-        if isinstance(outcome, EncodingError):
-            failures.append(str(outcome))
-            continue
-        times.append(outcome)
-        progress(sum(t.rows for t in times), total, "frames")
+        if isinstance(outcome, ShardTimes):
+            times.append(outcome)
+            progress(sum(t.rows for t in times), total, "frames")
+        else:
+            failures.append(outcome)
     if failures:
-        raise EncodingError(
-            "; ".join(failures[:3]) + (f" (and {len(failures) - 3} shards more)" if failures[3:] else "")
-        )
+        others = f" (and {len(failures) - 1} shards more failed)" if failures[1:] else ""
+        raise type(failures[0])(f"{failures[0]}{others}")
     return times
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -107,9 +107,8 @@ def build_network(pvr: Pvr, seed: int) -> nn.Module:
             return ConvEncoder(**{name: int(value) for name, value in pvr.overrides.items()}, width=pvr.width)
         import timm  # a second of imports that the autoencoder does not need
 
-        network: nn.Module = timm.create_model(
-            pvr.architecture, pretrained=False, num_classes=0, **pvr.overrides
-        )
+        overrides: dict[str, Any] = {**pvr.overrides}
+        network: nn.Module = timm.create_model(pvr.architecture, num_classes=0, **overrides)
         if pvr.projection is not None:
             network.head = nn.Linear(network.num_features, pvr.projection, bias=False)  # type: ignore[arg-type]
         return network

@@ -5,6 +5,7 @@ Facts and pitfalls of each are in docs/pvrs.md. Nothing here computes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,7 @@ class Pvr(Frozen):
 
 
 def _recipe(
-    resize: int, interpolation: Literal["bilinear", "bicubic"], values: dict[str, tuple[float, ...]]
+    resize: int, interpolation: Literal["bilinear", "bicubic"], values: Mapping[str, tuple[float, ...]]
 ) -> Recipe:
     return Recipe.model_validate(
         {"resize": resize, "interpolation": interpolation, "antialias": True, "crop": 224, **values}

@@ -100,9 +100,9 @@ def test_predictions_follow_the_actions_one_by_one() -> None:
     latents, reward = model.predict(z, action, GENERATOR)
     for t in range(4):
         joint = torch.cat([z, action[:, t]], -1)
-        assert torch.allclose(reward[:, t], model.two_hot.decode(model.reward(joint)), atol=1e-6)
+        assert torch.allclose(reward[:, t], model.two_hot.decode(model.reward(joint)), rtol=1e-4)
         z = model.dynamics(joint)
-        assert torch.allclose(latents[:, t], z)
+        assert torch.allclose(latents[:, t], z, atol=1e-6)
     assert model.divergence(latents, latents.flip(1)).max() <= 2 / 8
 
 
