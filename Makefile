@@ -30,9 +30,9 @@ $(READY): requirements.lock pyproject.toml
 # Off-screen rendering needs EGL and a driver; nothing is done where they are there.
 .PHONY: .gl .install
 .gl:
-	@ldconfig -p 2>/dev/null | grep -q libEGL.so.1 && ldconfig -p | grep -q libOpenGL.so.0 \
-		&& { ls /usr/lib/*/dri/*swrast* /usr/lib/*/libgallium* >/dev/null 2>&1 || ldconfig -p | grep -q libEGL_nvidia; } \
-		|| $(MAKE) --no-print-directory .install PACKAGES="$(GL_PACKAGES)"
+	@{ ldconfig -p | grep -q libEGL.so.1 && ldconfig -p | grep -q libOpenGL.so.0 && \
+		{ ldconfig -p | grep -q libEGL_nvidia || find /usr/lib -name 'swrast_dri.so' -o -name 'libgallium*' | grep -q .; }; } \
+		2>/dev/null || $(MAKE) --no-print-directory .install PACKAGES="$(GL_PACKAGES)"
 
 .install:
 	@if command -v apt-get >/dev/null && [ "$(AS_ROOT)" != no ]; then \

@@ -29,7 +29,7 @@ SIZE = 128  # pixels; above this, software rendering costs half as much again
 POLICY = "random:0.2,ou:0.2,mpc:0.3,mpc+0.3:0.3"
 MODELS: dict[str, dict[str, Any]] = {
     "dreamerv3": {"size": "1m", "batch": 16, "length": 32, "learning_rate": 1e-3, "warmup": 50},
-    "tdmpc2": {"size": "1m", "batch": 256},
+    "tdmpc2": {"size": "1m", "batch": 256, "learning_rate": 1e-3},
 }
 
 

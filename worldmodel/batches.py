@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,8 @@ def embedding_width(store: Store) -> int:
 class Batches:
     """Batch k of a split, as tensors on the device; a pure function of the seed and k.
 
-    ``waited`` is the seconds spent here so far: drawing windows out of the mapped shards takes a
-    thousandth of an update, so nothing is read ahead.
+    While batch k is used, a thread cuts batch k + 1 out of the mapped shards. ``waited`` is the seconds
+    that callers had to wait for it nevertheless.
     """
 
     def __init__(
@@ -56,13 +57,20 @@ class Batches:
         self.sampler = WindowSampler(store, COLUMNS, batch=batch, length=length, seed=seed, split=split)
         self.device = device
         self.waited = 0.0
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
     def __call__(self, k: int) -> dict[str, Tensor]:
         """Columns (B, T, ...): embedding, action and reward in float32, flags in bool."""
         begun = time.perf_counter()
-        batch = tensors_of(self.sampler.batch(k), self.device)
+        coming = self._ahead.get(k) or self._reader.submit(self._read, k)
+        batch = coming.result()
+        self._ahead = {k + 1: self._reader.submit(self._read, k + 1)}
         self.waited += time.perf_counter() - begun
         return batch
+
+    def _read(self, k: int) -> dict[str, Tensor]:
+        return tensors_of(self.sampler.batch(k), self.device)
 
     def first(self, count: int) -> Iterable[dict[str, Tensor]]:
         """The batches 0 … count - 1, for validation."""
