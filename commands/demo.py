@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from pvrpipe.rollouts.collect import CollectConfig, collect
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.store.workspace import Workspace
 from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.runs import updates_done
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 ENVIRONMENT = "dmc:pendulum-swingup"
@@ -70,21 +71,45 @@ def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
         ]
         with watching("embed", "frames") as progress:
             stores = embed(rollouts, outputs, EmbedConfig(engine=config.engine), progress)
-    return [row for store in stores for model in MODELS for row in _compare(workspace, store, model, config)]
+        return _compare_all(workspace, stores, config)
 
 
-def _compare(
-    workspace: Workspace, store: EmbedResult, model: str, config: DemoConfig
+def _compare_all(
+    workspace: Workspace, stores: Sequence[EmbedResult], config: DemoConfig
 ) -> list[dict[str, str]]:
-    """Train one model on one store and probe it."""
-    run = workspace.run(f"{store.store.name}-{model}")
-    training = TrainConfig(model=model, updates=config.updates, seed=config.seed, **MODELS[model])
-    with watching("train", "updates") as progress:
-        train(training, store.store, run, progress=progress)
-    with watching("probe", "episodes") as progress:
-        metrics = probe(run, seed=config.seed, progress=progress)
+    """Train and probe every model on every store; on Ray, as many at once as there are processors."""
+    jobs = [
+        (workspace.run(f"{store.store.name}-{model}"), store, model) for store in stores for model in MODELS
+    ]
+    with watching("models", "updates") as progress:
+
+        def watch() -> None:
+            done = sum(updates_done(run) for run, _, _ in jobs)
+            progress(done, len(jobs) * config.updates, "train and probe")
+
+        if config.engine == "inline":
+            tables = []
+            for job in jobs:
+                tables.append(_compare(*job, config))
+                watch()
+            return [row for table in tables for row in table]
+        import ray
+
+        compare = ray.remote(num_cpus=1)(_compare)
+        pending = references = [compare.remote(*job, config) for job in jobs]
+        while pending:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=1)
+            watch()
+        return [row for table in ray.get(references) for row in table]
+
+
+def _compare(run: Path, store: EmbedResult, model: str, config: DemoConfig) -> list[dict[str, str]]:
+    """Train one model on one store and probe it: its rows of the table."""
+    train(
+        TrainConfig(model=model, updates=config.updates, seed=config.seed, **MODELS[model]), store.store, run
+    )
     pvr = store.pvr + (" (random weights)" if store.random_weights else "")
-    return [{"pvr": pvr, "model": model, **row} for row in error_rows(metrics)]
+    return [{"pvr": pvr, "model": model, **row} for row in error_rows(probe(run, seed=config.seed))]
 
 
 def _real_pvr() -> list[EncoderRequest]:

@@ -1,8 +1,8 @@
 """The small convolutional autoencoder that ``pvrpipe pretrain autoencoder`` trains.
 
 The study's "autoencoder pre-trained on in-distribution task data" (Schneider et al. 2024, section 3.2).
-Its layers follow DreamerV3's image encoder: stride-2 convolutions with RMS norm and SiLU, then one linear
-map to the latent; the decoder mirrors it.
+Its stages follow DreamerV3's image encoder: stride-2 convolutions and SiLU, then one linear map to the
+latent; the decoder mirrors it. Without norms: on a CPU they cost five times the convolutions (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -10,18 +10,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 DEPTHS = (1, 2, 3, 4)  # channels of the four stages, as multiples of `channels`
-
-
-class ChannelNorm(nn.Module):
-    """RMS norm over the channels of (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(channels, eps=1e-4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each pixel."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvEncoder(nn.Module):
@@ -32,11 +20,7 @@ class ConvEncoder(nn.Module):
         layers: list[nn.Module] = []
         inputs = 3
         for depth in DEPTHS:
-            layers += [
-                nn.Conv2d(inputs, depth * channels, 4, stride=2, padding=1),
-                ChannelNorm(depth * channels),
-                nn.SiLU(),
-            ]
+            layers += [nn.Conv2d(inputs, depth * channels, 4, stride=2, padding=1), nn.SiLU()]
             inputs = depth * channels
         self.stages = nn.Sequential(*layers)
         self.latent = nn.Linear(inputs * (size >> len(DEPTHS)) ** 2, width)
@@ -58,7 +42,7 @@ class ConvDecoder(nn.Module):
         for depth in reversed((0, *DEPTHS[:-1])):
             outputs = depth * channels or 3
             layers += [nn.ConvTranspose2d(top, outputs, 4, stride=2, padding=1)]
-            layers += [ChannelNorm(outputs), nn.SiLU()] if depth else []
+            layers += [nn.SiLU()] if depth else []
             top = outputs
         self.stages = nn.Sequential(*layers)
 

@@ -93,8 +93,10 @@ def _train(
     train, val = (frames_of(store, split, config.frames, recipe) for split in ("train", "val"))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        encoder = ConvEncoder(config.size, config.channels, config.width)
-        decoder = ConvDecoder(config.size, config.channels, config.width)
+        encoder, decoder = (
+            part(config.size, config.channels, config.width).to(memory_format=torch.channels_last)
+            for part in (ConvEncoder, ConvDecoder)
+        )
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

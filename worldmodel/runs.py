@@ -130,6 +130,16 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def updates_done(folder: Path) -> int:
+    """How far a run has come, as far as it has logged; 0 where there is none."""
+    try:
+        whole_lines, _, _ = (folder / METRICS).read_text().rpartition("\n")  # another process may be writing
+    except FileNotFoundError:
+        return 0
+    lines = whole_lines.splitlines()
+    return int(json.loads(lines[-1])["update"]) if lines else 0
+
+
 class MetricsLog:
     """Losses by update, to ``metrics.jsonl`` and to TensorBoard.
 
