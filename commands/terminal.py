@@ -89,7 +89,7 @@ def error_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
             rows.append(
                 {
                     "error": error,
-                    "horizon": horizon,
+                    "horizon": reached(int(horizon), values["steps"]["mean"]),
                     "accumulated": mean_sem(values["accumulated"]),
                     "per step": mean_sem(values["per_step"]),
                     "shuffled actions": mean_sem(values["shuffled_actions"]["accumulated"]),
@@ -97,6 +97,11 @@ def error_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
                 }
             )
     return rows
+
+
+def reached(horizon: int, steps: float) -> str:
+    """The horizon, and how far episodes went where they end before it."""
+    return str(horizon) if steps >= horizon else f"{horizon} (end at {steps:.0f})"
 
 
 def mean_sem(value: Mapping[str, float | None]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional as F
 
 from pvrpipe.pipeline.autoencoder import ConvDecoder, ConvEncoder
@@ -177,13 +178,14 @@ def _write(
     out: Path,
     config: PretrainConfig,
     asked: dict[str, object],
-    encoder: ConvEncoder,
-    decoder: ConvDecoder,
+    encoder: nn.Module,
+    decoder: nn.Module,
     report: tuple[float, float],
 ) -> None:
     """Weights first, the specification that makes the folder a PVR last."""
-    write_whole(out / WEIGHTS_FILE, safetensors.torch.save(encoder.state_dict()))
-    write_whole(out / DECODER_FILE, safetensors.torch.save(decoder.state_dict()))
+    for part, name in ((encoder, WEIGHTS_FILE), (decoder, DECODER_FILE)):
+        tensors = {key: tensor.contiguous() for key, tensor in part.state_dict().items()}
+        write_whole(out / name, safetensors.torch.save(tensors))
     losses = {"asked": asked, "loss": report[0], "val_loss": report[1]}
     write_whole(out / REPORT_FILE, canonical_json(losses).encode())
     pvr = Pvr(
