@@ -33,6 +33,7 @@ Overwrite = Annotated[
 ]
 
 DATA = Path("data")
+STOPPED = 130  # what typer returns for Ctrl-C
 
 
 def main() -> None:
@@ -41,18 +42,18 @@ def main() -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     try:
         status = app(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
     except PvrpipeError as error:
         if "--debug" in sys.argv:
             raise
         fail(one_line(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        fail("stopped; what is finished is kept. Run the same command again to go on from there.", 130)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: wrong usage
             error.show()
             sys.exit(error.exit_code)
         raise
+    if status == STOPPED:
+        fail("stopped; what is finished is kept. Run the same command again to go on from there.", STOPPED)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def fail(message: str, status: int) -> None:
