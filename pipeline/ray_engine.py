@@ -35,8 +35,19 @@ def run_on_ray(
     A lost actor is replaced and its shard done again by Ray Data; a shard either was committed or was
     not, so nothing is written twice.
     """
-    if not ray.is_initialized():
+    started = not ray.is_initialized()
+    if started:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield from _run(rollouts, targets, todo, workers)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _run(
+    rollouts: Path, targets: Sequence[Target], todo: Sequence[int], workers: int | None
+) -> Iterator[ShardTimes | PvrpipeError]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
