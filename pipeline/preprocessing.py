@@ -54,7 +54,7 @@ def _resized(pixels: Tensor, recipe: Recipe) -> Tensor:
             antialias=recipe.antialias,
             align_corners=False,
         )
-        pixels = pixels.round_().clamp_(0, 255)
+        pixels = pixels.add_(0.5).floor_().clamp_(0, 255)  # halves go up, as in PIL
     return pixels
 
 
