@@ -414,7 +414,7 @@ def demo(
     out: Annotated[Path, typer.Argument(help="Workspace of the demonstration.")] = Path("demo"),
     episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 12,
     max_steps: Annotated[int, typer.Option(help="Transitions per episode.")] = 200,
-    updates: Annotated[int, typer.Option(help="Gradient steps per network.")] = 400,
+    updates: Annotated[int, typer.Option(help="Gradient steps per network.")] = 300,
     engine: Engine = "ray",
     seed: Seed = 0,
     json_: Json = False,

@@ -99,7 +99,7 @@ class RowReader:
         self._episode_last = self._episode_first + episodes["rows"].to_numpy() - 1
         self._terminated = episodes["terminated"].to_numpy()
         self._resident: dict[str, Rows] = {}
-        self._pieces: dict[str, list[Rows | None]] = {}
+        self._pieces: dict[str, dict[int, Rows]] = {}
 
     def windows(self, name: str, starts: NDArray[np.int64], length: int) -> Rows:
         """Rows ``starts[i] … starts[i] + length`` of a column, (B, T, *shape)."""
@@ -111,8 +111,11 @@ class RowReader:
         out = np.empty((len(starts), length, *column.shape), column.dtype)
         groups = np.searchsorted(self._group_first, starts, "right") - 1
         at = starts - self._group_first[groups]
+        mapped = self._pieces.setdefault(name, {})
         for i, (group, first) in enumerate(zip(groups.tolist(), at.tolist(), strict=True)):
-            piece = self._piece(name, group)
+            piece = mapped.get(group)
+            if piece is None:
+                piece = self._piece(name, group)
             if first + length <= len(piece):
                 out[i] = piece[first : first + length]
             else:
@@ -129,14 +132,11 @@ class RowReader:
 
     def _piece(self, name: str, group: int) -> Rows:
         """A column's rows of one row group; a mapped one is remembered, a decoded one is not."""
-        pieces = self._pieces.setdefault(name, [None] * len(self._group))
-        piece = pieces[group]
-        if piece is None:
-            index, within = self._group[group]
-            shard = self._store.shard(index)
-            piece = shard.group(name, within)
-            if shard.mapped(name) is not None:
-                pieces[group] = piece
+        index, within = self._group[group]
+        shard = self._store.shard(index)
+        piece = shard.group(name, within)
+        if shard.mapped(name) is not None:
+            self._pieces.setdefault(name, {})[group] = piece
         return piece
 
     def _whole(self, name: str) -> Rows:
