@@ -76,7 +76,7 @@ def _published(pvr: Pvr) -> Path:
     """The pinned file, from a cache or downloaded into it."""
     try:
         return _from_hub(pvr) if pvr.source.repo else _from_url(pvr)
-    except Exception as error:
+    except OSError as error:
         origin = pvr.source.repo or pvr.source.url
         raise WeightsError(
             f"the weights of {pvr.name} are not cached and {origin} cannot be reached; "

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import OutputExistsError, PvrpipeError, UnfinishedStoreError
 from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardEntry, ShardPlan, store_id
 from pvrpipe.store.card import card
@@ -174,24 +175,11 @@ def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
     """Refuse to go on with another configuration, and say which fields differ."""
     same = ("kind", "specification", "columns", "plan")
     old, new = (m.model_dump(mode="json", include=set(same)) for m in (existing, draft))
-    differences = list(_differences(old, new))
-    if differences:
+    if differ := differences(old, new):
         raise OutputExistsError(
-            f"{folder} was begun with another configuration ({'; '.join(differences[:4])}); "
+            f"{folder} was begun with another configuration ({differ}); "
             "choose another output, or replace it with --overwrite"
         )
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The fields that differ, as ``seed: 0, now 1``."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            d
-            for key in sorted(old.keys() | new.keys())
-            for d in _differences(old.get(key), new.get(key), key)
-        ]
-    short = [text if len(text := str(value)) < 40 else f"{text[:37]}…" for value in (old, new)]
-    return [] if old == new else [f"{where}: {short[0]}, now {short[1]}"]
 
 
 def _clear(folder: Path) -> None:

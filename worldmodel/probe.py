@@ -19,7 +19,7 @@ of the last context row held still, and the mean reward of the training rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import InvalidValueError, RunError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, canonical_json
 from pvrpipe.schemas.progress import Progress, silent
@@ -237,18 +238,8 @@ def _check_encoder(record: runs.RunRecord, store: Store) -> None:
     """Refuse embeddings that are not comparable with those the run was trained on."""
     specification = store.manifest.specification
     assert isinstance(specification, EmbeddingSpecification)
-    differ = list(_differences(record.encoder.model_dump(), specification.encoder.model_dump()))
-    if differ:
+    if differ := differences(record.encoder.model_dump(), specification.encoder.model_dump(), "there"):
         raise RunError(
-            f"the run was trained on another encoder than that of {store.path} ({'; '.join(differ[:4])}); "
+            f"the run was trained on another encoder than that of {store.path} ({differ}); "
             "give a store that was embedded as the run's own was"
         )
-
-
-def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
-    """The fields that differ, as ``layer: last, there 11``."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in sorted(ours.keys() | theirs.keys()):
-            yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}".lstrip("."))
-    elif ours != theirs:
-        yield f"{where}: {ours}, there {theirs}"
