@@ -31,6 +31,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output made with another configuration.")
 ]
+Format = Annotated[
+    Literal["parquet", "webdataset"], typer.Option("--format", help="Of the shards; both hold the same rows.")
+]
 
 DATA = Path("data")
 STOPPED = 130  # what typer returns for Ctrl-C
@@ -79,6 +82,10 @@ def collect(
         str, typer.Option(help="random, ou, mpc, or a mixture such as random:0.5,mpc+0.3:0.5.")
     ] = "random:0.5,mpc:0.5",
     shard_rows: Annotated[int | None, typer.Option(help="Rows wanted in a shard.")] = None,
+    format_: Format = "parquet",
+    append: Annotated[
+        bool, typer.Option("--append", help="Let a finished store grow to --episodes, as a new revision.")
+    ] = False,
     seed: Seed = 0,
     engine: Engine = "ray",
     address: Address = None,
@@ -107,6 +114,7 @@ def collect(
         policy=policy,
         seed=seed,
         shard_rows=shard_rows,
+        shard_format=format_,
     )
     note(f"collecting {env} into {out}")
     with watching("collect", "frames") as progress:
@@ -117,6 +125,7 @@ def collect(
             address=address,
             workers=workers,
             overwrite=overwrite,
+            append=append,
             progress=progress,
         )
     tell(
@@ -145,6 +154,10 @@ def embed(
     batch: Annotated[
         int | None, typer.Option(help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
     ] = None,
+    format_: Format = "parquet",
+    append: Annotated[
+        bool, typer.Option("--append", help="Embed what the rollout store has grown by, as a new revision.")
+    ] = False,
     device: Device = "auto",
     engine: Engine = "ray",
     address: Address = None,
@@ -181,7 +194,15 @@ def embed(
     for (name, source), folder in zip(asked, folders, strict=True):
         outputs.append((EncoderRequest(name, source, precision, device, batch), folder))
         note(f"embedding with {name} into {folder}")
-    config = EmbedConfig(dtype=dtype, engine=engine, address=address, workers=workers, overwrite=overwrite)
+    config = EmbedConfig(
+        dtype=dtype,
+        engine=engine,
+        address=address,
+        workers=workers,
+        overwrite=overwrite,
+        append=append,
+        shard_format=format_,
+    )
     with watching("embed", "frames") as progress:
         results = run(rollouts, outputs, config, progress)
     for result in results:

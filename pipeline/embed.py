@@ -14,12 +14,14 @@ import numpy as np
 
 from pvrpipe.pipeline.embedding import CARRIED, ShardEmbedder, ShardTimes, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.schemas.errors import EncodingError, InvalidValueError, PvrpipeError
+from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
-from pvrpipe.store.reading import Rows, Store
+from pvrpipe.store.growing import grown
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
 
 GOLDEN_FRAMES = 8
 VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
@@ -34,6 +36,9 @@ class EmbedConfig:
     address: str | None = None
     workers: int | None = None
     overwrite: bool = False
+    append: bool = False
+    """Let a finished store grow by the episodes that its rollout store has grown by."""
+    shard_format: Literal["parquet", "webdataset"] = "parquet"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def embed(
     """
     started = time.perf_counter()
     store = Store.open(rollouts, kind="rollouts")
-    drafts = [(request, folder, draft_manifest(store, request, config)) for request, folder in outputs]
+    drafts = [(request, folder, _draft(store, request, folder, config)) for request, folder in outputs]
     if len({folder.resolve() for _, folder, _ in drafts}) < len(drafts):
         raise InvalidValueError(
             "two of the encoders would write to the same folder; embed them one at a time with OUT"
@@ -86,9 +91,26 @@ def embed(
             for (request, _, _), p in zip(drafts, pending, strict=True)
         ]
         times = _run(rollouts, [t for t in targets if t.todo], config, store, progress)
-        sealed = [p.seal(golden(store, p)) for p in pending]
+        sealed = [p.seal(golden(store, p) if p.manifest.revision == 1 else None) for p in pending]
         seconds = time.perf_counter() - started
         return [_result(p, manifest, times, seconds) for p, manifest in zip(pending, sealed, strict=True)]
+
+
+def _draft(store: Store, request: EncoderRequest, folder: Path, config: EmbedConfig) -> Manifest:
+    """What the store in ``folder`` is to be."""
+    draft = draft_manifest(store, request, config)
+    if not config.append:
+        return draft
+    sealed = Store.open(folder, kind="embeddings").manifest
+    known, now = made_by_last(sealed).rollouts_id, str(store.manifest.id)
+    if known == now:
+        return sealed
+    if known not in [revision.id for revision in store.manifest.earlier]:
+        raise OutputExistsError(
+            f"{folder} holds embeddings of other rollouts, not of an earlier revision of {store.path}; "
+            "choose another output"
+        )
+    return grown(sealed, draft.specification, store.manifest.plan[len(sealed.plan) :])
 
 
 def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -> Manifest:
@@ -110,13 +132,20 @@ def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -
     )
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
     columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
-    return new_manifest(specification, columns, store.manifest.plan)
+    return new_manifest(specification, columns, store.manifest.plan, config.shard_format)
 
 
 def made_by(manifest: Manifest) -> EmbeddingSpecification:
     """How the embeddings of a manifest are made."""
     assert manifest.embeddings is not None
     return manifest.embeddings
+
+
+def made_by_last(manifest: Manifest) -> EmbeddingSpecification:
+    """How the embeddings of the episodes that joined last were made."""
+    specification = manifest.all_parts[-1].specification
+    assert isinstance(specification, EmbeddingSpecification)
+    return specification
 
 
 def golden(store: Store, pending: PendingStore) -> dict[str, Rows]:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
-from pvrpipe.store.reading import Rows, Store
-from pvrpipe.store.shards import ShardWriter
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
+from pvrpipe.store.writing import ShardWriter
 
 READ_AHEAD = 2  # batches that wait, decoded, for the device
 CARRIED = ("action", "reward", "state")  # columns that an embedding store takes over as they are
@@ -64,7 +65,10 @@ class ShardEmbedder:
         times = ShardTimes(shard, model_seconds={t.specification.encoder.name: 0.0 for t, _ in wanted})
         with contextlib.ExitStack() as stack:
             plan = self.store.manifest.plan[shard]
-            writers = [stack.enter_context(ShardWriter(t.folder, t.manifest, plan)) for t, _ in wanted]
+            records = self.store.records(shard)
+            writers = [
+                stack.enter_context(ShardWriter(t.folder, t.manifest, plan, records)) for t, _ in wanted
+            ]
             for rows in read_ahead(self._batches(shard, times)):
                 frames = rows.pop("frame").astype(np.uint8, copy=False)
                 times.rows += len(frames)
@@ -72,7 +76,7 @@ class ShardEmbedder:
                     self._embed(target, encoder, writer, frames, rows, times)
             for writer in writers:
                 with timed(times, "write_seconds"):
-                    writer.commit(self.store.records(shard))
+                    writer.commit()
         return times
 
     def attempt(self, shard: int) -> ShardTimes | PvrpipeError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,9 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.schemas.manifest import Manifest, RolloutSpecification, ShardCommit, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore, new_manifest
+from pvrpipe.store.growing import grown
 from pvrpipe.store.planning import plan_shards
+from pvrpipe.store.reading import Store
 
 ENGINES = ("ray", "inline")
 
@@ -50,6 +52,8 @@ class CollectConfig:
     """The root seed, from which each episode's follows."""
     shard_rows: int | None = None
     """Rows wanted in a shard; None leaves it to the store."""
+    shard_format: Literal["parquet", "webdataset"] = "parquet"
+    """Of the shards; both hold the same rows."""
 
     def __post_init__(self) -> None:
         """Refuse what no environment could mend."""
@@ -87,6 +91,7 @@ def collect(
     address: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    append: bool = False,
     progress: Progress = silent,
 ) -> CollectResult:
     """Collect a rollout store, or go on with one begun with the same configuration.
@@ -98,6 +103,7 @@ def collect(
         address: of a running Ray cluster; None starts one on this machine.
         workers: processes; None takes one per processor that Ray sees.
         overwrite: replace a store begun with another configuration.
+        append: let a finished store grow to ``config.episodes`` episodes, as a new revision.
         progress: told of rows done and to do.
 
     Raises:
@@ -110,7 +116,8 @@ def collect(
         raise UnknownNameError.among("engine", engine, ENGINES)
     if workers is not None and workers < 1:
         raise InvalidValueError(f"--workers is {workers}; it must be at least 1")
-    out, draft = Path(out).absolute(), draft_manifest(config)
+    out = Path(out).absolute()
+    draft = grown_manifest(config, out) if append else draft_manifest(config)
     with PendingStore.begin(out, draft, overwrite) as pending:
         ready, new_rows = time.perf_counter(), 0
         if pending.todo:
@@ -157,7 +164,19 @@ def draft_manifest(config: CollectConfig) -> Manifest:
             versions={**environment.versions, "pyarrow": pa.__version__, "pvrpipe": pvrpipe.__version__},
         )
         plan = plan_shards(config.episodes, environment.max_steps + 1, config.shard_rows)
-        return new_manifest(specification, episode_columns(environment), plan)
+        return new_manifest(specification, episode_columns(environment), plan, config.shard_format)
+
+
+def grown_manifest(config: CollectConfig, out: Path) -> Manifest:
+    """The store in ``out`` with as many episodes more as it lacks of those asked for."""
+    sealed = Store.open(out, kind="rollouts").manifest
+    if sealed.episodes >= config.episodes:
+        return sealed
+    more = draft_manifest(replace(config, episodes=config.episodes - sealed.episodes))
+    assert isinstance(more.specification, RolloutSpecification)
+    longest = more.specification.max_steps + 1
+    plan = plan_shards(more.specification.episodes, longest, config.shard_rows, behind=sealed.plan)
+    return grown(sealed, more.specification, plan)
 
 
 def _engine(
@@ -182,8 +201,7 @@ def _follow(
     commits: Iterator[ShardCommit], draft: Manifest, pending: PendingStore, progress: Progress
 ) -> int:
     """Wait for all shards, telling the progress; the rows that were collected."""
-    assert isinstance(draft.specification, RolloutSpecification)
-    longest = draft.specification.max_steps + 1
+    longest = max(part.specification.max_steps for part in draft.all_parts) + 1
     new_rows, to_do = 0, sum(plan.episodes for plan in pending.todo) * longest
     progress(0, to_do, "collecting")
     for commit in commits:

@@ -86,9 +86,11 @@ class CollectShard:
     """Collects shards of one store; holds one environment, which lives as long as this does."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        specification = manifest.specification
+        part = manifest.all_parts[-1]  # episodes are only ever collected for the part that came last
+        specification = part.specification
         assert isinstance(specification, RolloutSpecification)
         self._folder, self._manifest, self._seed = folder, manifest, specification.seed
+        self._before = part.first_episode
         self._members = parse_policy(specification.policy).assign(specification.episodes, specification.seed)
         self._environment = make_environment(
             specification.environment,
@@ -111,7 +113,8 @@ class CollectShard:
         with ShardWriter(self._folder, self._manifest, plan) as writer:
             for episode in range(plan.first_episode, plan.first_episode + plan.episodes):
                 seed = episode_seed(self._seed, episode)
-                writer.write_episode(run_episode(self._environment, self._members[episode], episode, seed))
+                member = self._members[episode - self._before]
+                writer.write_episode(run_episode(self._environment, member, episode, seed))
             return writer.commit()
 
     def close(self) -> None:

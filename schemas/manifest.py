@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +18,7 @@ from pvrpipe.schemas.records import ArraySpec
 FORMAT_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ShardFile = Annotated[str, Field(pattern=r"^shards/[0-9]{5,9}\.parquet$")]
+ShardFile = Annotated[str, Field(pattern=r"^shards/[0-9]{5,9}\.(parquet|tar)$")]
 Dtype = Literal["uint8", "int32", "float16", "float32", "float64", "bool"]
 Axis = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -152,6 +153,23 @@ class ShardPlan(Frozen):
     episodes: Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
+class Part(Frozen):
+    """Episodes that joined a store after its first, by appending or merging, and how they were made."""
+
+    first_episode: Count
+    episodes: Annotated[int, Field(ge=1, lt=1 << 31)]
+    specification: Specification
+
+
+class EarlierRevision(Frozen):
+    """What the store was before episodes were appended: its first ``shards`` shards, then called ``id``."""
+
+    id: Sha256
+    shards: Count
+    episodes: Count
+    rows: Count
+
+
 class EpisodeRecord(Frozen):
     """One episode as its shard's commit record knows it; one row of ``episodes.parquet``."""
 
@@ -185,7 +203,7 @@ class ShardCommit(Frozen):
     rows: Count
     bytes: Count
     sha256: Sha256
-    row_groups: tuple[Count, ...]  # rows of each
+    row_groups: tuple[Count, ...]  # rows of each; in a tar, of each episode
     episodes: tuple[EpisodeRecord, ...]
     moments: dict[str, Moments]
 
@@ -213,16 +231,26 @@ class ColumnStatistics(Frozen):
 
 
 class Manifest(Frozen):
-    """The whole of ``store.json``. ``state`` is ``writing`` until every shard is committed."""
+    """The whole of ``store.json``. ``state`` is ``writing`` until every shard is committed.
+
+    ``parts`` are the episodes that joined later; ``specification`` made those before the first part.
+    ``earlier`` are the revisions before this one, whose manifests are kept in ``revisions/``.
+    ``splits`` are by the hash of the episode, or as ``recorded`` in the stores this one was made from.
+    """
 
     format: Literal["pvrpipe"] = "pvrpipe"
     format_version: Literal[1] = 1
     kind: Literal["rollouts", "embeddings"]
+    shard_format: Literal["parquet", "webdataset"] = "parquet"
+    revision: Annotated[int, Field(ge=1, lt=100_000)] = 1
     state: Literal["writing", "sealed"]
     id: Sha256 | None = None
     specification: Specification
     columns: tuple[Column, ...]
     plan: tuple[ShardPlan, ...]
+    parts: tuple[Part, ...] = ()
+    earlier: tuple[EarlierRevision, ...] = ()
+    splits: Literal["hash", "recorded"] = "hash"
     rows: Count = 0
     episodes: Count = 0
     bytes: Count = 0
@@ -241,6 +269,22 @@ class Manifest(Frozen):
         """How the embeddings were made, if these are any."""
         return self.specification if isinstance(self.specification, EmbeddingSpecification) else None
 
+    @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """Every part of the store, the first one too."""
+        total = sum(plan.episodes for plan in self.plan)
+        first = self.parts[0].first_episode if self.parts else total
+        return (Part(first_episode=0, episodes=first, specification=self.specification), *self.parts)
+
+    def part_of(self, episode: int) -> Part:
+        """The part that an episode belongs to."""
+        return next(part for part in reversed(self.all_parts) if part.first_episode <= episode)
+
+    @property
+    def episodes_file(self) -> str:
+        """Name of the episode table; an earlier revision's is never changed."""
+        return "episodes.parquet" if self.revision == 1 else f"episodes-{self.revision:05d}.parquet"
+
     def column(self, name: str) -> Column | None:
         """The column of that name, if the store has it."""
         return next((c for c in self.columns if c.name == name), None)
@@ -255,7 +299,13 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
 
 
-def store_id(specification: RolloutSpecification | EmbeddingSpecification, shard_hashes: list[str]) -> str:
-    """Id of a store: sha256 of its specification and of its shards' sha256, in order."""
-    text = canonical_json({"specification": specification.model_dump(mode="json"), "shards": shard_hashes})
-    return hashlib.sha256(text.encode()).hexdigest()
+def store_id(
+    specification: RolloutSpecification | EmbeddingSpecification,
+    shard_hashes: list[str],
+    parts: Iterable[Part] = (),
+) -> str:
+    """Id of a store: sha256 of how it was made, part by part, and of its shards' sha256, in order."""
+    made: dict[str, Any] = {"specification": specification.model_dump(mode="json"), "shards": shard_hashes}
+    if later := [part.model_dump(mode="json") for part in parts]:
+        made["parts"] = later
+    return hashlib.sha256(canonical_json(made).encode()).hexdigest()

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,21 +17,33 @@ from numpy.typing import NDArray
 
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import OutputExistsError, PvrpipeError, UnfinishedStoreError
-from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardEntry, ShardPlan, store_id
+from pvrpipe.schemas.manifest import (
+    Column,
+    Manifest,
+    ShardCommit,
+    ShardEntry,
+    ShardPlan,
+    store_id,
+)
 from pvrpipe.store.card import card
 from pvrpipe.store.files import TEMPORARY, disk_errors, locked, remove_temporaries, sha256_of, write_whole
 from pvrpipe.store.layout import (
+    APPENDING,
     CARD,
     EPISODES,
     GOLDEN,
     MANIFEST,
+    REVISIONS,
     SHARDS,
+    SUFFIXES,
+    parse_manifest,
     read_commit,
     read_manifest,
+    revision_file,
     shard_file,
 )
 from pvrpipe.store.moments import merged, statistics_of
-from pvrpipe.store.shards import ShardWriter
+from pvrpipe.store.writing import ShardWriter
 
 __all__ = ["PendingStore", "ShardWriter"]
 
@@ -51,6 +63,9 @@ class PendingStore:
     def begin(cls, folder: Path, draft: Manifest, overwrite: bool = False) -> PendingStore:
         """Begin a store, or go on with one that was begun with the same configuration.
 
+        A draft made by :func:`pvrpipe.store.growing.grown` is written beside the sealed store, which can be
+        read as it is until the new revision is sealed.
+
         Raises:
             OutputExistsError: the folder holds something else; it is left as it is.
             StoreBusyError: another process is writing there.
@@ -58,43 +73,58 @@ class PendingStore:
         with disk_errors(folder), contextlib.ExitStack() as stack:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder))
-            existing = _existing(folder, overwrite)
+            existing = _existing(folder, draft, overwrite)
             if existing is not None and not overwrite:
                 _refuse_other(folder, existing, draft)
             if existing is None or overwrite:
-                _clear(folder)
-                write_whole(folder / MANIFEST, draft.to_json().encode())
+                _clear(folder, draft)
+                write_whole(folder / _draft_file(draft), draft.to_json().encode())
                 existing = draft
             remove_temporaries(folder)
             remove_temporaries(folder / SHARDS)
+            if read_draft(folder) is None:
+                (folder / APPENDING).unlink(missing_ok=True)  # killed right after sealing
             return cls(folder, existing, stack.pop_all())
 
     def commits(self) -> dict[int, ShardCommit]:
         """The shards that exist: those whose commit record and bytes are both there."""
         found = {}
         for plan in self.manifest.plan:
-            commit, path = read_commit(self.folder, plan.shard), self.folder / shard_file(plan.shard)
+            commit = read_commit(self.folder, plan.shard)
+            path = self.folder / shard_file(plan.shard, self.manifest.shard_format)
             if commit is not None and path.is_file() and path.stat().st_size == commit.bytes:
                 found[plan.shard] = commit
         return found
 
     def seal(self, golden: Mapping[str, NDArray[np.generic]] | None = None) -> Manifest:
-        """Write ``episodes.parquet``, the golden frames and the card, and the manifest last.
+        """Write the episode table, the golden frames and the card, and the manifest last.
 
         The bytes follow from the commit records alone, so they are the same whoever wrote the shards.
+        Of a store that has grown, the manifest as it was is kept first; nothing else of it is changed.
         """
         if self.manifest.state == "sealed":
             return self.manifest
         ordered = self._all_commits()
-        files = {EPISODES: _episodes_file(ordered)}
+        files = {self.manifest.episodes_file: _episodes_file(ordered)}
         if golden is not None:
             files[GOLDEN] = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in golden.items()})
         for name, data in files.items():
             write_whole(self.folder / name, data)
-        self.manifest = self._sealed(ordered, {name: sha256_of(self.folder / name) for name in files})
+        kept = self._keep_revision() if self.manifest.revision > 1 else {}
+        hashes = {name: sha256_of(self.folder / name) for name in files}
+        self.manifest = self._sealed(ordered, kept | hashes)
         write_whole(self.folder / CARD, card(self.manifest).encode())
         write_whole(self.folder / MANIFEST, self.manifest.to_json().encode())
+        (self.folder / APPENDING).unlink(missing_ok=True)
         return self.manifest
+
+    def _keep_revision(self) -> dict[str, str]:
+        """Keep the manifest as it was under ``revisions/``; the hashes of all files that stay."""
+        before = read_manifest(self.folder)
+        kept = revision_file(before.revision)
+        (self.folder / kept).parent.mkdir(exist_ok=True)
+        write_whole(self.folder / kept, before.to_json().encode())
+        return {**before.files, kept: sha256_of(self.folder / kept)}
 
     def as_sealed(self) -> Manifest:
         """The manifest with all shards in it, before the files beside them are written."""
@@ -113,7 +143,7 @@ class PendingStore:
         return self.manifest.model_copy(
             update={
                 "state": "sealed",
-                "id": store_id(self.manifest.specification, [c.sha256 for c in commits]),
+                "id": store_id(self.manifest.specification, [c.sha256 for c in commits], self.manifest.parts),
                 "rows": sum(c.rows for c in commits),
                 "episodes": sum(len(c.episodes) for c in commits),
                 "bytes": sum(c.bytes for c in commits),
@@ -147,22 +177,42 @@ class PendingStore:
         self._lock.close()
 
 
-def new_manifest(specification: Any, columns: tuple[Any, ...], plan: tuple[ShardPlan, ...]) -> Manifest:
+def new_manifest(
+    specification: Any,
+    columns: tuple[Column, ...],
+    plan: tuple[ShardPlan, ...],
+    shard_format: Literal["parquet", "webdataset"] = "parquet",
+) -> Manifest:
     """The draft that a store is begun with."""
+    if shard_format == "webdataset":  # members of a tar are not compressed
+        columns = tuple(c.model_copy(update={"layout": "mapped"}) for c in columns)
     return Manifest(
-        kind=specification.kind, state="writing", specification=specification, columns=columns, plan=plan
+        kind=specification.kind,
+        shard_format=shard_format,
+        state="writing",
+        specification=specification,
+        columns=columns,
+        plan=plan,
     )
 
 
-def _existing(folder: Path, overwrite: bool) -> Manifest | None:
-    """What the folder already holds; a folder of strangers' files is never touched."""
+def _draft_file(draft: Manifest) -> str:
+    return MANIFEST if draft.revision == 1 else APPENDING
+
+
+def _existing(folder: Path, draft: Manifest, overwrite: bool) -> Manifest | None:
+    """What of the draft's revision the folder already holds; a folder of strangers' files is never touched."""
     if (folder / MANIFEST).is_file():
         try:
-            return read_manifest(folder)
+            existing = read_manifest(folder)
         except PvrpipeError:
-            if overwrite:
+            if overwrite and draft.revision == 1:
                 return None
             raise
+        if existing.revision + 1 != draft.revision:
+            return existing
+        _refuse_another_past(folder, existing, draft)
+        return read_draft(folder)
     others = sorted(p.name for p in folder.iterdir() if p.name != SHARDS and TEMPORARY not in p.name)
     if others or any((folder / SHARDS).glob("*.json")):
         raise OutputExistsError(
@@ -171,9 +221,24 @@ def _existing(folder: Path, overwrite: bool) -> Manifest | None:
     return None
 
 
+def read_draft(folder: Path) -> Manifest | None:
+    """The revision that is being appended to a sealed store, if one was begun."""
+    path = folder / APPENDING
+    draft = parse_manifest(path) if path.is_file() else None
+    return draft if draft is not None and draft.revision > read_manifest(folder).revision else None
+
+
+def _refuse_another_past(folder: Path, existing: Manifest, draft: Manifest) -> None:
+    """Only what the draft was made from may grow."""
+    if existing.state != "sealed" or existing.id != draft.earlier[-1].id:
+        raise OutputExistsError(
+            f"{folder} is no longer the store that was to grow (id {str(existing.id)[:12]}); run it again"
+        )
+
+
 def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
     """Refuse to go on with another configuration, and say which fields differ."""
-    same = ("kind", "specification", "columns", "plan")
+    same = ("kind", "shard_format", "specification", "columns", "plan", "parts", "earlier")
     old, new = (m.model_dump(mode="json", include=set(same)) for m in (existing, draft))
     if differ := differences(old, new):
         raise OutputExistsError(
@@ -182,16 +247,24 @@ def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
-    """Remove a store's own files, commit records first, so that a half-cleared store has no shard."""
+def _clear(folder: Path, draft: Manifest) -> None:
+    """Remove a store's own files, commit records first, so that a half-cleared store has no shard.
+
+    Of a store that is to grow, only shards that no revision holds are removed.
+    """
     shards = folder / SHARDS
     shards.mkdir(exist_ok=True)
-    for pattern in ("*.json", "*.parquet"):
+    kept = draft.earlier[-1].shards if draft.earlier else 0
+    for pattern in ("*.json", *(f"*{suffix}" for suffix in SUFFIXES.values())):
         for path in shards.glob(pattern):
-            if path.stem.isdecimal():
+            if path.stem.isdecimal() and int(path.stem) >= kept:
                 path.unlink()
-    for name in (EPISODES, GOLDEN, CARD):
-        (folder / name).unlink(missing_ok=True)
+    (folder / APPENDING).unlink(missing_ok=True)
+    if draft.revision == 1:
+        own = [folder / name for name in (EPISODES, GOLDEN, CARD)]
+        own += [*folder.glob("episodes-?????.parquet"), *folder.glob(f"{REVISIONS}/?????.json")]
+        for path in own:
+            path.unlink(missing_ok=True)
 
 
 def _episodes_file(commits: list[ShardCommit]) -> bytes:

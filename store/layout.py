@@ -7,9 +7,11 @@
     ├── episodes.parquet    one row per episode
     ├── golden.safetensors  embeddings only: a few frames with their embeddings
     ├── README.md           a dataset card that a person can read
-    └── shards/
-        ├── 00000.parquet   rows of whole episodes
-        └── 00000.json      commit record, written last
+    ├── shards/
+    │   ├── 00000.parquet   rows of whole episodes; or 00000.tar
+    │   └── 00000.json      commit record, written last
+    └── revisions/          once episodes were appended
+        └── 00001.json      the manifest as it was; its shards and its episode table are still there
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 import pydantic_core
 from pydantic import ValidationError
 
-from pvrpipe.schemas.errors import CorruptStoreError, NewerFormatError, NotAStoreError
+from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NewerFormatError, NotAStoreError
 from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit
 
 MANIFEST = "store.json"
@@ -27,12 +29,15 @@ EPISODES = "episodes.parquet"
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
 SHARDS = "shards"
+REVISIONS = "revisions"
+APPENDING = "appending.json"  # the manifest of a revision that is being written
+SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
 
 
-def shard_file(shard: int) -> str:
+def shard_file(shard: int, shard_format: str) -> str:
     """Path of a shard within its store."""
-    return f"{SHARDS}/{shard:05d}.parquet"
+    return f"{SHARDS}/{shard:05d}{SUFFIXES[shard_format]}"
 
 
 def commit_file(shard: int) -> str:
@@ -40,19 +45,38 @@ def commit_file(shard: int) -> str:
     return f"{SHARDS}/{shard:05d}.json"
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store, sealed or not.
+def revision_file(revision: int) -> str:
+    """Path, within its store, of the manifest of a revision that is no longer the newest."""
+    return f"{REVISIONS}/{revision:05d}.json"
+
+
+def read_manifest(folder: Path, revision: int | None = None) -> Manifest:
+    """The manifest of a store, sealed or not: the newest, or that of an earlier revision.
 
     Raises:
         NotAStoreError: the folder holds no ``store.json``.
         NewerFormatError: it was written by a newer pvrpipe.
         CorruptStoreError: it is not a valid manifest.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise NotAStoreError(
             f"{folder} holds no store (no {MANIFEST}); make one with `pvrpipe collect` or `pvrpipe embed`"
         )
+    newest = parse_manifest(folder / MANIFEST)
+    if revision is None or revision == newest.revision:
+        return newest
+    path = folder / revision_file(revision)
+    if not 1 <= revision < newest.revision or not path.is_file():
+        raise InvalidValueError(f"{folder} has no revision {revision}; it has 1 to {newest.revision}")
+    return parse_manifest(path)
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """A manifest file, checked field by field before anything is read by it.
+
+    Raises:
+        NewerFormatError, CorruptStoreError: as :func:`read_manifest`.
+    """
     if path.stat().st_size > MANIFEST_LIMIT:
         raise CorruptStoreError(f"{path} is larger than {MANIFEST_LIMIT >> 20} MiB; it is not read")
     text = path.read_bytes()

@@ -6,15 +6,17 @@ import hashlib
 from typing import Literal
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.schemas.manifest import ShardPlan
+from pvrpipe.schemas.manifest import Manifest, ShardPlan
 
 SHARDS_WANTED = 64  # so that small jobs run in parallel too
 ROWS_WANTED = 16_384  # beyond this many rows a shard, there are more shards
 VAL_BLOCK = 5  # one of this many consecutive episodes is held out
 
 
-def plan_shards(episodes: int, rows_per_episode: int, shard_rows: int | None = None) -> tuple[ShardPlan, ...]:
-    """Deal whole episodes, in order, to shards of nearly equal size.
+def plan_shards(
+    episodes: int, rows_per_episode: int, shard_rows: int | None = None, behind: tuple[ShardPlan, ...] = ()
+) -> tuple[ShardPlan, ...]:
+    """Deal whole episodes, in order, to shards of nearly equal size; ``behind`` those of a plan, if any.
 
     About 64 shards until a shard holds about 16,384 rows, then more of them. ``shard_rows`` asks for
     another size instead. A shard holds at least one episode.
@@ -28,9 +30,12 @@ def plan_shards(episodes: int, rows_per_episode: int, shard_rows: int | None = N
     rows = episodes * rows_per_episode
     wanted = -(-rows // shard_rows) if shard_rows else max(SHARDS_WANTED, -(-rows // ROWS_WANTED))
     shards = min(episodes, wanted)
-    first = [shard * episodes // shards for shard in range(shards + 1)]
+    before = sum(plan.episodes for plan in behind)
+    first = [before + shard * episodes // shards for shard in range(shards + 1)]
     return tuple(
-        ShardPlan(shard=shard, first_episode=first[shard], episodes=first[shard + 1] - first[shard])
+        ShardPlan(
+            shard=len(behind) + shard, first_episode=first[shard], episodes=first[shard + 1] - first[shard]
+        )
         for shard in range(shards)
     )
 
@@ -44,3 +49,9 @@ def split_of(episode: int, episodes: int) -> Literal["train", "val"]:
     block = range(episode - episode % VAL_BLOCK, min(episode - episode % VAL_BLOCK + VAL_BLOCK, episodes))
     held_out = min(block, key=lambda e: hashlib.sha256(f"pvrpipe split {e}".encode()).digest())
     return "val" if len(block) > 1 and episode == held_out else "train"
+
+
+def split_in(manifest: Manifest, episode: int) -> Literal["train", "val"]:
+    """The split of an episode of a store; what is appended later never moves an earlier episode."""
+    part = manifest.part_of(episode)
+    return split_of(episode - part.first_episode, part.episodes)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError, UnknownNameError
 from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
-from pvrpipe.store.columns import decode
-from pvrpipe.store.layout import EPISODES, read_manifest
-from pvrpipe.store.mapping import map_file, proven_spans
+from pvrpipe.store.layout import read_manifest
+from pvrpipe.store.parquet import ParquetShard
+from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.webdataset import WebDatasetShard
 
-Rows = NDArray[np.generic]
 SHARDS_OPEN = 256  # mapped at once; a map costs a file descriptor
 
 
@@ -31,8 +27,13 @@ class Store:
         self.shard = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
 
     @classmethod
-    def open(cls, path: Path | str, kind: Literal["rollouts", "embeddings"] | None = None) -> Store:
-        """Open a store, of a given kind where only that will do.
+    def open(
+        cls,
+        path: Path | str,
+        kind: Literal["rollouts", "embeddings"] | None = None,
+        revision: int | None = None,
+    ) -> Store:
+        """Open a store, of a given kind where only that will do; the newest revision, or an earlier one.
 
         Raises:
             NotAStoreError: there is none, or it is of the other kind.
@@ -40,7 +41,7 @@ class Store:
             NewerFormatError, CorruptStoreError: it cannot be read.
         """
         path = Path(path)
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, revision)
         if kind is not None and manifest.kind != kind:
             cure = (
                 "embed it first: `pvrpipe embed`"
@@ -54,10 +55,10 @@ class Store:
                 f"{path} was begun and not finished; run the same `pvrpipe {command}` again to finish it"
             )
         try:
-            table = pl.read_parquet(path / EPISODES)
+            table = pl.read_parquet(path / manifest.episodes_file)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise CorruptStoreError(
-                f"{path / EPISODES} cannot be read ({error}); run `pvrpipe verify {path}`"
+                f"{path / manifest.episodes_file} cannot be read ({error}); run `pvrpipe verify {path}`"
             ) from None
         row_first = pl.col("rows").cum_sum() - pl.col("rows")
         return cls(path, manifest, table.with_columns(row_first=row_first))
@@ -76,7 +77,8 @@ class Store:
 
     def _open_shard(self, index: int) -> Shard:
         """One shard; kept open while it is among those used last."""
-        return Shard(self.path, self.manifest, index)
+        kind = ParquetShard if self.manifest.shard_format == "parquet" else WebDatasetShard
+        return kind(self.path, self.manifest, index)
 
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""
@@ -95,95 +97,3 @@ class Store:
         return (
             f"Store({self.path}, {m.kind}, {m.episodes} episodes, {m.rows} rows, {', '.join(self.columns)})"
         )
-
-
-class Shard:
-    """One Parquet file of a store."""
-
-    def __init__(self, path: Path, manifest: Manifest, index: int) -> None:
-        entry = manifest.shards[index]
-        self.path = path / entry.file
-        if not self.path.is_file() or self.path.stat().st_size != entry.bytes:
-            raise CorruptStoreError(
-                f"{self.path} is missing or not {entry.bytes} bytes long; run `pvrpipe verify {path}`"
-            )
-        try:
-            self._parquet = pq.ParquetFile(self.path)
-        except (OSError, pa.ArrowException) as error:
-            raise CorruptStoreError(
-                f"{self.path} cannot be read ({error}); run `pvrpipe verify {path}`"
-            ) from None
-        self._manifest = manifest
-        self.groups = entry.row_groups
-        footer = self._parquet.metadata
-        if tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) != self.groups:
-            raise CorruptStoreError(
-                f"{self.path} has other row groups than the manifest says; run `pvrpipe verify {path}`"
-            )
-        self.first = np.cumsum((0, *self.groups))  # first row of each row group, and the end
-        self._bytes: NDArray[np.uint8] | None = None
-        self._mapped: dict[str, tuple[Rows, ...] | None] = {}
-        self._read = functools.lru_cache(maxsize=2)(self._read_group)
-
-    def mapped(self, name: str) -> tuple[Rows, ...] | None:
-        """The column's row groups as arrays in the mapped file, or None if the file does not prove them."""
-        if name not in self._mapped:
-            column = self._column(name)
-            spans = proven_spans(self.path, self._parquet.metadata, column)
-            if spans is not None:
-                if self._bytes is None:
-                    self._bytes = map_file(self.path)
-                data = self._bytes
-                self._mapped[name] = tuple(
-                    data[s.offset : s.offset + s.rows * column.width]
-                    .view(column.dtype)
-                    .reshape(s.rows, *column.shape)
-                    for s in spans
-                )
-            else:
-                self._mapped[name] = None
-        return self._mapped[name]
-
-    def group(self, name: str, group: int) -> Rows:
-        """A column's rows of one row group, mapped where that is proven, else decoded."""
-        mapped = self.mapped(name)
-        return mapped[group] if mapped is not None else self._read(name, group)
-
-    def rows(self, name: str, start: int, count: int) -> Rows:
-        """``count`` rows from ``start``, as an array of its own."""
-        column = self._column(name)
-        out = np.empty((count, *column.shape), column.dtype)
-        done = 0
-        while done < count:
-            group = int(np.searchsorted(self.first, start + done, "right")) - 1
-            at = start + done - int(self.first[group])
-            piece = self.group(name, group)[at : at + count - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-        return out
-
-    def batches(self, columns: Sequence[str], size: int) -> Iterator[dict[str, Rows]]:
-        """All rows in order, ``size`` at a time; the last batch may be shorter. Memory: one row group."""
-        total = int(self.first[-1])
-        for start in range(0, total, size):
-            count = min(size, total - start)
-            yield {name: self.rows(name, start, count) for name in columns}
-
-    def _column(self, name: str) -> Column:
-        found = self._manifest.column(name)
-        if found is None:
-            raise UnknownNameError.among(
-                "column", name, [c.name for c in self._manifest.columns], hint=f"of {self.path}"
-            )
-        return found
-
-    def _read_group(self, name: str, group: int) -> Rows:
-        """Ordinary Parquet: decompress and decode one row group of one column."""
-        column = self._column(name)
-        try:
-            table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
-            return decode(column, table.column(name))
-        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise CorruptStoreError(
-                f"{self.path}, column '{name}' cannot be read ({error}); run `pvrpipe verify`"
-            ) from None

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.store.reading import Rows, Store
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
 
 DRAWN_TOGETHER = 64  # batches whose windows are drawn in one call
 NARROW = 64  # bytes; below this a row is not worth a copy of its own,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -62,16 +63,28 @@ def random_episode(number: int, length: int, seed: int = 0, size: int = 8) -> Ep
     return Episode(info, arrays)
 
 
-def draft(episodes: Sequence[Episode], seed: int = 0, shard_rows: int | None = None) -> Manifest:
+def draft(
+    episodes: Sequence[Episode],
+    seed: int = 0,
+    shard_rows: int | None = None,
+    shard_format: Literal["parquet", "webdataset"] = "parquet",
+) -> Manifest:
     size = episodes[0].arrays["frame"].shape[1]
     longest = max(len(e) for e in episodes)
     columns = with_bounds(column(n, str(a.dtype), a.shape[1:]) for n, a in episodes[0].arrays.items())
     specification = rollout_specification(len(episodes), longest - 1, seed, size)
-    return new_manifest(specification, columns, plan_shards(len(episodes), longest, shard_rows))
+    plan = plan_shards(len(episodes), longest, shard_rows)
+    return new_manifest(specification, columns, plan, shard_format)
 
 
 @pytest.fixture
-def write_rollouts(tmp_path: Path) -> WriteStore:
+def shard_format() -> str:
+    """The format of stores that a test writes; the tests of storage run over both."""
+    return "parquet"
+
+
+@pytest.fixture
+def write_rollouts(tmp_path: Path, shard_format: Any) -> WriteStore:
     """Write a rollout store of random episodes; returns its folder."""
 
     def write(
@@ -83,7 +96,7 @@ def write_rollouts(tmp_path: Path) -> WriteStore:
         shard_rows: int | None = None,
     ) -> Path:
         episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
-        manifest = draft(episodes, seed, shard_rows)
+        manifest = draft(episodes, seed, shard_rows, shard_format)
         with PendingStore.begin(tmp_path / name, manifest) as pending:
             for plan in pending.todo:
                 with ShardWriter(pending.folder, manifest, plan) as writer:

@@ -17,7 +17,7 @@ from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
 
-from .conftest import random_episode, rollout_specification
+from .conftest import draft, random_episode, rollout_specification
 
 D = 24
 
@@ -76,3 +76,24 @@ def test_a_few_lines_of_struct_and_mmap(shard: tuple[Path, np.ndarray]) -> None:
     mapped = Store.open(path.parent.parent).shard(0).mapped("embedding")
     assert mapped is not None
     assert mapped[0].tobytes() == raw
+
+
+def test_the_webdataset_library_reads_what_was_written(tmp_path: Path) -> None:
+    import webdataset
+
+    episodes = [random_episode(i, length) for i, length in enumerate((30, 41, 25))]
+    manifest = draft(episodes, shard_format="webdataset", shard_rows=1000)
+    with PendingStore.begin(tmp_path / "s", manifest) as pending:
+        for plan in pending.todo:
+            with ShardWriter(pending.folder, manifest, plan) as writer:
+                for number in range(plan.first_episode, plan.first_episode + plan.episodes):
+                    writer.write_episode(episodes[number])
+                writer.commit()
+        pending.seal()
+    urls = [str(path) for path in sorted((tmp_path / "s" / "shards").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == ["000000000", "000000001", "000000002"]
+    for sample, episode in zip(samples, episodes, strict=True):
+        assert sample["json"]["episode_return"] == episode.info.episode_return
+        for name, array in episode.arrays.items():
+            np.testing.assert_array_equal(sample[f"{name}.npy"], array)

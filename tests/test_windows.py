@@ -14,12 +14,17 @@ from .conftest import WriteStore
 COLUMNS = ("frame", "action", "reward", "physics", "is_first", "is_last", "is_terminal", "episode", "step")
 
 
+@pytest.fixture(params=["parquet", "webdataset"])
+def shard_format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.mark.parametrize("group_bytes", [1 << 24, 3000], ids=["one row group", "many row groups"])
 @pytest.mark.parametrize("narrow", [64, 0], ids=["narrow columns resident", "all mapped"])
 def test_windows_are_the_rows_of_one_episode(
     write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch, group_bytes: int, narrow: int
 ) -> None:
-    monkeypatch.setattr("pvrpipe.store.shards.PACKED_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr("pvrpipe.store.parquet.PACKED_GROUP_BYTES", group_bytes)
     monkeypatch.setattr("pvrpipe.store.windows.NARROW", narrow)
     store = Store.open(write_rollouts((30, 41, 25, 30, 33, 28), shard_rows=60))
     episodes = {e: store.read_episode(e) for e in range(6)}

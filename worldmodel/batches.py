@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError
-from pvrpipe.store.reading import Rows, Store
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
 from pvrpipe.store.windows import WindowSampler
 
 COLUMNS = ("embedding", "action", "reward", "is_first", "is_terminal")

@@ -1,0 +1,129 @@
+"""A shard as Parquet: mapped columns are one plain page per row group, packed ones are zstd pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pvrpipe.schemas.manifest import Column, Manifest
+from pvrpipe.store.columns import arrow_schema, decode, encode
+from pvrpipe.store.mapping import Span, proven_spans
+from pvrpipe.store.shards import Rows, Shard
+
+MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
+PACKED_GROUP_BYTES = 16 << 20  # what a reader must decompress to see one frame
+PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
+
+
+class ParquetShard(Shard):
+    """A Parquet file, mapped where its footer and page headers prove the layout, else read as anyone would."""
+
+    def __init__(self, folder: Path, manifest: Manifest, index: int) -> None:
+        super().__init__(folder, manifest, index)
+        try:
+            self._parquet = pq.ParquetFile(self.path)
+        except (OSError, pa.ArrowException) as error:
+            raise self.corrupt(f"cannot be read ({error})") from None
+        footer = self._parquet.metadata
+        if tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) != self.groups:
+            raise self.corrupt("has other row groups than the manifest says")
+
+    def check_layout(self) -> Iterator[tuple[str, str]]:
+        """Columns as in the manifest, and those to be mapped can be."""
+        found, expected = (
+            {f.name: f.type for f in schema}
+            for schema in (self._parquet.schema_arrow, arrow_schema(self.manifest.columns))
+        )
+        if list(found.items()) != list(expected.items()):
+            names = found.keys() | expected.keys()
+            differing = sorted(n for n in names if found.get(n) != expected.get(n))
+            yield "", f"has other columns than the manifest: {', '.join(differing) or 'in another order'}"
+            return
+        for column in self.manifest.columns:
+            if column.layout == "mapped" and self.mapped(column.name) is None:
+                yield column.name, "cannot be mapped; someone has rewritten its pages"
+
+    def _spans(self, column: Column) -> tuple[Span, ...] | None:
+        return proven_spans(self.path, self._parquet.metadata, column)
+
+    def _read_group(self, name: str, group: int) -> Rows:
+        """Ordinary Parquet: decompress and decode one row group of one column."""
+        try:
+            table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
+            rows = decode(self.column(name), table.column(name))
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise self.corrupt(f"column '{name}' cannot be read ({error})") from None
+        if len(rows) != self.groups[group]:
+            raise self.corrupt(f"column '{name}' has {len(rows)} rows in a group of {self.groups[group]}")
+        return rows
+
+
+class ParquetShardWriter:
+    """Gathers rows into full row groups; where the calls fall does not change the bytes."""
+
+    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
+        self._path, self._columns = path, columns
+        self._file: pq.ParquetWriter | None = None
+        self._group_rows = rows_per_group(columns)
+        self._group = {c.name: np.empty((self._group_rows, *c.shape), c.dtype) for c in columns}
+        self._filled = 0
+        self._groups: list[int] = []
+
+    def append(self, arrays: Mapping[str, Rows]) -> None:
+        """Consecutive rows, all columns at once."""
+        rows, done = len(arrays["step"]), 0
+        while done < rows:
+            take = min(rows - done, self._group_rows - self._filled)
+            for name, group in self._group.items():
+                group[self._filled : self._filled + take] = arrays[name][done : done + take]
+            self._filled, done = self._filled + take, done + take
+            if self._filled == self._group_rows:
+                self._flush()
+
+    def finish(self) -> tuple[int, ...]:
+        """Write the footer; the rows of each row group."""
+        self._flush()
+        self.close()
+        return tuple(self._groups)
+
+    def close(self) -> None:
+        """Let the file go, finished or not."""
+        if self._file is not None and self._file.is_open:
+            self._file.close()
+
+    def _flush(self) -> None:
+        """Write the rows gathered so far as one row group."""
+        if not self._filled:
+            return
+        schema = arrow_schema(self._columns)
+        arrays = [encode(c, self._group[c.name][: self._filled]) for c in self._columns]
+        if self._file is None:
+            self._file = _parquet_file(self._path, self._columns)
+        self._file.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=self._filled)
+        self._groups.append(self._filled)
+        self._filled = 0
+
+
+def rows_per_group(columns: Sequence[Column]) -> int:
+    """Rows of a full row group, from the columns alone."""
+    packed = any(c.layout == "packed" and c.shape for c in columns)
+    limit = PACKED_GROUP_BYTES if packed else MAPPED_GROUP_BYTES
+    return max(1, min(1 << 16, limit // sum(c.width for c in columns)))
+
+
+def _parquet_file(path: Path, columns: Sequence[Column]) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path,
+        arrow_schema(columns),
+        use_dictionary=False,
+        compression={c.name: "zstd" if c.layout == "packed" else "none" for c in columns},
+        compression_level={c.name: 3 for c in columns if c.layout == "packed"},
+        data_page_size=PAGE_LIMIT,
+        max_rows_per_page=PAGE_LIMIT,
+        write_page_checksum=True,
+        write_statistics=[c.name for c in columns if not c.shape],
+    )
