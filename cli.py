@@ -23,10 +23,10 @@ app.add_typer(pretrain, name="pretrain")
 Root = Annotated[Path, typer.Option(envvar="PVRPIPE_ROOT", help="Workspace that supplies the default paths.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Seed = Annotated[int, typer.Option(help="Decides everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides everything that is drawn.")]
 Engine = Annotated[Literal["ray", "inline"], typer.Option(help="Ray, or this process (for debugging).")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default: start one here.")]
-Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per processor.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one per processor.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output made with another configuration.")
@@ -55,7 +55,11 @@ def main() -> None:
             sys.exit(error.exit_code)
         raise
     if status == STOPPED:
-        fail("stopped; what is finished is kept. Run the same command again to go on from there.", STOPPED)
+        again = "without --overwrite " if "--overwrite" in sys.argv else ""
+        fail(
+            f"stopped; what is finished is kept. Run the same command {again}again to go on from there.",
+            STOPPED,
+        )
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -152,7 +156,7 @@ def embed(
     ] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
     batch: Annotated[
-        int | None, typer.Option(help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
+        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
     ] = None,
     format_: Format = "parquet",
     append: Annotated[
@@ -228,11 +232,13 @@ def train_model(
     size: Annotated[
         str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2).")
     ] = "1m",
-    updates: Annotated[int, typer.Option(help="Gradient steps.")] = 1000,
-    batch: Annotated[int | None, typer.Option(help="Windows per batch; default: the paper's.")] = None,
-    length: Annotated[int | None, typer.Option(help="Rows per window; default: the paper's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: the paper's.")] = None,
-    warmup: Annotated[int, typer.Option(help="Updates over which dreamerv3's learning rate rises.")] = 1000,
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Rows per window; default: the paper's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Default: the paper's.")] = None,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")
+    ] = 1000,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -272,7 +278,10 @@ def train_model(
 def probe(
     run: Annotated[Path | None, typer.Argument(help="Folder of a run; default: the newest.")] = None,
     store: Annotated[Path | None, typer.Argument(help="Embedding store; default: the run's own.")] = None,
-    horizon: Annotated[list[int], typer.Option(help="Rows to accumulate over; repeatable.")] = [33, 500],
+    horizon: Annotated[list[int], typer.Option(min=1, help="Rows to accumulate over; repeatable.")] = [
+        33,
+        500,
+    ],
     split: Annotated[str, typer.Option(help="Which episodes: val or train.")] = "val",
     seed: Seed = 0,
     device: Device = "auto",
@@ -308,8 +317,8 @@ def pretrain_autoencoder(
     rollouts: Annotated[Path | None, typer.Argument(help="Rollout store; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder of the encoder, for `embed --pvr`.")] = None,
     size: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 64,
-    updates: Annotated[int, typer.Option(help="Gradient steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Frames per batch.")] = 64,
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Frames per batch.")] = 64,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     root: Root = DATA,

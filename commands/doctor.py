@@ -29,9 +29,13 @@ class Check:
 def examine(root: Path) -> list[Check]:
     """Try everything; a check that fails says what mends it."""
     return [
-        _check("python", lambda: platform.python_version(), "install Python 3.11 or 3.12"),
+        _check("python", lambda: platform.python_version(), "install Python 3.11 or newer"),
         _check("torch", _torch, "run `make setup`"),
-        _check("renderer", _renderer, "run `apt-get install libegl1 libgl1-mesa-dri`, or set MUJOCO_GL"),
+        _check(
+            "renderer",
+            _renderer,
+            "run `apt-get install libegl1 libopengl0 libgl1 libgl1-mesa-dri`, or set MUJOCO_GL",
+        ),
         _check("ray", _ray, "use --engine inline, or free some memory"),
         _check("disk", lambda: _disk(root), "free some space, or choose another --root"),
         _check(

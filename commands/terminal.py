@@ -42,8 +42,12 @@ def watching(what: str, unit: str) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
     ) as bar:
-        task = bar.add_task(what, total=1, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+        task = bar.add_task(what, total=1, note="", visible=False)  # nothing is shown until there is progress
+
+        def progress(done: float, total: float, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note, visible=True)
+
+        yield progress
 
 
 def tell(as_json: bool, result: Any, rows: Iterable[Any], columns: Sequence[str]) -> None:

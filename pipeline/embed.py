@@ -75,7 +75,8 @@ def embed(
     """
     started = time.perf_counter()
     store = Store.open(rollouts, kind="rollouts")
-    drafts = [(request, folder, _draft(store, request, folder, config)) for request, folder in outputs]
+    asked = [(request.anywhere(), folder.absolute()) for request, folder in outputs]
+    drafts = [(request, folder, _draft(store, request, folder, config)) for request, folder in asked]
     if len({folder.resolve() for _, folder, _ in drafts}) < len(drafts):
         raise InvalidValueError(
             "two of the encoders would write to the same folder; embed them one at a time with OUT"

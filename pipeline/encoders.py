@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from pvrpipe.pipeline.autoencoder import ConvEncoder
 from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.pipeline.pvrs import Pvr, find_pvr
+from pvrpipe.pipeline.pvrs import PVRS, Pvr, find_pvr
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
-from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
 from pvrpipe.schemas.manifest import Computation, EncoderIdentity
 
 Precision = Literal["fp32", "bf16"]
@@ -35,10 +36,21 @@ class EncoderRequest:
     device: str = "auto"
     batch: int | None = None
 
+    def anywhere(self) -> EncoderRequest:
+        """The same request for a worker that runs in another folder."""
+        pvr, weights = (
+            str(Path(name).absolute()) if Path(name).exists() and name not in PVRS else name
+            for name in (self.pvr, self.weights)
+        )
+        return replace(self, pvr=pvr, weights=weights)
+
     def resolved_device(self) -> torch.device:
         """The device to compute on; ``auto`` is a GPU where there is one."""
         if self.device != "auto":
-            wanted = torch.device(self.device)
+            try:
+                wanted = torch.device(self.device)
+            except RuntimeError:
+                raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda")) from None
             if wanted.type == "cuda" and not torch.cuda.is_available():
                 raise InvalidValueError("--device cuda: no GPU is visible here; use --device cpu")
             return wanted
@@ -103,12 +115,18 @@ def build_network(pvr: Pvr, seed: int) -> nn.Module:
     """The network with fresh weights drawn from ``seed``; its output is the embedding."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if pvr.architecture == "conv-autoencoder":
-            return ConvEncoder(**{name: int(value) for name, value in pvr.overrides.items()}, width=pvr.width)
-        import timm  # a second of imports that the autoencoder does not need
-
         overrides: dict[str, Any] = {**pvr.overrides}
-        network: nn.Module = timm.create_model(pvr.architecture, num_classes=0, **overrides)
+        try:
+            if pvr.architecture == "conv-autoencoder":
+                return ConvEncoder(**overrides, width=pvr.width)
+            import timm  # a second of imports that the autoencoder does not need
+
+            network: nn.Module = timm.create_model(pvr.architecture, num_classes=0, **overrides)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise WeightsError(
+                f"{pvr.name}: architecture '{pvr.architecture}' with {overrides} cannot be built "
+                f"({one_line(error)[:120]}); mend its specification"
+            ) from error
         if pvr.projection is not None:
             network.head = nn.Linear(network.num_features, pvr.projection, bias=False)  # type: ignore[arg-type]
         return network

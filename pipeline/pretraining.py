@@ -21,7 +21,7 @@ from pvrpipe.pipeline.pvrs import SPEC_FILE, WEIGHTS_FILE, Pvr, WeightsSource
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
 from pvrpipe.schemas.manifest import Recipe, canonical_json
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.store.files import locked, sha256_of, write_whole
+from pvrpipe.store.files import locked, make_folder, remove_temporaries, sha256_of, write_whole
 from pvrpipe.store.reading import Store
 
 REPORT_FILE = "pretrain.json"
@@ -44,8 +44,10 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        if self.size < 16 or self.size % 16:
-            raise InvalidValueError(f"an autoencoder's --size is a multiple of 16, not {self.size}; try 64")
+        if not 16 <= self.size <= 512 or self.size % 16:
+            raise InvalidValueError(
+                f"an autoencoder's --size is a multiple of 16 up to 512, not {self.size}; try 64"
+            )
         if min(self.updates, self.batch, self.width, self.channels) < 1:
             raise InvalidValueError("--updates, --batch and the width of an autoencoder must be at least 1")
 
@@ -76,8 +78,9 @@ def pretrain_autoencoder(
     """
     started = time.perf_counter()
     store = Store.open(rollouts, kind="rollouts")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with locked(out):
+        remove_temporaries(out)
         asked = {**asdict(config), "rollouts": store.manifest.id, "torch": version("torch")}
         report = _finished(out, asked, overwrite)
         if report is None:

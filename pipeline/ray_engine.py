@@ -13,6 +13,7 @@ import ray
 import ray.data
 
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardTimes, Target
+from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import PvrpipeError
 
 
@@ -37,6 +38,8 @@ def run_on_ray(
     """
     started = not ray.is_initialized()
     if started:
+        if address:
+            check_answers(address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield from _run(rollouts, targets, todo, workers)

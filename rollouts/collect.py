@@ -201,7 +201,9 @@ def _follow(
     commits: Iterator[ShardCommit], draft: Manifest, pending: PendingStore, progress: Progress
 ) -> int:
     """Wait for all shards, telling the progress; the rows that were collected."""
-    longest = max(part.specification.max_steps for part in draft.all_parts) + 1
+    made = draft.all_parts[-1].specification
+    assert isinstance(made, RolloutSpecification)
+    longest = made.max_steps + 1
     new_rows, to_do = 0, sum(plan.episodes for plan in pending.todo) * longest
     progress(0, to_do, "collecting")
     for commit in commits:

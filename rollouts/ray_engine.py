@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from pvrpipe.rollouts.episodes import CollectShard
+from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardPlan
 
@@ -143,7 +143,7 @@ def _start_ray(address: str | None, workers: int) -> bool:
         return False
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        _check_reachable(address)
+        check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
@@ -160,16 +160,3 @@ def _start_ray(address: str | None, workers: int) -> bool:
             "check --address and `pvrpipe doctor`, or use --engine inline"
         ) from error
     return True
-
-
-def _check_reachable(address: str) -> None:
-    """Refuse at once an address that nobody answers at; Ray itself goes on trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():
-        return  # "auto" and the like are Ray's to resolve
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        raise SimulationError(
-            f"no Ray cluster answers at {address} ({one_line(error)}); check --address, or leave it out"
-        ) from error

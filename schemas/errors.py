@@ -69,6 +69,10 @@ class SimulationError(PvrpipeError):
     """An environment that cannot be built, rendered or stepped."""
 
 
+class ClusterError(PvrpipeError):
+    """A Ray cluster that cannot be reached."""
+
+
 class RunError(PvrpipeError):
     """A training run that cannot be begun, resumed or probed."""
 

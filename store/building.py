@@ -16,7 +16,12 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import OutputExistsError, PvrpipeError, UnfinishedStoreError
+from pvrpipe.schemas.errors import (
+    CorruptStoreError,
+    OutputExistsError,
+    PvrpipeError,
+    UnfinishedStoreError,
+)
 from pvrpipe.schemas.manifest import (
     Column,
     Manifest,
@@ -26,7 +31,15 @@ from pvrpipe.schemas.manifest import (
     store_id,
 )
 from pvrpipe.store.card import card
-from pvrpipe.store.files import TEMPORARY, disk_errors, locked, remove_temporaries, sha256_of, write_whole
+from pvrpipe.store.files import (
+    TEMPORARY,
+    disk_errors,
+    locked,
+    make_folder,
+    remove_temporaries,
+    sha256_of,
+    write_whole,
+)
 from pvrpipe.store.layout import (
     APPENDING,
     CARD,
@@ -53,10 +66,11 @@ class PendingStore:
 
     def __init__(self, folder: Path, manifest: Manifest, lock: contextlib.ExitStack) -> None:
         self.folder, self.manifest, self._lock = folder, manifest, lock
-        done = {} if manifest.state == "sealed" else self.commits()
-        self.todo = (
-            () if manifest.state == "sealed" else tuple(p for p in manifest.plan if p.shard not in done)
-        )
+        done = self.commits()
+        self.todo = tuple(p for p in manifest.plan if p.shard not in done)
+        if manifest.state == "sealed" and self.todo:  # someone removed a shard: it is made again
+            self.manifest = manifest.model_copy(update={"state": "writing", "id": None, "shards": ()})
+        self._refuse_lost()
         self.resumed = len(manifest.plan) - len(self.todo)
 
     @classmethod
@@ -70,8 +84,8 @@ class PendingStore:
             OutputExistsError: the folder holds something else; it is left as it is.
             StoreBusyError: another process is writing there.
         """
+        make_folder(folder)
         with disk_errors(folder), contextlib.ExitStack() as stack:
-            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder))
             existing = _existing(folder, draft, overwrite)
             if existing is not None and not overwrite:
@@ -85,6 +99,14 @@ class PendingStore:
             if read_draft(folder) is None:
                 (folder / APPENDING).unlink(missing_ok=True)  # killed right after sealing
             return cls(folder, existing, stack.pop_all())
+
+    def _refuse_lost(self) -> None:
+        """A shard of an earlier revision was made by an earlier command; this one cannot make it again."""
+        earlier = self.manifest.earlier[-1].shards if self.manifest.earlier else 0
+        if self.todo and self.todo[0].shard < earlier:
+            raise CorruptStoreError(
+                f"{self.folder} has lost shard {self.todo[0].shard} of an earlier revision; get it again"
+            )
 
     def commits(self) -> dict[int, ShardCommit]:
         """The shards that exist: those whose commit record and bytes are both there."""
@@ -238,13 +260,15 @@ def _refuse_another_past(folder: Path, existing: Manifest, draft: Manifest) -> N
 
 def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
     """Refuse to go on with another configuration, and say which fields differ."""
-    same = ("kind", "shard_format", "specification", "columns", "plan", "parts", "earlier")
-    old, new = (m.model_dump(mode="json", include=set(same)) for m in (existing, draft))
-    if differ := differences(old, new):
-        raise OutputExistsError(
-            f"{folder} was begun with another configuration ({differ}); "
-            "choose another output, or replace it with --overwrite"
-        )
+    made = {"kind", "shard_format", "specification", "parts", "earlier"}
+    cut = {"columns", "plan"}  # these mostly follow from the rest, and are named only where they do not
+    for fields in (made, cut):
+        old, new = (m.model_dump(mode="json", include=fields) for m in (existing, draft))
+        if differ := differences(old, new):
+            raise OutputExistsError(
+                f"{folder} was begun with another configuration ({differ}); "
+                "choose another output, or replace it with --overwrite"
+            )
 
 
 def _clear(folder: Path, draft: Manifest) -> None:

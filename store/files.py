@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import StoreBusyError, StoreError
 
 TEMPORARY = ".tmp-"  # marks files that a crash may leave behind; the next writer removes them
@@ -78,6 +79,18 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of an output.
+
+    Raises:
+        InvalidValueError: it is a URL.
+        StoreError: it cannot be made there.
+    """
+    refuse_url(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one line that names the next step."""
@@ -89,6 +102,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up; free some space",
             errno.EACCES: "permission denied; make the folder writable",
             errno.EROFS: "the file system is read-only; choose another output",
+            errno.EEXIST: "a file of that name is in the way; choose another output",
+            errno.ENOTDIR: "a file is in the way of its folder; choose another output",
+            errno.ENOENT: "its folder cannot be made there; choose another output",
+            errno.EMFILE: "too many files are open; raise the limit with `ulimit -n 4096`",
         }.get(error.errno or 0)
         if advice is None:
             raise

@@ -148,8 +148,9 @@ class WebDatasetShardWriter:
 
     def close(self) -> None:
         """Let the file go, finished or not."""
-        if self._tar is not None and not self._tar.closed:
-            self._tar.close()
+        if self._tar is not None:
+            tar, self._tar = self._tar, None
+            tar.close()
 
     def _write_episode(self) -> None:
         arrays = {c.name: np.concatenate([part[c.name] for part in self._parts]) for c in self._columns}

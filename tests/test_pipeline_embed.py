@@ -28,6 +28,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
 from .conftest import WriteStore
+from .killing import run_killed
 
 INLINE = EmbedConfig(engine="inline")
 SMALL = PretrainConfig(size=16, channels=4, width=8, updates=4, batch=8)
@@ -199,6 +200,18 @@ def test_pretraining_lowers_the_error_on_held_out_frames_and_repeats_exactly(
         pretrain_autoencoder(rollouts, tmp_path / "again", few)
     with pytest.raises(InvalidValueError, match="multiple of 16"):
         PretrainConfig(size=30)
+
+
+def test_pretraining_killed_at_a_rename_and_run_again(write_rollouts: WriteStore, tmp_path: Path) -> None:
+    rollouts = write_rollouts(size=16)
+    config = PretrainConfig(**{**vars(SMALL), "updates": 2})
+    whole = pretrain_autoencoder(rollouts, tmp_path / "whole", config).pvr
+    assert run_killed(pretrain_autoencoder, rollouts, tmp_path / "killed", config, stop=2)
+    assert list((tmp_path / "killed").glob("*.tmp-*"))
+    pretrain_autoencoder(rollouts, tmp_path / "killed", config)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in whole.iterdir())
+    for path in whole.iterdir():
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
 @pytest.mark.gpu

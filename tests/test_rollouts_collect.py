@@ -297,5 +297,5 @@ collect(CollectConfig(size=32), sys.argv[1], address="127.0.0.1:1")
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     last_line = done.stderr.strip().splitlines()[-1]
-    assert "SimulationError: no Ray cluster answers at 127.0.0.1:1" in last_line
+    assert "ClusterError: no Ray cluster answers at 127.0.0.1:1" in last_line
     assert "--address" in last_line

@@ -21,6 +21,7 @@ from pvrpipe.schemas.errors import (
     NewerFormatError,
     NotAStoreError,
     OutputExistsError,
+    PvrpipeError,
     StoreBusyError,
     StoreError,
     UnfinishedStoreError,
@@ -186,6 +187,26 @@ def test_overwrite_replaces_all_of_it(tmp_path: Path, write_rollouts: WriteStore
         pending.seal()
     assert verify(folder) == []
     assert len(list((folder / "shards").iterdir())) == 6
+
+
+def test_a_lost_shard_of_a_sealed_store_is_made_again(tmp_path: Path, shard_format: str) -> None:
+    write_three(tmp_path / "whole", shard_format)
+    write_three(tmp_path / "lost", shard_format)
+    next((tmp_path / "lost" / "shards").glob("00001.[pt]a*")).unlink()
+    assert [f.what for f in verify(tmp_path / "lost")] == ["is missing"]
+    write_three(tmp_path / "lost", shard_format)
+    assert same_bytes(tmp_path / "whole", tmp_path / "lost")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("file/s", "a file is in the way"), ("file", "a file of that name"), ("s3://bucket/s", "pvrpipe push")],
+)
+def test_an_output_that_cannot_be_a_folder(tmp_path: Path, output: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    folder = Path(output) if ":" in output else tmp_path / output
+    with pytest.raises(PvrpipeError, match=message):
+        PendingStore.begin(folder, draft([random_episode(0, 5)]))
 
 
 def test_a_folder_of_strangers_files_is_left_alone(tmp_path: Path) -> None:

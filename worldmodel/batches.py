@@ -35,7 +35,7 @@ def open_embeddings(path: Path | str) -> Store:
     if (width := embedding_width(store)) > WIDEST:
         raise InvalidValueError(
             f"{path}: {width} numbers per row are too wide for a linear map (at most {WIDEST}); "
-            "embed again with --pool"
+            "embed with a PVR that gives one vector per frame"
         )
     return store
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, RunError
+from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
@@ -40,6 +40,7 @@ from pvrpipe.worldmodel.batches import chance, open_embeddings, tensors_of
 from pvrpipe.worldmodel.models import WorldModel, suitable_threads
 from pvrpipe.worldmodel.training import load_model
 
+SPLITS = ("train", "val")
 TOGETHER = 32  # episodes predicted in one batch
 VARIANTS = ("model", "shuffled_actions", "no_change")
 Floats = NDArray[np.float64]
@@ -104,7 +105,11 @@ def probe(
     """
     folder, device = Path(run), torch.device(device)
     if context < 1 or not horizons or min(horizons) < 1:
-        raise InvalidValueError(f"context ({context}) and horizons ({list(horizons)}) must be at least 1")
+        raise InvalidValueError(
+            f"--horizon is {list(horizons)} behind a context of {context}; all must be at least 1"
+        )
+    if split not in SPLITS:
+        raise UnknownNameError.among("split", split, SPLITS)
     model, record = load_model(folder, device)
     embeddings = open_embeddings(record.store if store is None else store)
     _check_encoder(record, embeddings)

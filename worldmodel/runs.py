@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.schemas.manifest import EncoderIdentity, Frozen, canonical_json
-from pvrpipe.store.files import TEMPORARY, disk_errors, locked, remove_temporaries, write_whole
+from pvrpipe.store.files import TEMPORARY, disk_errors, locked, make_folder, remove_temporaries, write_whole
 from pvrpipe.store.workspace import RUN
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 
@@ -91,8 +91,7 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
         OutputExistsError: the folder holds a run of another configuration or store, or strangers' files.
         StoreBusyError: another process is training there.
     """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(folder):
         if not (folder / RECORD).exists():
             if strangers := sorted(p.name for p in folder.iterdir() if TEMPORARY not in p.name):
