@@ -14,13 +14,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import pydantic_core
 from pydantic import ValidationError
 
 from pvrpipe.schemas.errors import CorruptStoreError, NewerFormatError, NotAStoreError
-from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit
+from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit, ShardEntry
 
 MANIFEST = "store.json"
 EPISODES = "episodes.parquet"
@@ -28,6 +31,52 @@ GOLDEN = "golden.safetensors"
 CARD = "README.md"
 SHARDS = "shards"
 MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
+COMMITTED = ("file", "rows", "bytes", "sha256", "row_groups")  # what commit record and manifest both say
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}")
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One file of a store, and what its manifest promises of it."""
+
+    name: str
+    """path within the store, of plain names only"""
+    size: int | None = None
+    sha256: str | None = None
+    entry: ShardEntry | None = None
+    """of a shard's commit record: what the manifest says of that shard"""
+    optional: bool = False
+    """the store holds without it"""
+
+
+def files_of(manifest: Manifest) -> tuple[StoreFile, ...]:
+    """Every file of a sealed store in the order in which it is published.
+
+    A shard comes before its commit record, the manifest comes last.
+
+    Raises:
+        CorruptStoreError: a name leads out of the store, or two files share one.
+    """
+    files = tuple(_files_of(manifest))
+    seen: set[str] = set()
+    for file in files:
+        if not _PLAIN.fullmatch(file.name) or file.name.lower() in seen:
+            raise CorruptStoreError(
+                f"{MANIFEST} lists a file called {file.name[:80]!r}, which is no plain name of its own; "
+                "this store is not to be trusted, get it from another source"
+            )
+        seen.add(file.name.lower())  # some file systems know no case
+    return files
+
+
+def _files_of(manifest: Manifest) -> Iterator[StoreFile]:
+    for entry in manifest.shards:
+        yield StoreFile(entry.file, entry.bytes, entry.sha256)
+        yield StoreFile(str(PurePosixPath(entry.file).with_suffix(".json")), entry=entry)
+    for name, digest in sorted(manifest.files.items()):
+        yield StoreFile(name, sha256=digest)
+    yield StoreFile(CARD, optional=True)
+    yield StoreFile(MANIFEST)
 
 
 def shard_file(shard: int) -> str:
@@ -55,7 +104,16 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if path.stat().st_size > MANIFEST_LIMIT:
         raise CorruptStoreError(f"{path} is larger than {MANIFEST_LIMIT >> 20} MiB; it is not read")
-    text = path.read_bytes()
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(text: bytes, path: object) -> Manifest:
+    """The manifest in the bytes of ``store.json``; ``path`` is for messages.
+
+    Raises:
+        NewerFormatError: it was written by a newer pvrpipe.
+        CorruptStoreError: it is not a valid manifest.
+    """
     _refuse_newer(path, text)
     try:
         return Manifest.model_validate_json(text)
@@ -78,7 +136,7 @@ def read_commit(folder: Path, shard: int) -> ShardCommit | None:
         return None
 
 
-def _refuse_newer(path: Path, text: bytes) -> None:
+def _refuse_newer(path: object, text: bytes) -> None:
     """Look at the version before anything else, for a newer manifest need not fit our models."""
     try:
         raw = pydantic_core.from_json(text)

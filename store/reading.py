@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError, UnknownNameError
 from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
+from pvrpipe.store.cache import Cache
 from pvrpipe.store.columns import decode
 from pvrpipe.store.layout import EPISODES, read_manifest
 from pvrpipe.store.mapping import map_file, proven_spans
+from pvrpipe.store.places import Place, Url, place_of
+from pvrpipe.store.remote import Mirror
 
 Rows = NDArray[np.generic]
 SHARDS_OPEN = 256  # mapped at once; a map costs a file descriptor
@@ -26,21 +30,35 @@ SHARDS_OPEN = 256  # mapped at once; a map costs a file descriptor
 class Store:
     """A sealed store. Opening it reads the manifest and the episode table, no rows."""
 
-    def __init__(self, path: Path, manifest: Manifest, episodes: pl.DataFrame) -> None:
-        self.path, self.manifest, self.episodes = path, manifest, episodes
+    def __init__(
+        self, path: Place, manifest: Manifest, episodes: pl.DataFrame, mirror: Mirror | None = None
+    ) -> None:
+        self.path, self.manifest, self.episodes, self._mirror = path, manifest, episodes, mirror
         self.shard = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
 
     @classmethod
-    def open(cls, path: Path | str, kind: Literal["rollouts", "embeddings"] | None = None) -> Store:
+    def open(
+        cls,
+        path: Place | str,
+        kind: Literal["rollouts", "embeddings"] | None = None,
+        cache: Cache | None = None,
+    ) -> Store:
         """Open a store, of a given kind where only that will do.
+
+        Args:
+            path: a folder, or any URL that fsspec reads; shards behind a URL are fetched when they are opened.
+            kind: refuse the other kind.
+            cache: where they are fetched to; default: what ``PVRPIPE_CACHE`` says.
 
         Raises:
             NotAStoreError: there is none, or it is of the other kind.
             UnfinishedStoreError: it was begun and never sealed.
             NewerFormatError, CorruptStoreError: it cannot be read.
+            UnreachableError, MissingDriverError: the URL cannot be read.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
+        path = place_of(path)
+        mirror = Mirror(path, cache) if isinstance(path, Url) else None
+        manifest = mirror.manifest if mirror is not None else read_manifest(Path(str(path)))
         if kind is not None and manifest.kind != kind:
             cure = (
                 "embed it first: `pvrpipe embed`"
@@ -53,14 +71,28 @@ class Store:
             raise UnfinishedStoreError(
                 f"{path} was begun and not finished; run the same `pvrpipe {command}` again to finish it"
             )
+        episodes = mirror.fetch(EPISODES) if mirror is not None else Path(str(path), EPISODES)
         try:
-            table = pl.read_parquet(path / EPISODES)
+            table = pl.read_parquet(episodes)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise CorruptStoreError(
-                f"{path / EPISODES} cannot be read ({error}); run `pvrpipe verify {path}`"
+                f"{path}/{EPISODES} cannot be read ({error}); run `pvrpipe verify {path}`"
             ) from None
         row_first = pl.col("rows").cum_sum() - pl.col("rows")
-        return cls(path, manifest, table.with_columns(row_first=row_first))
+        return cls(path, manifest, table.with_columns(row_first=row_first), mirror)
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A file of the store on this machine, fetched if need be; behind a URL it may go afterwards.
+
+        Raises:
+            CorruptStoreError: what lies behind the URL is not what the manifest promises.
+        """
+        if self._mirror is None:
+            yield Path(str(self.path), name)
+        else:
+            with self._mirror.holding(name) as path:
+                yield path
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -76,7 +108,12 @@ class Store:
 
     def _open_shard(self, index: int) -> Shard:
         """One shard; kept open while it is among those used last."""
-        return Shard(self.path, self.manifest, index)
+        with self.file(self.manifest.shards[index].file) as file:
+            shard = Shard(file.parent.parent, self.manifest, index)
+            if self._mirror is not None:  # the file may go from its cache; its maps stay
+                for column in self.manifest.columns:
+                    shard.mapped(column.name)
+            return shard
 
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""
