@@ -19,6 +19,7 @@ from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Rows, Store
 
 GOLDEN_FRAMES = 8
@@ -57,7 +58,7 @@ class EmbedResult:
 
 
 def embed(
-    rollouts: Path,
+    rollouts: Place | str,
     outputs: Sequence[tuple[EncoderRequest, Path]],
     config: EmbedConfig,
     progress: Progress = silent,
@@ -131,7 +132,7 @@ def golden(store: Store, pending: PendingStore) -> dict[str, Rows]:
 
 
 def _run(
-    rollouts: Path, targets: list[Target], config: EmbedConfig, store: Store, progress: Progress
+    rollouts: Place | str, targets: list[Target], config: EmbedConfig, store: Store, progress: Progress
 ) -> list[ShardTimes]:
     """Embed what is missing, shard by shard, and collect what each cost."""
     todo = sorted(set().union(*(t.todo for t in targets)))
@@ -151,7 +152,7 @@ def _run(
 
 
 def _outcomes(
-    rollouts: Path, targets: list[Target], todo: list[int], config: EmbedConfig
+    rollouts: Place | str, targets: list[Target], todo: list[int], config: EmbedConfig
 ) -> Iterator[ShardTimes | PvrpipeError]:
     if not todo:
         return

@@ -59,13 +59,15 @@ def files_of(manifest: Manifest) -> tuple[StoreFile, ...]:
     """
     files = tuple(_files_of(manifest))
     seen: set[str] = set()
+    folders = {str(parent).lower() for file in files for parent in PurePosixPath(file.name).parents}
     for file in files:
-        if not _PLAIN.fullmatch(file.name) or file.name.lower() in seen:
+        name = file.name.lower()  # some file systems know no case
+        if not _PLAIN.fullmatch(file.name) or name in seen or name in folders:
             raise CorruptStoreError(
                 f"{MANIFEST} lists a file called {file.name[:80]!r}, which is no plain name of its own; "
                 "this store is not to be trusted, get it from another source"
             )
-        seen.add(file.name.lower())  # some file systems know no case
+        seen.add(name)
     return files
 
 

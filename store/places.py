@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pvrpipe.schemas.errors import (
-    InvalidValueError,
     MissingDriverError,
     PvrpipeError,
     UnknownNameError,
@@ -37,23 +37,13 @@ class Url:
         """The last part, as of a path."""
         return self.text.rsplit("/", 1)[-1]
 
-    @property
-    def scheme(self) -> str:
-        """``s3`` of ``s3://bucket/x``."""
-        return re.split("::|:", self.text, maxsplit=1)[0].lower()
-
-    def filesystem(self) -> tuple[Any, str]:
-        """The driver, and the folder as the driver calls it.
-
-        Asked for again at every use: fsspec keeps the driver, and notices when the process has forked.
-
-        Raises:
-            MissingDriverError, UnknownNameError: nothing here reads such a URL.
-        """
-        return filesystem(self.text)
+    def resolve(self) -> Url:
+        """Itself: a URL is the same from every folder."""
+        return self
 
 
 Place = Path | Url
+Result = TypeVar("Result")
 
 
 def place_of(place: Path | str | Url) -> Place:
@@ -73,20 +63,14 @@ def is_url(text: str) -> bool:
     return "://" in text or bool(re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*::", text))
 
 
-def local_folder(place: Path | str | Url, why: str) -> Path:
-    """A place that must be on this machine.
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec driver for a URL or a local path, and the path within it; listings are never cached.
+
+    Asked for again at every use: fsspec keeps the driver, and notices when the process has forked.
 
     Raises:
-        InvalidValueError: it is a URL.
+        MissingDriverError, UnknownNameError: nothing here reads such a URL.
     """
-    found = place_of(place)
-    if isinstance(found, Url):
-        raise InvalidValueError(f"{found} is a URL, but {why}; `pvrpipe pull` it first")
-    return found
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec driver for a URL or a local path, and the path within it; listings are never cached."""
     import fsspec  # a tenth of a second that a local store need not pay
 
     scheme = url.split(":", 1)[0].lower()
@@ -116,7 +100,14 @@ def reaching(url: object) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, ImportError, PvrpipeError):
+    except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec's HTTP driver says so of every failure
+        if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", 0) not in (404, 410):
+            raise UnreachableError(
+                f"{url} cannot be reached ({one_line(cause or error)[:200]}); check the address"
+            ) from error
+        raise
+    except (ImportError, PvrpipeError):
         raise
     except PermissionError as error:
         raise UnreachableError(
@@ -131,3 +122,17 @@ def reaching(url: object) -> Iterator[None]:
             f"{url} cannot be reached ({one_line(error)[:200]}); check the address and the credentials, "
             "then run it again"
         ) from error
+
+
+def patiently(work: Callable[[], Result]) -> Result:
+    """Do work that may meet a network's moods: three times at most, with a pause between.
+
+    Raises:
+        UnreachableError: the third time too.
+    """
+    for pause in (0.5, 2.0):
+        try:
+            return work()
+        except UnreachableError:
+            time.sleep(pause)
+    return work()

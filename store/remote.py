@@ -25,7 +25,7 @@ from pvrpipe.store.files import (
     write_whole,
 )
 from pvrpipe.store.layout import COMMITTED, MANIFEST, MANIFEST_LIMIT, StoreFile, files_of, parse_manifest
-from pvrpipe.store.places import Place, filesystem, reaching
+from pvrpipe.store.places import Place, filesystem, patiently, reaching
 
 PIECE = 4 << 20  # bytes asked for at a time
 UNSIZED_LIMIT = 1 << 30  # of a file whose size the manifest does not say
@@ -89,11 +89,19 @@ class Source:
     def fetch(self, file: StoreFile, target: Path, arrived: Arrived = lambda _: None) -> bool:
         """Fetch one file; it takes its name once its size and sha256 are right. False: there is none.
 
+        Args:
+            file: which, and what its manifest promises.
+            target: where to.
+            arrived: told the bytes of each piece; taken back where an attempt fails.
+
         Raises:
             CorruptStoreError: it is missing, or not what the manifest promises.
             UnreachableError: the place does not answer.
         """
-        limit = UNSIZED_LIMIT if file.size is None else file.size
+        return patiently(lambda: self._fetch(file, target, arrived))
+
+    def _fetch(self, file: StoreFile, target: Path, arrived: Arrived) -> bool:
+        done, limit = 0, UNSIZED_LIMIT if file.size is None else file.size
         temporary = temporary_beside(target)
         try:
             with disk_errors(target):
@@ -101,6 +109,7 @@ class Source:
                 with temporary.open("wb") as out:
                     for piece in self.pieces(file.name, limit):
                         out.write(piece)
+                        done += len(piece)
                         arrived(len(piece))
             if problem := problem_of(file, temporary):
                 raise self.corrupt(file, problem)
@@ -110,6 +119,9 @@ class Source:
             if file.optional:
                 return False
             raise self.corrupt(file, "is missing") from None
+        except BaseException:
+            arrived(-done)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -152,6 +164,8 @@ class Mirror:
             CorruptStoreError: what lies there is not what the manifest promises.
             UnreachableError: the place does not answer.
         """
+        if name not in self._files:
+            raise self._source.corrupt(StoreFile(name), "is not in its manifest")
         file, path = self._files[name], self.folder / name
         with self._cache.holding(path):
             if path.is_file() and file.size in (None, path.stat().st_size):
