@@ -33,7 +33,7 @@ Overwrite = Annotated[
 ]
 
 DATA = Path("data")
-SHARED = ("store", "url", "id", "files", "resumed", "bytes", "licence")
+SHARED = ("store", "url", "files", "resumed", "bytes", "licence")
 STOPPED = 130  # what typer returns for Ctrl-C
 
 
@@ -366,7 +366,7 @@ def verify(
 
 @app.command()
 def push(
-    store: Annotated[Path, typer.Argument(help="A store on this machine.")],
+    store: Annotated[str, typer.Argument(help="A store on this machine.")],
     url: Annotated[str, typer.Argument(help="s3://BUCKET/NAME, hf://datasets/OWNER/NAME, or a folder.")],
     workers: Annotated[int, typer.Option(min=1, help="Files at once.")] = 8,
     overwrite: Overwrite = False,

@@ -41,7 +41,7 @@ class Cache:
             InvalidValueError: the size is not a positive number.
         """
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path(os.environ.get(FOLDER) or home / "pvrpipe" / "stores")
+        folder = Path(os.environ.get(FOLDER) or home / "pvrpipe" / "stores").expanduser().absolute()
         text = os.environ.get(LIMIT) or str(DEFAULT_GB)
         try:
             gigabytes = float(text)

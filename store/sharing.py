@@ -146,6 +146,7 @@ def pull(url: Place | str, folder: Path, *, workers: int = WORKERS, progress: Pr
             present.add(MANIFEST)
         else:
             write_whole(folder / MANIFEST, text)
+            tally.add(len(text), MANIFEST)
         (folder / PULLING).unlink(missing_ok=True)
     return _shared(folder, source.place, manifest, files, present, tally, began)
 
@@ -179,6 +180,8 @@ def _alone_in(place: Place) -> Iterator[None]:
     if isinstance(place, Url):
         yield
         return
+    if place.exists() and not place.is_dir():
+        raise OutputExistsError(f"{place} is a file; give a folder")
     with disk_errors(place):
         place.mkdir(parents=True, exist_ok=True)
         with locked(place):
