@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.errors import InvalidValueError, StoreError
 from pvrpipe.store.files import TEMPORARY, disk_errors
 from pvrpipe.store.layout import SHARDS
 
@@ -61,7 +61,14 @@ class Cache:
         """Remove the shards used longest ago until ``wanted`` bytes more fit.
 
         Shards that someone holds stay. One that is mapped may go: its pages live until its last reader ends.
+
+        Raises:
+            StoreError: they would not fit into an empty cache.
         """
+        if wanted > self.limit:
+            raise StoreError(
+                f"a file of {wanted} bytes does not fit into the cache of {self.limit} bytes; set {LIMIT} higher"
+            )
         with self._locked(self.folder / "room", wait=True):
             found = [(path, stat) for path in self._files() if (stat := _stat(path)) is not None]
             total = sum(stat.st_size for _, stat in found)

@@ -30,6 +30,7 @@ EPISODES = "episodes.parquet"
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
 SHARDS = "shards"
+PULLING = "pull.json"  # the manifest of the store that a folder is being filled with
 MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
 COMMITTED = ("file", "rows", "bytes", "sha256", "row_groups")  # what commit record and manifest both say
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}")
@@ -58,7 +59,7 @@ def files_of(manifest: Manifest) -> tuple[StoreFile, ...]:
         CorruptStoreError: a name leads out of the store, or two files share one.
     """
     files = tuple(_files_of(manifest))
-    seen: set[str] = set()
+    seen = {PULLING}
     folders = {str(parent).lower() for file in files for parent in PurePosixPath(file.name).parents}
     for file in files:
         name = file.name.lower()  # some file systems know no case

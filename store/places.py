@@ -55,7 +55,7 @@ def place_of(place: Path | str | Url) -> Place:
             return Path(place[len(prefix) :])
     if not is_url(place):
         return Path(place)
-    return Url(place.rstrip("/"))
+    return Url(re.sub(r"(?<![:/])/+$", "", place))
 
 
 def is_url(text: str) -> bool:

@@ -22,14 +22,22 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.destination import Destination, published, refuse_others
 from pvrpipe.store.files import disk_errors, locked, remove_temporaries, write_whole
 from pvrpipe.store.hub import is_hub, push_to_hub
-from pvrpipe.store.layout import EPISODES, MANIFEST, SHARDS, StoreFile, files_of, read_commit, read_manifest
+from pvrpipe.store.layout import (
+    EPISODES,
+    MANIFEST,
+    PULLING,
+    SHARDS,
+    StoreFile,
+    files_of,
+    read_commit,
+    read_manifest,
+)
 from pvrpipe.store.parallel import Tally, each
 from pvrpipe.store.places import Place, Url, place_of
 from pvrpipe.store.remote import Source, problem_of
 from pvrpipe.store.verifying import verify
 
 WORKERS = 8
-PULLING = "pull.json"  # the manifest of the store that a folder is being filled with
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pvrpipe.schemas.errors import (
     NotAStoreError,
     OutputExistsError,
     StoreBusyError,
+    StoreError,
     UnfinishedStoreError,
     UnknownNameError,
     UnreachableError,
@@ -35,9 +36,9 @@ from pvrpipe.schemas.errors import (
 from pvrpipe.schemas.manifest import store_id
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.files import locked
-from pvrpipe.store.layout import files_of, read_manifest
+from pvrpipe.store.layout import PULLING, files_of, read_manifest
 from pvrpipe.store.reading import Store
-from pvrpipe.store.sharing import PULLING, pull, push
+from pvrpipe.store.sharing import pull, push
 from pvrpipe.store.verifying import verify
 from pvrpipe.store.windows import WindowSampler
 from pvrpipe.store.workspace import Workspace
@@ -241,6 +242,22 @@ def test_eviction_takes_what_was_used_longest_ago_and_nothing_that_is_held(tmp_p
     assert [p.exists() for p in shards] == [True, False, False]
 
 
+def test_a_size_that_a_manifest_only_claims_evicts_nothing(write_rollouts: WriteStore) -> None:
+    folder = write_rollouts()
+    copy_to(folder, "memory://huge")
+    manifest = read_manifest(folder)
+    huge = manifest.shards[1].model_copy(update={"bytes": 1 << 52})
+    manifest = manifest.model_copy(update={"shards": (manifest.shards[0], huge, *manifest.shards[2:])})
+    fsspec.filesystem("memory").pipe_file("/huge/store.json", manifest.to_json().encode())
+    store = Store.open("memory://huge")
+    store.shard(0)
+    with pytest.raises(StoreError, match="PVRPIPE_CACHE_GB"):
+        store.shard(1)
+    store.shard.cache_clear()
+    fsspec.filesystem("memory").rm_file("/huge/shards/00000.parquet")
+    assert store.shard(0)
+
+
 @pytest.mark.parametrize("size", ["-1", "much", "nan"])
 def test_a_size_of_the_cache_that_is_none(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVRPIPE_CACHE_GB", size)
@@ -334,6 +351,7 @@ def test_a_manifest_with_a_true_id_and_false_content_does_not_reach_the_true_sto
         "shards/00000.parquet",
         "STORE.JSON",
         "store.json/x",
+        "pull.json",
         "a//b",
         "a\n",
         "a\0b",
