@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -79,7 +79,28 @@ class Destination:
             ) from None
 
 
-def refuse_others(destination: Destination, manifest: Manifest, own: set[str], held: dict[str, int]) -> None:
+def what_is_there(
+    destination: Destination,
+    folder: Path,
+    manifest: Manifest,
+    files: Sequence[StoreFile],
+    overwrite: bool,
+) -> dict[str, int]:
+    """Sizes of what the destination holds, once it is clear that it may be written.
+
+    Raises:
+        OutputExistsError: it may not; it is left as it is.
+    """
+    held = destination.sizes(file.name for file in files)
+    if not overwrite:
+        _refuse_others(destination, manifest, {file.name for file in files}, held)
+    elif MANIFEST in held and destination.read(MANIFEST) != (folder / MANIFEST).read_bytes():
+        destination.remove([MANIFEST])  # first: nobody is to read half of one store and half of another
+        del held[MANIFEST]
+    return held
+
+
+def _refuse_others(destination: Destination, manifest: Manifest, own: set[str], held: dict[str, int]) -> None:
     """Refuse a place that holds another store, or files of which ours would take the names.
 
     An earlier state of the same store, whose shards are the first of these, is no other store.

@@ -19,7 +19,7 @@ import polars as pl
 from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, OutputExistsError, one_line
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.store.destination import Destination, published, refuse_others
+from pvrpipe.store.destination import Destination, published, what_is_there
 from pvrpipe.store.files import disk_errors, locked, remove_temporaries, write_whole
 from pvrpipe.store.hub import is_hub, push_to_hub
 from pvrpipe.store.layout import (
@@ -89,7 +89,7 @@ def push(
     sizes = {f.name: (folder / f.name).stat().st_size for f in files}
     tally = Tally(sum(sizes.values()), progress)
     with _alone_in(place):
-        held = _what_is_there(destination, folder, manifest, files, overwrite)
+        held = what_is_there(destination, folder, manifest, files, overwrite)
         present = _published(destination, folder, files, held, overwrite, workers)
         todo = [f for f in files if f.name not in present]
 
@@ -196,23 +196,6 @@ def _alone_in(place: Place) -> Iterator[None]:
             for folder in (place, *(p for p in place.iterdir() if p.is_dir() and p.name == SHARDS)):
                 remove_temporaries(folder)
             yield
-
-
-def _what_is_there(
-    destination: Destination,
-    folder: Path,
-    manifest: Manifest,
-    files: Sequence[StoreFile],
-    overwrite: bool,
-) -> dict[str, int]:
-    """Sizes of what the destination holds, once it is clear that it may be written."""
-    held = destination.sizes(file.name for file in files)
-    if not overwrite:
-        refuse_others(destination, manifest, {file.name for file in files}, held)
-    elif MANIFEST in held and destination.read(MANIFEST) != (folder / MANIFEST).read_bytes():
-        destination.remove([MANIFEST])  # first: nobody is to read half of one store and half of another
-        del held[MANIFEST]
-    return held
 
 
 def _published(
