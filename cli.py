@@ -36,6 +36,7 @@ Format = Annotated[
 ]
 
 DATA = Path("data")
+SHARED = ("store", "url", "files", "resumed", "bytes", "licence")
 STOPPED = 130  # what typer returns for Ctrl-C
 
 
@@ -142,7 +143,7 @@ def collect(
 
 @app.command()
 def embed(
-    rollouts: Annotated[Path | None, typer.Argument(help="Rollout store; default: the newest.")] = None,
+    rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Embedding store to write; for one PVR.")] = None,
     pvr: Annotated[
         list[str],
@@ -185,7 +186,7 @@ def embed(
         raise InvalidValueError(
             f"OUT is one store, but {len(pvr)} --pvr were given; leave OUT out, or embed one at a time"
         )
-    rollouts = rollouts or took("rollouts", Workspace(root).newest_rollouts())
+    rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     environment = environment_of(rollouts)
     asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
     folders = [out or Workspace(root).embeddings(environment, pvr_label(*each)) for each in asked]
@@ -224,7 +225,7 @@ def embed(
 
 @app.command("train-model")
 def train_model(
-    store: Annotated[Path | None, typer.Argument(help="Embedding store; default: the newest.")] = None,
+    store: Annotated[str | None, typer.Argument(help="Embedding store or URL; default: the newest.")] = None,
     run: Annotated[
         Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
     ] = None,
@@ -250,13 +251,14 @@ def train_model(
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
+    from pvrpipe.store.places import place_of
     from pvrpipe.store.workspace import Workspace
 
-    store = store or took("embeddings", Workspace(root).newest_embeddings())
+    store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
 
     from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
 
-    name = f"{environment_of(store)}-{store.name}-{model}-{size}-s{seed}".removeprefix("dmc:")
+    name = f"{environment_of(store)}-{place_of(store).name}-{model}-{size}-s{seed}".removeprefix("dmc:")
     run = run or Workspace(root).run(name)
     config = TrainConfig(
         model=model,
@@ -277,7 +279,9 @@ def train_model(
 @app.command()
 def probe(
     run: Annotated[Path | None, typer.Argument(help="Folder of a run; default: the newest.")] = None,
-    store: Annotated[Path | None, typer.Argument(help="Embedding store; default: the run's own.")] = None,
+    store: Annotated[
+        str | None, typer.Argument(help="Embedding store or URL; default: the run's own.")
+    ] = None,
     horizon: Annotated[list[int], typer.Option(min=1, help="Rows to accumulate over; repeatable.")] = [
         33,
         500,
@@ -314,7 +318,7 @@ def probe(
 
 @pretrain.command("autoencoder")
 def pretrain_autoencoder(
-    rollouts: Annotated[Path | None, typer.Argument(help="Rollout store; default: the newest.")] = None,
+    rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder of the encoder, for `embed --pvr`.")] = None,
     size: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 64,
     updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
@@ -333,7 +337,7 @@ def pretrain_autoencoder(
     from pvrpipe.pipeline.pretraining import pretrain_autoencoder as train
     from pvrpipe.store.workspace import Workspace
 
-    rollouts = rollouts or took("rollouts", Workspace(root).newest_rollouts())
+    rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     out = out or Workspace(root).pvr(environment_of(rollouts), "autoencoder")
     config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
     note(f"training an autoencoder into {out}")
@@ -344,7 +348,7 @@ def pretrain_autoencoder(
 
 @app.command()
 def inspect(
-    store: Annotated[Path, typer.Argument(help="A store.")],
+    store: Annotated[str, typer.Argument(help="A store, or its URL.")],
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -371,7 +375,7 @@ def inspect(
 
 @app.command()
 def verify(
-    store: Annotated[Path, typer.Argument(help="A store.")],
+    store: Annotated[str, typer.Argument(help="A store, or its URL.")],
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -388,6 +392,59 @@ def verify(
         raise typer.Exit(1)
     if not json_:
         print(f"{store}: every byte and number holds")
+
+
+@app.command()
+def push(
+    store: Annotated[str, typer.Argument(help="A store on this machine.")],
+    url: Annotated[str, typer.Argument(help="s3://BUCKET/NAME, hf://datasets/OWNER/NAME, or a folder.")],
+    workers: Annotated[int, typer.Option(min=1, help="Files at once.")] = 8,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a store that verifies; the same command goes on after a stop.
+
+    Example: pvrpipe push data/embeddings/dmc-pendulum-swingup/vc1 s3://lab/pendulum-vc1
+    """
+    from pvrpipe.store.sharing import push as run
+
+    with watching("push", "MiB") as progress:
+        result = run(store, url, workers=workers, overwrite=overwrite, progress=progress)
+    if result.resumed == result.files:
+        note(f"{url} holds all of it already; nothing was pushed")
+    if result.licence is not None:
+        note(f"the embeddings go under the licence of their encoder's weights: {result.licence}")
+    tell(json_, result, [result], SHARED)
+
+
+@app.command()
+def pull(
+    url: Annotated[str, typer.Argument(help="Where a store is published: any URL that fsspec reads.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to; default: its place in the workspace.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Files at once.")] = 8,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a published store, every byte checked; the same command goes on after a stop.
+
+    Example: pvrpipe pull s3://lab/pendulum-vc1
+    """
+    from pvrpipe.store.places import place_of
+    from pvrpipe.store.remote import Source
+    from pvrpipe.store.sharing import pull as run
+    from pvrpipe.store.workspace import Workspace
+
+    folder = folder or Workspace(root).home(Source(place_of(url)).manifest()[1])
+    note(f"pulling into {folder}")
+    with watching("pull", "MiB") as progress:
+        result = run(url, folder, workers=workers, progress=progress)
+    if result.resumed == result.files:
+        note(f"{folder} holds all of it already; nothing was pulled")
+    tell(json_, result, [result], SHARED)
 
 
 @app.command()
@@ -466,11 +523,11 @@ def took(what: str, path: Path) -> Path:
     return path
 
 
-def environment_of(store: Path) -> str:
+def environment_of(store: str) -> str:
     """The environment of a rollout or embedding store."""
-    from pvrpipe.store.layout import read_manifest
+    from pvrpipe.store.reading import Store
 
-    return read_manifest(store).rollouts.environment
+    return Store.open(store).manifest.rollouts.environment
 
 
 def pvr_label(pvr: str, weights: str) -> str:

@@ -20,6 +20,7 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.growing import grown
+from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 
@@ -62,7 +63,7 @@ class EmbedResult:
 
 
 def embed(
-    rollouts: Path,
+    rollouts: Place | str,
     outputs: Sequence[tuple[EncoderRequest, Path]],
     config: EmbedConfig,
     progress: Progress = silent,
@@ -161,7 +162,7 @@ def golden(store: Store, pending: PendingStore) -> dict[str, Rows]:
 
 
 def _run(
-    rollouts: Path, targets: list[Target], config: EmbedConfig, store: Store, progress: Progress
+    rollouts: Place | str, targets: list[Target], config: EmbedConfig, store: Store, progress: Progress
 ) -> list[ShardTimes]:
     """Embed what is missing, shard by shard, and collect what each cost."""
     todo = sorted(set().union(*(t.todo for t in targets)))
@@ -181,7 +182,7 @@ def _run(
 
 
 def _outcomes(
-    rollouts: Path, targets: list[Target], todo: list[int], config: EmbedConfig
+    rollouts: Place | str, targets: list[Target], todo: list[int], config: EmbedConfig
 ) -> Iterator[ShardTimes | PvrpipeError]:
     if not todo:
         return

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
+from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.writing import ShardWriter
@@ -49,7 +50,7 @@ class ShardTimes:
 class ShardEmbedder:
     """Embeds shards of one rollout store for several targets, decoding every frame once."""
 
-    def __init__(self, rollouts: Path, targets: Sequence[Target]) -> None:
+    def __init__(self, rollouts: Place | str, targets: Sequence[Target]) -> None:
         self.store = Store.open(rollouts, kind="rollouts")
         self.targets = targets
         self.encoders = [Encoder(target.request) for target in targets]

@@ -22,6 +22,7 @@ from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
 from pvrpipe.schemas.manifest import Recipe, canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import locked, make_folder, remove_temporaries, sha256_of, write_whole
+from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 
 REPORT_FILE = "pretrain.json"
@@ -65,7 +66,11 @@ class PretrainResult:
 
 
 def pretrain_autoencoder(
-    rollouts: Path, out: Path, config: PretrainConfig, overwrite: bool = False, progress: Progress = silent
+    rollouts: Place | str,
+    out: Path,
+    config: PretrainConfig,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> PretrainResult:
     """Train an autoencoder on the frames of the ``train`` episodes and write its encoder as a PVR.
 

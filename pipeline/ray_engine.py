@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,13 @@ import ray.data
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardTimes, Target
 from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import PvrpipeError
+from pvrpipe.store.places import Place, place_of
 
 
 class _Actor:
     """A :class:`ShardEmbedder` that Ray Data feeds one shard at a time."""
 
-    def __init__(self, rollouts: Path, targets: Sequence[Target]) -> None:
+    def __init__(self, rollouts: Place | str, targets: Sequence[Target]) -> None:
         self.embedder = ShardEmbedder(rollouts, targets)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +29,11 @@ class _Actor:
 
 
 def run_on_ray(
-    rollouts: Path, targets: Sequence[Target], todo: Sequence[int], address: str | None, workers: int | None
+    rollouts: Place | str,
+    targets: Sequence[Target],
+    todo: Sequence[int],
+    address: str | None,
+    workers: int | None,
 ) -> Iterator[ShardTimes | PvrpipeError]:
     """Embed shards on a Ray cluster; what each cost, as it is done.
 
@@ -49,7 +53,7 @@ def run_on_ray(
 
 
 def _run(
-    rollouts: Path, targets: Sequence[Target], todo: Sequence[int], workers: int | None
+    rollouts: Place | str, targets: Sequence[Target], todo: Sequence[int], workers: int | None
 ) -> Iterator[ShardTimes | PvrpipeError]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -60,7 +64,7 @@ def _run(
     shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
     outcomes = shards.map_batches(
         _Actor,
-        fn_constructor_args=(rollouts.resolve(), list(targets)),
+        fn_constructor_args=(place_of(rollouts).resolve(), list(targets)),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=max(1, min(pool, len(todo)))),
         num_cpus=1,

@@ -57,6 +57,14 @@ class CorruptStoreError(StoreError):
     """The bytes of a store are not what its manifest promises."""
 
 
+class UnreachableError(StoreError):
+    """A place behind a URL that does not answer, or refuses."""
+
+
+class MissingDriverError(StoreError):
+    """A URL whose driver is not installed."""
+
+
 class WeightsError(PvrpipeError):
     """Weights that cannot be found, or that do not fit their architecture exactly."""
 

@@ -49,9 +49,9 @@ from pvrpipe.store.layout import (
     REVISIONS,
     SHARDS,
     SUFFIXES,
-    parse_manifest,
     read_commit,
     read_manifest,
+    read_manifest_file,
     revision_file,
     shard_file,
 )
@@ -246,7 +246,7 @@ def _existing(folder: Path, draft: Manifest, overwrite: bool) -> Manifest | None
 def read_draft(folder: Path) -> Manifest | None:
     """The revision that is being appended to a sealed store, if one was begun."""
     path = folder / APPENDING
-    draft = parse_manifest(path) if path.is_file() else None
+    draft = read_manifest_file(path) if path.is_file() else None
     return draft if draft is not None and draft.revision > read_manifest(folder).revision else None
 
 

@@ -56,9 +56,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed writer left; call only while holding the folder's lock."""
-    for path in folder.glob(f"*{TEMPORARY}[0-9]*-????????"):
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Remove what a killed writer left (of one file); call only while holding the folder's (or its) lock."""
+    for path in folder.glob(f"{name}{TEMPORARY}[0-9]*-????????"):
         path.unlink(missing_ok=True)
 
 

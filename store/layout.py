@@ -16,13 +16,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import pydantic_core
 from pydantic import ValidationError
 
 from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NewerFormatError, NotAStoreError
-from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit
+from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit, ShardEntry
 
 MANIFEST = "store.json"
 EPISODES = "episodes.parquet"
@@ -31,8 +34,57 @@ CARD = "README.md"
 SHARDS = "shards"
 REVISIONS = "revisions"
 APPENDING = "appending.json"  # the manifest of a revision that is being written
+PULLING = "pull.json"  # the manifest of the store that a folder is being filled with
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
+COMMITTED = ("file", "rows", "bytes", "sha256", "row_groups")  # what commit record and manifest both say
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}")
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One file of a store, and what its manifest promises of it."""
+
+    name: str
+    """path within the store, of plain names only"""
+    size: int | None = None
+    sha256: str | None = None
+    entry: ShardEntry | None = None
+    """of a shard's commit record: what the manifest says of that shard"""
+    optional: bool = False
+    """the store holds without it"""
+
+
+def files_of(manifest: Manifest) -> tuple[StoreFile, ...]:
+    """Every file of a sealed store in the order in which it is published.
+
+    A shard comes before its commit record, the manifest comes last.
+
+    Raises:
+        CorruptStoreError: a name leads out of the store, or two files share one.
+    """
+    files = tuple(_files_of(manifest))
+    seen = {PULLING}
+    folders = {str(parent).lower() for file in files for parent in PurePosixPath(file.name).parents}
+    for file in files:
+        name = file.name.lower()  # some file systems know no case
+        if not _PLAIN.fullmatch(file.name) or name in seen or name in folders:
+            raise CorruptStoreError(
+                f"{MANIFEST} lists a file called {file.name[:80]!r}, which is no plain name of its own; "
+                "this store is not to be trusted, get it from another source"
+            )
+        seen.add(name)
+    return files
+
+
+def _files_of(manifest: Manifest) -> Iterator[StoreFile]:
+    for entry in manifest.shards:
+        yield StoreFile(entry.file, entry.bytes, entry.sha256)
+        yield StoreFile(str(PurePosixPath(entry.file).with_suffix(".json")), entry=entry)
+    for name, digest in sorted(manifest.files.items()):
+        yield StoreFile(name, sha256=digest)
+    yield StoreFile(CARD, optional=True)
+    yield StoreFile(MANIFEST)
 
 
 def shard_file(shard: int, shard_format: str) -> str:
@@ -62,24 +114,33 @@ def read_manifest(folder: Path, revision: int | None = None) -> Manifest:
         raise NotAStoreError(
             f"{folder} holds no store (no {MANIFEST}); make one with `pvrpipe collect` or `pvrpipe embed`"
         )
-    newest = parse_manifest(folder / MANIFEST)
+    newest = read_manifest_file(folder / MANIFEST)
     if revision is None or revision == newest.revision:
         return newest
     path = folder / revision_file(revision)
     if not 1 <= revision < newest.revision or not path.is_file():
         raise InvalidValueError(f"{folder} has no revision {revision}; it has 1 to {newest.revision}")
-    return parse_manifest(path)
+    return read_manifest_file(path)
 
 
-def parse_manifest(path: Path) -> Manifest:
-    """A manifest file, checked field by field before anything is read by it.
+def read_manifest_file(path: Path) -> Manifest:
+    """A manifest by the path of its own file.
 
     Raises:
-        NewerFormatError, CorruptStoreError: as :func:`read_manifest`.
+        NewerFormatError, CorruptStoreError: as :func:`parse_manifest`.
     """
     if path.stat().st_size > MANIFEST_LIMIT:
         raise CorruptStoreError(f"{path} is larger than {MANIFEST_LIMIT >> 20} MiB; it is not read")
-    text = path.read_bytes()
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(text: bytes, path: object) -> Manifest:
+    """The manifest in the bytes of ``store.json``; ``path`` is for messages.
+
+    Raises:
+        NewerFormatError: it was written by a newer pvrpipe.
+        CorruptStoreError: it is not a valid manifest.
+    """
     _refuse_newer(path, text)
     try:
         return Manifest.model_validate_json(text)
@@ -102,7 +163,7 @@ def read_commit(folder: Path, shard: int) -> ShardCommit | None:
         return None
 
 
-def _refuse_newer(path: Path, text: bytes) -> None:
+def _refuse_newer(path: object, text: bytes) -> None:
     """Look at the version before anything else, for a newer manifest need not fit our models."""
     try:
         raw = pydantic_core.from_json(text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,11 @@ import polars as pl
 
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError, UnknownNameError
 from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
+from pvrpipe.store.cache import Cache
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.parquet import ParquetShard
+from pvrpipe.store.places import Place, Url, place_of
+from pvrpipe.store.remote import Mirror
 from pvrpipe.store.shards import Rows, Shard
 from pvrpipe.store.webdataset import WebDatasetShard
 
@@ -22,26 +26,39 @@ SHARDS_OPEN = 256  # mapped at once; a map costs a file descriptor
 class Store:
     """A sealed store. Opening it reads the manifest and the episode table, no rows."""
 
-    def __init__(self, path: Path, manifest: Manifest, episodes: pl.DataFrame) -> None:
-        self.path, self.manifest, self.episodes = path, manifest, episodes
+    def __init__(
+        self, path: Place, manifest: Manifest, episodes: pl.DataFrame, mirror: Mirror | None = None
+    ) -> None:
+        self.path, self.manifest, self.episodes, self._mirror = path, manifest, episodes, mirror
         self.shard = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
 
     @classmethod
     def open(
         cls,
-        path: Path | str,
+        path: Place | str,
         kind: Literal["rollouts", "embeddings"] | None = None,
         revision: int | None = None,
+        cache: Cache | None = None,
     ) -> Store:
-        """Open a store, of a given kind where only that will do; the newest revision, or an earlier one.
+        """Open a store, of a given kind where only that will do.
+
+        Args:
+            path: a folder, or any URL that fsspec reads; shards behind a URL are fetched when they are opened.
+            kind: refuse the other kind.
+            revision: the newest, or an earlier one as it was.
+            cache: where they are fetched to; default: what ``PVRPIPE_CACHE`` says.
 
         Raises:
             NotAStoreError: there is none, or it is of the other kind.
             UnfinishedStoreError: it was begun and never sealed.
             NewerFormatError, CorruptStoreError: it cannot be read.
+            UnreachableError, MissingDriverError: the URL cannot be read.
         """
-        path = Path(path)
-        manifest = read_manifest(path, revision)
+        path = place_of(path)
+        mirror = Mirror(path, cache) if isinstance(path, Url) else None
+        manifest = (
+            mirror.revision(revision) if mirror is not None else read_manifest(Path(str(path)), revision)
+        )
         if kind is not None and manifest.kind != kind:
             cure = (
                 "embed it first: `pvrpipe embed`"
@@ -54,14 +71,29 @@ class Store:
             raise UnfinishedStoreError(
                 f"{path} was begun and not finished; run the same `pvrpipe {command}` again to finish it"
             )
+        name = manifest.episodes_file
+        episodes = mirror.fetch(name) if mirror is not None else Path(str(path), name)
         try:
-            table = pl.read_parquet(path / manifest.episodes_file)
+            table = pl.read_parquet(episodes)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise CorruptStoreError(
-                f"{path / manifest.episodes_file} cannot be read ({error}); run `pvrpipe verify {path}`"
+                f"{path}/{name} cannot be read ({error}); run `pvrpipe verify {path}`"
             ) from None
         row_first = pl.col("rows").cum_sum() - pl.col("rows")
-        return cls(path, manifest, table.with_columns(row_first=row_first))
+        return cls(path, manifest, table.with_columns(row_first=row_first), mirror)
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A file of the store on this machine, fetched if need be; behind a URL it may go afterwards.
+
+        Raises:
+            CorruptStoreError: what lies behind the URL is not what the manifest promises.
+        """
+        if self._mirror is None:
+            yield Path(str(self.path), name)
+        else:
+            with self._mirror.holding(name) as path:
+                yield path
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -78,7 +110,12 @@ class Store:
     def _open_shard(self, index: int) -> Shard:
         """One shard; kept open while it is among those used last."""
         kind = ParquetShard if self.manifest.shard_format == "parquet" else WebDatasetShard
-        return kind(self.path, self.manifest, index)
+        with self.file(self.manifest.shards[index].file) as file:
+            shard = kind(file.parent.parent, self.manifest, index)
+            if self._mirror is not None:  # the file may go from its cache; its maps stay
+                for column in self.manifest.columns:
+                    shard.mapped(column.name)
+            return shard
 
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""

@@ -26,9 +26,13 @@ class Shard(ABC):
         if not self.path.is_file() or self.path.stat().st_size != entry.bytes:
             raise self.corrupt(f"is missing or not {entry.bytes} bytes long")
         self.first = np.cumsum((0, *self.groups))  # first row of each group, and the end
-        self._bytes: NDArray[np.uint8] | None = None
         self._mapped: dict[str, tuple[Rows, ...] | None] = {}
         self._read = functools.lru_cache(maxsize=2)(self._read_group)
+
+    @functools.cached_property
+    def data(self) -> NDArray[np.uint8]:
+        """The bytes of the file, mapped."""
+        return map_file(self.path)
 
     @abstractmethod
     def check_layout(self) -> Iterator[tuple[str, str]]:
@@ -89,7 +93,5 @@ class Shard(ABC):
         return CorruptStoreError(f"{self.path} {what}; run `pvrpipe verify {self.path.parent.parent}`")
 
     def _view(self, span: Span, column: Column) -> Rows:
-        if self._bytes is None:
-            self._bytes = map_file(self.path)
-        data = self._bytes[span.offset : span.offset + span.rows * column.width]
+        data = self.data[span.offset : span.offset + span.rows * column.width]
         return data.view(column.dtype).reshape(span.rows, *column.shape)

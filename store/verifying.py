@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pvrpipe.schemas.errors import PvrpipeError, one_line
+from pvrpipe.schemas.errors import CorruptStoreError, PvrpipeError, one_line
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, store_id
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.store.files import sha256_of
-from pvrpipe.store.layout import read_commit, read_manifest, shard_file
+from pvrpipe.store.cache import Cache
+from pvrpipe.store.files import disk_errors, sha256_of
+from pvrpipe.store.layout import COMMITTED, MANIFEST, files_of, read_commit, read_manifest, shard_file
 from pvrpipe.store.moments import merged, moments_of, statistics_of
+from pvrpipe.store.places import Place, place_of
 from pvrpipe.store.planning import split_in
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.webdataset import PLACE, WebDatasetShard
 
 RETURN_TOLERANCE = 1e-3  # relative; rewards are float32, and an environment sums them in float64
 
@@ -29,8 +33,8 @@ class Failure:
     what: str
 
 
-def verify(path: Path, progress: Progress = silent) -> list[Failure]:
-    """Every failure found; an empty list is a store that holds.
+def verify(path: Place | str, progress: Progress = silent) -> list[Failure]:
+    """Every failure found; an empty list is a store that holds. A store behind a URL is fetched anew.
 
     Checked: the manifest against its schema and its id, the sha256 of every file, commit records
     against the manifest, footers and columns, episode bounds and alignment, finite values, returns,
@@ -39,12 +43,37 @@ def verify(path: Path, progress: Progress = silent) -> list[Failure]:
     Raises:
         PvrpipeError: there is no sealed store to check.
     """
-    manifest = read_manifest(path)
-    failures = list(_files(path, manifest))
-    if failures:  # the rows of a damaged file prove nothing
-        return failures
-    store = Store.open(path)
-    commits = {}
+    place = place_of(path)
+    if isinstance(place, Path):
+        failures = list(_files(place, read_manifest(place)))
+        # the rows of a damaged file prove nothing
+        return failures or _rows(Store.open(place), place, progress)
+    shared = Cache.from_environment()
+    with disk_errors(shared.folder):
+        shared.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=shared.folder) as folder:
+        store = Store.open(place, cache=Cache(Path(folder), shared.limit))
+        failures = list(_fetched(store, progress))
+        with store.file(MANIFEST) as manifest:
+            return failures or _rows(store, manifest.parent, progress)
+
+
+def _fetched(store: Store, progress: Progress) -> Iterator[Failure]:
+    """Names, sizes and hashes of what is behind a URL."""
+    files = files_of(store.manifest)
+    for done, file in enumerate(files):
+        progress(done, len(files), f"fetch {file.name}")
+        try:
+            with store.file(file.name):
+                pass
+        except CorruptStoreError as error:
+            yield Failure(file.name, one_line(error))
+
+
+def _rows(store: Store, path: Path, progress: Progress) -> list[Failure]:
+    """What the rows say, of a store whose files are what its manifest promises; commit records in ``path``."""
+    manifest, commits = store.manifest, {}
+    failures: list[Failure] = []
     for index, entry in enumerate(manifest.shards):
         progress(index, len(manifest.shards), entry.file)
         commit = read_commit(path, index)
@@ -92,7 +121,7 @@ def _files(path: Path, manifest: Manifest) -> Iterator[Failure]:
 def _shard(store: Store, manifest: Manifest, index: int, commit: ShardCommit) -> Iterator[Failure]:
     """One shard: footer, columns, then its episodes one by one."""
     entry = manifest.shards[index]
-    for field in ("file", "rows", "bytes", "sha256", "row_groups"):
+    for field in COMMITTED:
         if getattr(commit, field) != getattr(entry, field):
             yield Failure(f"shards/{index:05d}.json", f"'{field}' is not what the manifest says")
     shard = store.shard(index)
@@ -104,6 +133,12 @@ def _shard(store: Store, manifest: Manifest, index: int, commit: ShardCommit) ->
     numbers = [record.episode for record in commit.episodes]
     if numbers != list(range(plan.first_episode, plan.first_episode + plan.episodes)):
         yield Failure(f"shards/{index:05d}.json", "does not list the episodes that were planned")
+    if isinstance(shard, WebDatasetShard):
+        for told, record in zip(shard.records(), commit.episodes, strict=False):
+            if told != record.model_dump(mode="json", exclude=PLACE):
+                yield Failure(
+                    entry.file, f"says other things of episode {record.episode} than the commit record"
+                )
     row = 0
     for record in commit.episodes:
         if record.row_start != row:

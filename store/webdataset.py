@@ -52,35 +52,30 @@ class WebDatasetShard(Shard):
             yield "", f"has other members than the manifest: {', '.join(differing[:3])}"
             return
         for column in self.manifest.columns:
-            self._spans(column)
+            self.mapped(column.name)
 
     def records(self) -> Iterator[dict[str, object]]:
         """What the tar itself says of its episodes."""
-        with self.path.open("rb") as file:
-            for episode in self._episodes:
-                offset, size = self._member(member(episode, "json"))
-                if size > RECORD_LIMIT:
-                    raise self.corrupt(f"has a record of {size} bytes")
-                file.seek(offset)
-                try:
-                    record = json.loads(file.read(size))
-                except (ValueError, RecursionError) as error:
-                    raise self.corrupt(f"episode {episode} has a record that is not JSON ({error})") from None
-                yield record
+        for episode in self._episodes:
+            offset, size = self._member(member(episode, "json"))
+            if size > RECORD_LIMIT:
+                raise self.corrupt(f"has a record of {size} bytes")
+            try:
+                yield json.loads(self.data[offset : offset + size].tobytes())
+            except (ValueError, RecursionError) as error:
+                raise self.corrupt(f"episode {episode} has a record that is not JSON ({error})") from None
 
     def _spans(self, column: Column) -> tuple[Span, ...]:
-        with self.path.open("rb") as file:
-            return tuple(
-                Span(self._array_at(file, episode, rows, column), rows)
-                for episode, rows in zip(self._episodes, self.groups, strict=True)
-            )
+        return tuple(
+            Span(self._array_at(episode, rows, column), rows)
+            for episode, rows in zip(self._episodes, self.groups, strict=True)
+        )
 
-    def _array_at(self, file: io.BufferedReader, episode: int, rows: int, column: Column) -> int:
+    def _array_at(self, episode: int, rows: int, column: Column) -> int:
         """Offset of the values of an array, once its header says what the manifest does."""
         name = member(episode, f"{column.name}.npy")
         offset, size = self._member(name)
-        file.seek(offset)
-        head = io.BytesIO(file.read(min(size, NPY_HEADER_LIMIT)))
+        head = io.BytesIO(self.data[offset : offset + min(size, NPY_HEADER_LIMIT)].tobytes())
         try:
             major, _ = npy.read_magic(head)
             reader = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0

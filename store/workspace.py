@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvrpipe.schemas.errors import NotAStoreError, PvrpipeError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, PvrpipeError
+from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.store.layout import MANIFEST, read_manifest
 
 RUN = "run.json"  # what makes a folder a training run
@@ -38,6 +40,23 @@ class Workspace:
     def embeddings(self, environment: str, pvr: str) -> Path:
         """Where embeddings of an environment go."""
         return self.root / "embeddings" / slug(environment) / slug(pvr)
+
+    def home(self, manifest: Manifest) -> Path:
+        """Where a store that was made elsewhere goes: to its like.
+
+        Raises:
+            InvalidValueError: its names are none for a folder.
+        """
+        environment, made = manifest.rollouts.environment, manifest.embeddings
+        if made is None:
+            names, folder = [environment], self.rollouts(environment)
+        else:
+            seed = made.encoder.weights.random_seed
+            pvr = made.encoder.name + (f"-random-{seed}" if seed is not None else "")
+            names, folder = [environment, pvr], self.embeddings(environment, pvr)
+        if not all(re.fullmatch(r"[\w-][\w.+-]{0,127}", slug(name)) for name in names):
+            raise InvalidValueError(f"the store calls itself {names}; give a FOLDER to pull it into")
+        return folder
 
     def run(self, name: str) -> Path:
         """Where a training run goes."""
