@@ -1,38 +1,69 @@
 """Random windows of consecutive rows, cut straight out of the mapped shards.
 
-The k-th batch is a pure function of the seed and k, so the sampler has no state: a run resumes by
-remembering how many batches it has taken, and two readers of one store see the same windows.
+The k-th batch is a pure function of the seed and k. So a sampler's whole state is the number of batches
+taken, two readers of one store see the same windows, and ranks and loader workers share the batches among
+them without talking to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.store.gathering import Backing, Pieces, RowReader
 from pvrpipe.store.reading import Store
+from pvrpipe.store.selecting import Condition, select_episodes, weights_of
 from pvrpipe.store.shards import Rows
 
 DRAWN_TOGETHER = 64  # batches whose windows are drawn in one call
-NARROW = 64  # bytes; below this a row is not worth a copy of its own,
-RESIDENT_LIMIT = 64 << 20  # and a whole column of this size is kept in memory and gathered in one call
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which windows are drawn; equal plans on equal stores give equal batches."""
+
+    columns: tuple[str, ...]
+    """what each batch holds; a column that is not named is never read"""
+    batch: int
+    """B, windows in a batch, over all ranks"""
+    length: int
+    """T, rows in a window"""
+    seed: int
+    split: str | None = "train"
+    """``train``, ``val``, or None for both"""
+    where: Condition = None
+    """which episodes, e.g. ``"episode_return > 100"`` or a polars expression over the episode table"""
+    weight: Condition = None
+    """how much more often windows of an episode are drawn, e.g. ``"exp(episode_return / 50)"``"""
+    joined: bool = False
+    """windows may run on into the next episode of the selection, as DreamerV3 trains; ``is_first`` says where"""
+
+    def __post_init__(self) -> None:
+        """Refuse what no store could serve."""
+        if self.batch < 1 or self.length < 1:
+            raise InvalidValueError(
+                f"--batch is {self.batch} and --length {self.length}; both must be at least 1"
+            )
 
 
 class WindowSampler:
-    """Batches of B windows of T rows, each within one episode, uniform over all such windows.
+    """Batches of B windows of T rows, drawn with equal chance from all windows of the chosen episodes.
 
     Args:
         store: a sealed store.
-        columns: what each batch holds; a column that is not named is never read.
-        batch: B, windows in a batch.
-        length: T, rows in a window.
-        seed: decides every batch.
-        split: ``train`` or ``val``.
+        columns: and the other fields of :class:`WindowPlan`, by keyword.
+        backing: where rows are read from: ``mapped`` files, ``ram``, or ``auto``.
+        rank: of this process among ``ranks``: it gets every ``ranks``-th window of each batch.
+        ranks: processes that share each batch.
+        batch, length, seed, split, where, weight, joined: see :class:`WindowPlan`.
 
     Raises:
-        InvalidValueError: no episode of the split has T rows.
+        InvalidValueError: no chosen episode has T rows, or an expression does not fit the episode table.
     """
 
     def __init__(
@@ -40,26 +71,49 @@ class WindowSampler:
         store: Store,
         columns: Sequence[str],
         *,
-        batch: int,
-        length: int,
-        seed: int,
-        split: str = "train",
+        backing: Backing = "auto",
+        rank: int = 0,
+        ranks: int = 1,
+        **plan: Any,
     ) -> None:
-        if batch < 1 or length < 1:
-            raise InvalidValueError(f"--batch is {batch} and --length {length}; both must be at least 1")
-        of_split = store.episodes.filter(store.episodes["split"] == split)
-        episodes = of_split.filter(of_split["rows"] >= length)
-        if not len(episodes):
-            longest = max(of_split["rows"].to_list(), default=0)
-            cure = "give a smaller --length" if longest else "collect more episodes"
+        self.plan = WindowPlan(tuple(columns), **plan)
+        if not 0 <= rank < ranks or self.plan.batch % ranks:
             raise InvalidValueError(
-                f"no {split} episode of {store.path} has {length} rows (the longest has {longest}); {cure}"
+                f"rank {rank} of {ranks} cannot share batches of {self.plan.batch}; "
+                "give a batch that the number of ranks divides"
             )
-        self.columns, self.batch_size, self.length, self.seed = tuple(columns), batch, length, seed
-        self._episode_first = episodes["row_first"].to_numpy().astype(np.int64)
-        self._windows_until = np.cumsum(episodes["rows"].to_numpy().astype(np.int64) - length + 1)
-        self._rows = RowReader(store)
+        self.store, self.rank, self.ranks, self.taken = store, rank, ranks, 0
+        self._choose(store)
+        self._rows = RowReader(store, self.plan.columns, backing)
+        self.backing = self._rows.backing
         self._drawn: tuple[int, NDArray[np.int64]] | None = None
+
+    def _choose(self, store: Store) -> None:
+        """The stream of chosen episodes, and how many windows begin in each."""
+        plan = self.plan
+        chosen = select_episodes(store.episodes, plan.split, plan.where)
+        rows = chosen["rows"].to_numpy().astype(np.int64)
+        if not plan.joined:
+            chosen, rows = chosen.filter(chosen["rows"] >= plan.length), rows[rows >= plan.length]
+        if rows.sum() < plan.length:
+            among = select_episodes(store.episodes, plan.split, plan.where)["rows"].to_list()
+            cure = "give a smaller --length" if among else "choose other episodes, or collect more"
+            raise InvalidValueError(
+                f"no {plan.split or ''} episode of {store.path} has {plan.length} rows "
+                f"(the longest has {max(among, default=0)}); {cure}".replace("  ", " ")
+            )
+        self._store_first = chosen["row_first"].to_numpy().astype(np.int64)
+        self._stream_first = np.concatenate([[0], np.cumsum(rows)])
+        begin = rows.copy() if plan.joined else rows - plan.length + 1
+        if plan.joined:  # the last rows of the stream begin no whole window
+            end = self._stream_first[-1] - plan.length + 1
+            begin = np.clip(end - self._stream_first[:-1], 0, rows)
+        self._windows_until = np.cumsum(begin)
+        self._chance: NDArray[np.float64] | None = None
+        if plan.weight is not None:
+            self._chance = np.cumsum(weights_of(chosen, plan.weight) * begin)
+            if not self._chance[-1] > 0:
+                raise InvalidValueError(f"the weight '{plan.weight}' is 0 for every episode; give another")
 
     @property
     def windows(self) -> int:
@@ -67,89 +121,67 @@ class WindowSampler:
         return int(self._windows_until[-1])
 
     def starts(self, k: int) -> NDArray[np.int64]:
-        """First rows, counted over the whole store, of the windows of batch k, (B,)."""
+        """First rows of this rank's windows of batch k, in the stream of chosen episodes, (B / ranks,)."""
         block, within = divmod(k, DRAWN_TOGETHER)
         if self._drawn is None or self._drawn[0] != block:
-            random = np.random.default_rng((self.seed, block))
-            self._drawn = block, random.integers(self.windows, size=(DRAWN_TOGETHER, self.batch_size))
-        window = self._drawn[1][within]
+            self._drawn = block, self._draw(np.random.default_rng((self.plan.seed, block)))
+        window = self._drawn[1][within, self.rank :: self.ranks]
         episode = np.searchsorted(self._windows_until, window, "right")
-        windows_before = np.where(episode > 0, self._windows_until[episode - 1], 0)
-        return self._episode_first[episode] + window - windows_before
+        before = np.where(episode > 0, self._windows_until[episode - 1], 0)
+        return self._stream_first[episode] + window - before
+
+    def _draw(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Windows of a block of batches, by number."""
+        shape = DRAWN_TOGETHER, self.plan.batch
+        if self._chance is None:
+            return random.integers(self.windows, size=shape)
+        episode = np.searchsorted(self._chance, random.random(shape) * self._chance[-1], "right")
+        episode = np.minimum(episode, len(self._chance) - 1)
+        begin = np.diff(self._windows_until, prepend=0)
+        return self._windows_until[episode] - 1 - (random.random(shape) * begin[episode]).astype(np.int64)
+
+    def pieces(self, k: int) -> Pieces:
+        """Where the rows of batch k lie in the store."""
+        starts = self.starts(k)
+        episode = np.searchsorted(self._stream_first, starts, "right") - 1
+        first = self._store_first[episode] + starts - self._stream_first[episode]
+        if not self.plan.joined:
+            return Pieces.unbroken(first, self.plan.length)
+        parts = []
+        for window, (start, at) in enumerate(zip(starts.tolist(), episode.tolist(), strict=True)):
+            done = 0
+            while done < self.plan.length:
+                count = min(self.plan.length - done, int(self._stream_first[at + 1]) - start - done)
+                row = int(self._store_first[at]) + start + done - int(self._stream_first[at])
+                parts.append((window, done, row, count))
+                done, at = done + count, at + 1
+        return Pieces(len(starts), self.plan.length, *np.array(parts, np.int64).T)
 
     def batch(self, k: int) -> dict[str, Rows]:
-        """Batch k: column → array (B, T, *shape)."""
-        starts = self.starts(k)
-        return {name: self._rows.windows(name, starts, self.length) for name in self.columns}
+        """Batch k: column → array (B, T, *shape), of this rank's windows."""
+        pieces = self.pieces(k)
+        return {name: self._rows.windows(name, pieces) for name in self.plan.columns}
 
+    def __iter__(self) -> Iterator[dict[str, Rows]]:
+        """Batch after batch, without end, from :meth:`state` on."""
+        while True:
+            self.taken += 1
+            yield self.batch(self.taken - 1)
 
-class RowReader:
-    """The rows of a store under one running number, over all its shards."""
+    def state(self) -> dict[str, Any]:
+        """What to keep so that :meth:`restore` goes on with the very next batch."""
+        return {"store": self.store.manifest.id, "plan": repr(self.plan), "taken": self.taken}
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        groups = [
-            (s, g, rows)
-            for s, entry in enumerate(store.manifest.shards)
-            for g, rows in enumerate(entry.row_groups)
-        ]
-        self._group = [(shard, group) for shard, group, _ in groups]
-        self._group_first = np.cumsum([0, *(rows for _, _, rows in groups)])
-        episodes = store.episodes
-        self._episode_first = episodes["row_first"].to_numpy().astype(np.int64)
-        self._episode_last = self._episode_first + episodes["rows"].to_numpy() - 1
-        self._terminated = episodes["terminated"].to_numpy()
-        self._resident: dict[str, Rows] = {}
-        self._pieces: dict[str, dict[int, Rows]] = {}
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a sampler of the same plan on the same store was, whatever its ranks and workers.
 
-    def windows(self, name: str, starts: NDArray[np.int64], length: int) -> Rows:
-        """Rows ``starts[i] … starts[i] + length`` of a column, (B, T, *shape)."""
-        if name in ("is_first", "is_last", "is_terminal"):
-            return self._flags(name, starts[:, None] + np.arange(length))
-        column = self._store.column(name)
-        if column.width <= NARROW and column.width * self._store.manifest.rows <= RESIDENT_LIMIT:
-            return self._whole(name)[starts[:, None] + np.arange(length)]
-        out = np.empty((len(starts), length, *column.shape), column.dtype)
-        groups = np.searchsorted(self._group_first, starts, "right") - 1
-        at = starts - self._group_first[groups]
-        mapped = self._pieces.setdefault(name, {})
-        for i, (group, first) in enumerate(zip(groups.tolist(), at.tolist(), strict=True)):
-            piece = mapped.get(group)
-            if piece is None:
-                piece = self._piece(name, group)
-            if first + length <= len(piece):
-                out[i] = piece[first : first + length]
-            else:
-                self._across(name, group, first, out[i])
-        return out
-
-    def _across(self, name: str, group: int, first: int, out: Rows) -> None:
-        """Fill a window that does not end in the row group it begins in."""
-        done = 0
-        while done < len(out):
-            piece = self._piece(name, group)[first : first + len(out) - done]
-            out[done : done + len(piece)] = piece
-            done, group, first = done + len(piece), group + 1, 0
-
-    def _piece(self, name: str, group: int) -> Rows:
-        """A column's rows of one row group; a mapped one is remembered, a decoded one is not."""
-        index, within = self._group[group]
-        shard = self._store.shard(index)
-        piece = shard.group(name, within)
-        if shard.mapped(name) is not None:
-            self._pieces.setdefault(name, {})[group] = piece
-        return piece
-
-    def _whole(self, name: str) -> Rows:
-        """A narrow column of the whole store, kept in memory."""
-        if name not in self._resident:
-            self._resident[name] = np.concatenate([self._piece(name, g) for g in range(len(self._group))])
-        return self._resident[name]
-
-    def _flags(self, name: str, rows: NDArray[np.int64]) -> Rows:
-        """A flag follows from the episode table; no shard is read for it."""
-        episode = np.searchsorted(self._episode_first, rows, "right") - 1
-        if name == "is_first":
-            return rows == self._episode_first[episode]
-        is_last = rows == self._episode_last[episode]
-        return is_last if name == "is_last" else is_last & self._terminated[episode]
+        Raises:
+            InvalidValueError: it was another store's, or another plan's.
+        """
+        own = self.state()
+        differ = [field for field in ("store", "plan") if state.get(field) != own[field]]
+        if differ:
+            raise InvalidValueError(
+                f"this state is of another {' and '.join(differ)}; restore it with the same store and windows"
+            )
+        self.taken = int(state["taken"])

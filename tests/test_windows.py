@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import numpy as np
+import polars as pl
 import pytest
 
-from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
 
@@ -25,7 +29,7 @@ def test_windows_are_the_rows_of_one_episode(
     write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch, group_bytes: int, narrow: int
 ) -> None:
     monkeypatch.setattr("pvrpipe.store.parquet.PACKED_GROUP_BYTES", group_bytes)
-    monkeypatch.setattr("pvrpipe.store.windows.NARROW", narrow)
+    monkeypatch.setattr("pvrpipe.store.gathering.NARROW", narrow)
     store = Store.open(write_rollouts((30, 41, 25, 30, 33, 28), shard_rows=60))
     episodes = {e: store.read_episode(e) for e in range(6)}
     sampler = WindowSampler(store, COLUMNS, batch=8, length=20, seed=3)
@@ -57,6 +61,7 @@ def test_every_window_is_equally_likely(write_rollouts: WriteStore) -> None:
     assert sampler.windows == sum(r - 9 for r in rows)
     starts, counts = np.unique(np.concatenate([sampler.starts(k) for k in range(400)]), return_counts=True)
     assert len(starts) == sampler.windows
+    assert starts.max() < sum(rows)
     expected = 400 * 64 / sampler.windows
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
 
@@ -93,3 +98,106 @@ def test_too_long_a_window_says_how_long_episodes_are(write_rollouts: WriteStore
         WindowSampler(store, ["action"], batch=2, length=50, seed=0)
     with pytest.raises(InvalidValueError, match="at least 1"):
         WindowSampler(store, ["action"], batch=0, length=5, seed=0)
+
+
+def test_joined_windows_run_on_into_the_next_chosen_episode(write_rollouts: WriteStore) -> None:
+    store = Store.open(write_rollouts((3, 5, 2, 4, 30, 6)))
+    sampler = WindowSampler(store, COLUMNS, batch=16, length=20, seed=3, where="rows < 10", joined=True)
+    chosen = store.episodes.filter((store.episodes["rows"] < 10) & (store.episodes["split"] == "train"))
+    episodes = [store.read_episode(e) for e in chosen["episode"]]
+    stream = {name: np.concatenate([e[name] for e in episodes]) for name in COLUMNS}
+    total = len(stream["step"])
+    with pytest.raises(InvalidValueError, match="longest has 7"):
+        WindowSampler(store, COLUMNS, batch=16, length=total + 1, seed=3, where="rows < 10", joined=True)
+    sampler = WindowSampler(store, COLUMNS, batch=16, length=12, seed=3, where="rows < 10", joined=True)
+    assert sampler.windows == total - 11
+    seen = set()
+    for k in range(20):
+        starts, batch = sampler.starts(k), sampler.batch(k)
+        seen |= set(starts.tolist())
+        for window, start in enumerate(starts):
+            for name in COLUMNS:
+                expected = stream[name][start : start + 12]
+                np.testing.assert_array_equal(batch[name][window], expected, err_msg=name)
+        assert (batch["is_first"].sum(axis=1) >= 1).all()
+    assert seen == set(range(sampler.windows))
+
+
+@pytest.mark.parametrize(
+    "where", ["policy = 'random' and episode in (1, 3)", pl.col("episode").is_in([1, 3]) & pl.lit(value=True)]
+)
+def test_a_condition_chooses_episodes(write_rollouts: WriteStore, where: pl.Expr | str) -> None:
+    store = Store.open(write_rollouts())
+    sampler = WindowSampler(store, ["episode"], batch=32, length=5, seed=0, split=None, where=where)
+    assert set(np.unique(sampler.batch(0)["episode"])) == {1, 3}
+    for bad, message in (("nothing > 1", "it has episode"), ("rows + 1", "true or false"), ("rows >", "fit")):
+        with pytest.raises(InvalidValueError, match=message):
+            WindowSampler(store, [], batch=2, length=5, seed=0, where=bad)
+    with pytest.raises(InvalidValueError, match="choose other episodes"):
+        WindowSampler(store, [], batch=2, length=5, seed=0, where="rows > 1000")
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_weights_say_how_often_an_episode_is_drawn(write_rollouts: WriteStore, joined: bool) -> None:
+    store = Store.open(write_rollouts((20, 20, 20, 20, 20, 20)))
+    options = {"batch": 100, "length": 10, "seed": 0, "split": None, "joined": joined}
+    sampler = WindowSampler(store, ["episode"], weight="episode * 1.0", **options)
+    first = np.concatenate([sampler.batch(k)["episode"][:, 0] for k in range(60)])
+    counts = np.bincount(first, minlength=6)
+    begin = np.array([21] * 5 + [12]) if joined else np.full(6, 12)
+    expected = np.arange(6) * begin / (np.arange(6) * begin).sum() * len(first)
+    assert counts[0] == 0
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected.max())
+    for bad in ("0 * rows", "-rows", "policy"):
+        with pytest.raises(InvalidValueError, match="weight"):
+            WindowSampler(store, ["episode"], weight=bad, **options)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_each_batch_and_their_union_does_not_depend_on_their_number(
+    write_rollouts: WriteStore, ranks: int
+) -> None:
+    store = Store.open(write_rollouts())
+    whole = WindowSampler(store, ["state"], batch=8, length=10, seed=1)
+    parts = [
+        WindowSampler(store, ["state"], batch=8, length=10, seed=1, rank=r, ranks=ranks) for r in range(ranks)
+    ]
+    for k in (0, 70):
+        shares = np.empty((8, 10, 3), np.float32)
+        for rank, part in enumerate(parts):
+            shares[rank::ranks] = part.batch(k)["state"]
+        np.testing.assert_array_equal(shares, whole.batch(k)["state"])
+    with pytest.raises(InvalidValueError, match="ranks divides"):
+        WindowSampler(store, ["state"], batch=8, length=10, seed=1, rank=0, ranks=3)
+
+
+def test_the_state_goes_on_with_the_very_next_batch(write_rollouts: WriteStore) -> None:
+    store = Store.open(write_rollouts())
+    sampler, again = (WindowSampler(store, ["state"], batch=4, length=10, seed=1) for _ in range(2))
+    drawn = [batch["state"] for batch in itertools.islice(sampler, 70)]
+    state = json.loads(json.dumps(sampler.state()))
+    again.restore(state)
+    np.testing.assert_array_equal(next(iter(again))["state"], next(iter(sampler))["state"])
+    again.restore({**state, "taken": 3})
+    np.testing.assert_array_equal(next(iter(again))["state"], drawn[3])
+    other = WindowSampler(store, ["state"], batch=4, length=10, seed=2)
+    with pytest.raises(InvalidValueError, match="another plan"):
+        other.restore(state)
+
+
+def test_memory_gives_what_the_files_give_and_says_so(write_rollouts: WriteStore, shard_format: str) -> None:
+    store = Store.open(write_rollouts())
+    options = {"batch": 4, "length": 10, "seed": 1, "joined": True}
+    said = {}
+    for backing in ("auto", "mapped", "ram"):
+        sampler = WindowSampler(store, COLUMNS, backing=backing, **options)
+        said[backing] = sampler.backing
+        expected = WindowSampler(store, COLUMNS, backing="mapped", **options).batch(5)
+        for name, array in sampler.batch(5).items():
+            np.testing.assert_array_equal(array, expected[name])
+    frames = shard_format == "parquet"
+    assert said["auto"] == "mapped files" + (", frame in memory" if frames else "")
+    assert said["mapped"] == "mapped files" + (", frame decoded when read" if frames else "")
+    assert said["ram"] == "in memory"
+    with pytest.raises(UnknownNameError, match="nearest: mapped"):
+        WindowSampler(store, COLUMNS, backing="maped", **options)

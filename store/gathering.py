@@ -1,0 +1,162 @@
+"""Rows of a store under one running number over all its shards, gathered into windows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
+
+Backing = Literal["auto", "mapped", "ram"]
+BACKINGS = ("auto", "mapped", "ram")
+NARROW = 64  # bytes; below this a row is not worth a copy of its own,
+RESIDENT_LIMIT = 64 << 20  # and a whole column of this size is kept in memory and gathered in one call
+RAM_SHARE = 0.5  # of the memory that is free, which columns that cannot be mapped may take
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Runs of consecutive rows that make up the windows of a batch: four arrays of equal length."""
+
+    batch: int
+    length: int
+    window: NDArray[np.int64]
+    """the window that a run belongs to"""
+    offset: NDArray[np.int64]
+    """its first row within the window"""
+    start: NDArray[np.int64]
+    """its first row in the store"""
+    count: NDArray[np.int64]
+    """its rows"""
+
+    @classmethod
+    def unbroken(cls, starts: NDArray[np.int64], length: int) -> Pieces:
+        """Windows of one run each."""
+        zero = np.zeros_like(starts)
+        return cls(len(starts), length, np.arange(len(starts)), zero, starts, zero + length)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The number of every row, (B, T)."""
+        if len(self.start) == self.batch:
+            return self.start[:, None] + np.arange(self.length)
+        run = np.repeat(self.start - np.cumsum(self.count) + self.count, self.count)
+        return (run + np.arange(self.batch * self.length)).reshape(self.batch, self.length)
+
+
+class RowReader:
+    """Windows of columns, from the mapped files or from memory.
+
+    ``auto`` maps what can be mapped; columns that cannot (zstd frames) are decoded once and kept, where
+    half of the free memory holds them, and decoded again and again where it does not.
+    """
+
+    def __init__(self, store: Store, columns: tuple[str, ...], backing: Backing = "auto") -> None:
+        if backing not in BACKINGS:
+            raise UnknownNameError.among("backing", backing, BACKINGS)
+        self._store = store
+        groups = [
+            (s, g, rows)
+            for s, entry in enumerate(store.manifest.shards)
+            for g, rows in enumerate(entry.row_groups)
+        ]
+        self._group = [(shard, group) for shard, group, _ in groups]
+        self._group_first = np.cumsum([0, *(rows for _, _, rows in groups)])
+        episodes = store.episodes
+        self._episode_first = episodes["row_first"].to_numpy().astype(np.int64)
+        self._episode_last = self._episode_first + episodes["rows"].to_numpy() - 1
+        self._terminated = episodes["terminated"].to_numpy()
+        self._resident: dict[str, Rows] = {}
+        self._pieces: dict[str, dict[int, Rows]] = {}
+        self._kept = frozenset(self._to_keep(columns, backing))
+        self.backing = self._said(columns, backing)
+
+    def windows(self, name: str, pieces: Pieces) -> Rows:
+        """The rows of a column, (B, T, *shape)."""
+        if name in ("is_first", "is_last", "is_terminal"):
+            return self._flags(name, pieces.rows)
+        column = self._store.column(name)
+        narrow = column.width <= NARROW and column.width * self._store.manifest.rows <= RESIDENT_LIMIT
+        if narrow:
+            return self._whole(name)[pieces.rows]
+        out = np.empty((pieces.batch, pieces.length, *column.shape), column.dtype)
+        if name in self._kept:
+            return np.take(self._whole(name), pieces.rows, axis=0, out=out, mode="clip")
+        groups = np.searchsorted(self._group_first, pieces.start, "right") - 1
+        at = pieces.start - self._group_first[groups]
+        mapped = self._pieces.setdefault(name, {})
+        runs = (a.tolist() for a in (pieces.window, pieces.offset, pieces.count, groups, at))
+        for window, offset, count, group, first in zip(*runs, strict=True):
+            piece = mapped.get(group)
+            if piece is None:
+                piece = self._piece(name, group)
+            if first + count <= len(piece):
+                out[window, offset : offset + count] = piece[first : first + count]
+            else:
+                self._across(name, group, first, out[window, offset : offset + count])
+        return out
+
+    def _to_keep(self, columns: tuple[str, ...], backing: Backing) -> list[str]:
+        """The columns that are kept in memory."""
+        flags = {"is_first", "is_last", "is_terminal"}
+        wide = [self._store.column(name) for name in columns if name not in flags]
+        if backing == "mapped":
+            return []
+        if backing == "auto":
+            wide = [c for c in wide if c.layout == "packed"]
+        wanted = sum(c.width for c in wide) * self._store.manifest.rows
+        fits = wanted <= RAM_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if not fits and backing == "ram":
+            raise InvalidValueError(
+                f"{', '.join(c.name for c in wide)} of {self._store.path} take {wanted >> 20} MiB, more than half "
+                "of the free memory; read them mapped"
+            )
+        return [c.name for c in wide] if fits else []
+
+    def _said(self, columns: tuple[str, ...], backing: Backing) -> str:
+        """Where the columns are read from, for a person."""
+        if backing == "ram":
+            return "in memory"
+        packed = [n for n in columns if n in self._store.columns and self._store.column(n).layout == "packed"]
+        packed = [n for n in packed if not n.startswith("is_")]
+        if not packed:
+            return "mapped files"
+        where = "in memory" if set(packed) <= self._kept else "decoded when read"
+        return f"mapped files, {', '.join(packed)} {where}"
+
+    def _across(self, name: str, group: int, first: int, out: Rows) -> None:
+        """Fill a run that does not end in the row group it begins in."""
+        done = 0
+        while done < len(out):
+            piece = self._piece(name, group)[first : first + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done, group, first = done + len(piece), group + 1, 0
+
+    def _piece(self, name: str, group: int) -> Rows:
+        """A column's rows of one row group; a mapped one is remembered, a decoded one is not."""
+        index, within = self._group[group]
+        shard = self._store.shard(index)
+        piece = shard.group(name, within)
+        if shard.mapped(name) is not None:
+            self._pieces.setdefault(name, {})[group] = piece
+        return piece
+
+    def _whole(self, name: str) -> Rows:
+        """A column of the whole store, kept in memory."""
+        if name not in self._resident:
+            self._resident[name] = np.concatenate([self._piece(name, g) for g in range(len(self._group))])
+        return self._resident[name]
+
+    def _flags(self, name: str, rows: NDArray[np.int64]) -> Rows:
+        """A flag follows from the episode table; no shard is read for it."""
+        episode = np.searchsorted(self._episode_first, rows, "right") - 1
+        if name == "is_first":
+            return rows == self._episode_first[episode]
+        is_last = rows == self._episode_last[episode]
+        return is_last if name == "is_last" else is_last & self._terminated[episode]
