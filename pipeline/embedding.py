@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
-from pvrpipe.schemas.errors import EncodingError, PvrpipeError
+from pvrpipe.schemas.errors import PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
+from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
@@ -118,21 +119,7 @@ class ShardEmbedder:
 
 def stored_as(embedding: NDArray[np.float32], dtype: str, encoder: str, rows: Mapping[str, Rows]) -> Rows:
     """Embeddings (n, D) in the dtype of the store; nothing overflows in silence."""
-    with np.errstate(over="ignore"):
-        stored = embedding.astype(dtype)
-    bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
-    if not bad.any():
-        return stored
-    row = int(np.argmax(bad))
-    where = f"episode {rows['episode'][row]}, step {rows['step'][row]}"
-    if not np.isfinite(embedding[row]).all():
-        raise EncodingError(
-            f"{encoder} gives an embedding that is not finite at {where}; check its weights and that frame"
-        )
-    largest = float(np.abs(embedding[row]).max())
-    raise EncodingError(
-        f"{encoder} gives {largest:.0f} at {where}, beyond {dtype}; embed with --dtype float32"
-    )
+    return cast_embedding(embedding, dtype, rows, encoder, "embed with --dtype float32")
 
 
 def read_ahead(batches: Iterator[dict[str, Rows]]) -> Iterator[dict[str, Rows]]:

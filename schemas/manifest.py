@@ -161,6 +161,14 @@ class Part(Frozen):
     specification: Specification
 
 
+class Taken(Frozen):
+    """Consecutive episodes that were taken over from another store."""
+
+    store: Sha256
+    first_episode: Count  # there
+    episodes: Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
 class EarlierRevision(Frozen):
     """What the store was before episodes were appended: its first ``shards`` shards, then called ``id``."""
 
@@ -236,6 +244,7 @@ class Manifest(Frozen):
     ``parts`` are the episodes that joined later; ``specification`` made those before the first part.
     ``earlier`` are the revisions before this one, whose manifests are kept in ``revisions/``.
     ``splits`` are by the hash of the episode, or as ``recorded`` in the stores this one was made from.
+    ``taken`` says, in order, where the episodes of a merged, split or converted store come from.
     """
 
     format: Literal["pvrpipe"] = "pvrpipe"
@@ -251,6 +260,7 @@ class Manifest(Frozen):
     parts: tuple[Part, ...] = ()
     earlier: tuple[EarlierRevision, ...] = ()
     splits: Literal["hash", "recorded"] = "hash"
+    taken: tuple[Taken, ...] = ()
     rows: Count = 0
     episodes: Count = 0
     bytes: Count = 0

@@ -43,6 +43,7 @@ from pvrpipe.store.files import (
 from pvrpipe.store.layout import (
     APPENDING,
     CARD,
+    CROISSANT,
     EPISODES,
     GOLDEN,
     MANIFEST,
@@ -136,6 +137,7 @@ class PendingStore:
         hashes = {name: sha256_of(self.folder / name) for name in files}
         self.manifest = self._sealed(ordered, kept | hashes)
         write_whole(self.folder / CARD, card(self.manifest).encode())
+        (self.folder / CROISSANT).unlink(missing_ok=True)  # of an earlier revision
         write_whole(self.folder / MANIFEST, self.manifest.to_json().encode())
         (self.folder / APPENDING).unlink(missing_ok=True)
         return self.manifest
@@ -260,7 +262,7 @@ def _refuse_another_past(folder: Path, existing: Manifest, draft: Manifest) -> N
 
 def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
     """Refuse to go on with another configuration, and say which fields differ."""
-    made = {"kind", "shard_format", "specification", "parts", "earlier"}
+    made = {"kind", "shard_format", "specification", "parts", "earlier", "taken"}
     cut = {"columns", "plan"}  # these mostly follow from the rest, and are named only where they do not
     for fields in (made, cut):
         old, new = (m.model_dump(mode="json", include=fields) for m in (existing, draft))
@@ -285,7 +287,7 @@ def _clear(folder: Path, draft: Manifest) -> None:
                 path.unlink()
     (folder / APPENDING).unlink(missing_ok=True)
     if draft.revision == 1:
-        own = [folder / name for name in (EPISODES, GOLDEN, CARD)]
+        own = [folder / name for name in (EPISODES, GOLDEN, CARD, CROISSANT)]
         own += [*folder.glob("episodes-?????.parquet"), *folder.glob(f"{REVISIONS}/?????.json")]
         for path in own:
             path.unlink(missing_ok=True)

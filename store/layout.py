@@ -7,6 +7,7 @@
     ├── episodes.parquet    one row per episode
     ├── golden.safetensors  embeddings only: a few frames with their embeddings
     ├── README.md           a dataset card that a person can read
+    ├── croissant.json      the same for machines, once `pvrpipe card` was run
     ├── shards/
     │   ├── 00000.parquet   rows of whole episodes; or 00000.tar
     │   └── 00000.json      commit record, written last
@@ -31,6 +32,7 @@ MANIFEST = "store.json"
 EPISODES = "episodes.parquet"
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
+CROISSANT = "croissant.json"
 SHARDS = "shards"
 REVISIONS = "revisions"
 APPENDING = "appending.json"  # the manifest of a revision that is being written
@@ -84,6 +86,7 @@ def _files_of(manifest: Manifest) -> Iterator[StoreFile]:
     for name, digest in sorted(manifest.files.items()):
         yield StoreFile(name, sha256=digest)
     yield StoreFile(CARD, optional=True)
+    yield StoreFile(CROISSANT, optional=True)
     yield StoreFile(MANIFEST)
 
 

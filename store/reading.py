@@ -68,6 +68,7 @@ class Store:
             raise NotAStoreError(f"{path} holds {manifest.kind}, but {kind} are needed here; {cure}")
         if manifest.state != "sealed":
             command = "collect" if manifest.kind == "rollouts" else "embed"
+            command = "merge`, `split` or `convert" if manifest.taken else command
             raise UnfinishedStoreError(
                 f"{path} was begun and not finished; run the same `pvrpipe {command}` again to finish it"
             )

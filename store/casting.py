@@ -1,0 +1,38 @@
+"""Embeddings in another precision: what does not fit is refused, nothing overflows in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pvrpipe.schemas.errors import EncodingError
+from pvrpipe.store.shards import Rows
+
+
+def cast_embedding(embedding: Rows, dtype: str, rows: Mapping[str, Rows], source: str, cure: str) -> Rows:
+    """Embeddings (n, D) in another dtype.
+
+    Args:
+        embedding: as they are.
+        dtype: what they are to be.
+        rows: ``episode`` and ``step`` of each, for the message.
+        source: what gave them, for the message.
+        cure: the next step of someone whose embeddings do not fit.
+
+    Raises:
+        EncodingError: one is not finite, or beyond the dtype; names episode and step.
+    """
+    with np.errstate(over="ignore"):
+        stored: Rows = embedding.astype(dtype)
+    bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+    if not bad.any():
+        return stored
+    row = int(np.argmax(bad))
+    where = f"episode {rows['episode'][row]}, step {rows['step'][row]}"
+    if not np.isfinite(embedding[row]).all():
+        raise EncodingError(
+            f"{source} gives an embedding that is not finite at {where}; check its weights and that frame"
+        )
+    largest = float(np.abs(embedding[row]).max())
+    raise EncodingError(f"{source} gives {largest:.0f} at {where}, beyond {dtype}; {cure}")

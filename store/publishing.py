@@ -1,0 +1,52 @@
+"""``pvrpipe card``: the files by which others find and understand a store, written beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from pvrpipe.schemas.addresses import refuse_url
+from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.store.card import card
+from pvrpipe.store.croissant import croissant
+from pvrpipe.store.files import locked, write_whole
+from pvrpipe.store.layout import CARD, CROISSANT
+from pvrpipe.store.reading import Store
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What was written."""
+
+    store: Path
+    id: str
+    card: Path
+    croissant: Path
+    licence: str | None
+
+
+def write_cards(
+    folder: Path, *, url: str | None = None, creator: str = "unknown", published: date | None = None
+) -> Cards:
+    """Write ``README.md`` for people and the Hub, ``croissant.json`` for machines; neither is hashed.
+
+    Args:
+        folder: of a sealed store on this machine.
+        url: where it is or will be published.
+        creator: who made it.
+        published: default: today.
+
+    Raises:
+        NotAStoreError, UnfinishedStoreError: there is no sealed store.
+        InvalidValueError: it is behind a URL.
+    """
+    refuse_url(folder)
+    manifest = Store.open(folder).manifest
+    told = croissant(folder, manifest, url, creator, published or datetime.now(UTC).date())
+    with locked(folder):
+        write_whole(folder / CARD, card(manifest).encode())
+        write_whole(folder / CROISSANT, canonical_json(told).encode())
+    embeddings = manifest.embeddings
+    licence = embeddings.encoder.weights.licence if embeddings is not None else None
+    return Cards(folder, str(manifest.id), folder / CARD, folder / CROISSANT, licence)
