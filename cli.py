@@ -35,8 +35,12 @@ Format = Annotated[
     Literal["parquet", "webdataset"], typer.Option("--format", help="Of the shards; both hold the same rows.")
 ]
 
+ShardRows = Annotated[int | None, typer.Option(min=1, help="Rows wanted in a shard.")]
+
 DATA = Path("data")
 SHARED = ("store", "url", "files", "resumed", "bytes", "licence")
+REWRITTEN = ("store", "id", "episodes", "rows", "shards", "resumed_shards", "bytes")
+CONVERTED = ("store", "format", "episodes", "rows", "bytes")
 STOPPED = 130  # what typer returns for Ctrl-C
 
 
@@ -86,7 +90,7 @@ def collect(
     policy: Annotated[
         str, typer.Option(help="random, ou, mpc, or a mixture such as random:0.5,mpc+0.3:0.5.")
     ] = "random:0.5,mpc:0.5",
-    shard_rows: Annotated[int | None, typer.Option(help="Rows wanted in a shard.")] = None,
+    shard_rows: ShardRows = None,
     format_: Format = "parquet",
     append: Annotated[
         bool, typer.Option("--append", help="Let a finished store grow to --episodes, as a new revision.")
@@ -349,17 +353,26 @@ def pretrain_autoencoder(
 @app.command()
 def inspect(
     store: Annotated[str, typer.Argument(help="A store, or its URL.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="A .png to draw: frames, returns, actions, embeddings.")
+    ] = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what a store is: size, columns, provenance, returns.
 
-    Example: pvrpipe inspect data/rollouts/dmc-pendulum-swingup
+    Example: pvrpipe inspect data/rollouts/dmc-pendulum-swingup --picture pendulum.png
     """
     from pvrpipe.store.describing import describe
     from pvrpipe.store.reading import Store
 
-    found = describe(Store.open(store))
+    opened = Store.open(store)
+    found = describe(opened)
+    if picture is not None:
+        from pvrpipe.store.picturing import draw
+
+        draw(opened, picture)
+        note(f"drawn in {picture}")
     if json_:
         return tell(True, found, [], ())
     for key in ("kind", "environment", "id", "episodes", "rows", "shards", "bytes"):
@@ -445,6 +458,110 @@ def pull(
     if result.resumed == result.files:
         note(f"{folder} holds all of it already; nothing was pulled")
     tell(json_, result, [result], SHARED)
+
+
+@app.command()
+def merge(
+    stores: Annotated[
+        list[str], typer.Argument(help="Two stores or more, or their URLs; then OUT, the new one.")
+    ],
+    shard_rows: ShardRows = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put stores of the same kind together as a new one; the same command goes on after a stop.
+
+    Example: pvrpipe merge ours/vc1 s3://their-lab/vc1 both/vc1
+    """
+    from pvrpipe.store.merging import merge as run
+
+    *sources, out = stores
+    with watching("merge", "rows") as progress:
+        result = run(sources, Path(out), shard_rows=shard_rows, overwrite=overwrite, progress=progress)
+    if result.licence is not None:
+        note(f"of the licences of the weights, the strictest counts: {result.licence}")
+    tell(json_, result, [result], REWRITTEN)
+
+
+@app.command()
+def split(
+    store: Annotated[str, typer.Argument(help="A store, or its URL; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="The new store.")],
+    where: Annotated[
+        str | None, typer.Option(help="Which episodes, in SQL over the columns of the episode table.")
+    ] = None,
+    split_: Annotated[
+        str | None, typer.Option("--split", help="Only those of a split: train or val.")
+    ] = None,
+    rest: Annotated[Path | None, typer.Option(help="Another new store, for the other episodes.")] = None,
+    shard_rows: ShardRows = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take the episodes that fulfil a condition into a new store.
+
+    Example: pvrpipe split data/rollouts/dmc-walker-walk good --where "episode_return > 100 and policy = 'mpc'"
+    """
+    from pvrpipe.store.merging import split as run
+
+    with watching("split", "rows") as progress:
+        results = run(
+            store,
+            out,
+            where=where,
+            of=split_,
+            rest=rest,
+            shard_rows=shard_rows,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    tell(json_, {"stores": results}, results, REWRITTEN)
+
+
+@app.command()
+def convert(
+    store: Annotated[str, typer.Argument(help="A store, or its URL; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="The new store; or what is exported, for hdf5 a file.")],
+    to: Annotated[
+        Literal["parquet", "webdataset", "parquet-lists", "npy", "hdf5", "minari", "lerobot"] | None,
+        typer.Option(help="A store in another format, or an export; default: the format it has."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "float32"] | None, typer.Option(help="Of embeddings; default: as they are.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a store in another format or precision, or export it to a layout that others read.
+
+    Example: pvrpipe convert data/embeddings/dmc-pendulum-swingup/vc1 vc1.h5 --to hdf5 --dtype float32
+    """
+    from pvrpipe.store.converting import convert as run
+
+    with watching("convert", "rows") as progress:
+        result = run(store, out, to, dtype=dtype, overwrite=overwrite, progress=progress)
+    tell(json_, result, [result], CONVERTED)
+
+
+@app.command()
+def card(
+    store: Annotated[Path, typer.Argument(help="A store on this machine.")],
+    url: Annotated[str | None, typer.Option(help="Where it is or will be published.")] = None,
+    creator: Annotated[str, typer.Option(help="Who made it: a person or a lab.")] = "unknown",
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what others find a store by: README.md with the Hub's metadata, and croissant.json.
+
+    Example: pvrpipe card data/embeddings/dmc-pendulum-swingup/vc1 --creator "Our Lab"
+    """
+    from pvrpipe.store.publishing import write_cards
+
+    result = write_cards(store, url=url, creator=creator)
+    tell(json_, result, [result], ("store", "card", "croissant", "licence"))
 
 
 @app.command()

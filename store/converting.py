@@ -44,7 +44,7 @@ def convert(
     """
     source = Store.open(store)
     selection = Selection.of(source, dtype=dtype)
-    if to is None or to in ("parquet", "webdataset"):
+    if to is None or to == "parquet" or to == "webdataset":
         manifest = source.manifest
         return rewrite(
             selection,

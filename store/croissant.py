@@ -37,7 +37,7 @@ CONTEXT: dict[str, Any] = {
     **{word: f"cr:{word}" for word in _SAME.split()},
 }
 FORMATS = {
-    ".parquet": "application/vnd.apache.parquet",
+    ".parquet": "application/x-parquet",
     ".tar": "application/x-tar",
     ".json": "application/json",
     ".safetensors": "application/octet-stream",
@@ -50,6 +50,7 @@ TYPES = {
     "float32": "cr:Float32",
     "float64": "cr:Float64",
 }
+BYTES = "sc:Text"  # Croissant has no other word for them, and its loader gives bytes
 EPISODE_FIELDS = {
     "episode": "sc:Integer",
     "rows": "sc:Integer",
@@ -62,6 +63,11 @@ EPISODE_FIELDS = {
     "split": "sc:Text",
     "distribution": "sc:Text",
 }
+ROWS = (
+    "One record per row: what was observed, the reward received on arriving, the action taken from there. "
+    "Arrays in Parquet are bytes of fixed length, little-endian, in C order."
+)
+MEMBERS = "One record per episode: the .npy file of this column, a row per step."
 LICENCE_UNSAID = "not stated by who made these rollouts"
 
 
@@ -83,7 +89,7 @@ def croissant(
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
-        "dct:conformsTo": CONFORMS_TO,
+        "conformsTo": CONFORMS_TO,
         "name": f"{manifest.rollouts.environment} {what}",
         "description": f"{size} of {manifest.rollouts.environment}, {what}.",
         "license": made.encoder.weights.licence if made is not None else LICENCE_UNSAID,
@@ -95,7 +101,7 @@ def croissant(
         "citeAs": f"{creator}, store {str(manifest.id)[:16]}",
         **({"prov:wasDerivedFrom": {"@id": f"urn:sha256:{made.rollouts_id}"}} if made is not None else {}),
         "distribution": [*_files(folder, manifest, url), *_file_sets(manifest)],
-        "recordSet": [_episodes(manifest), _rows(manifest)],
+        "recordSet": [_episodes(manifest), *_record_sets(manifest)],
     }
 
 
@@ -149,36 +155,35 @@ def _episodes(manifest: Manifest) -> dict[str, Any]:
         )
         for name, kind in EPISODE_FIELDS.items()
     ]
-    return {
-        "@type": "cr:RecordSet",
-        "@id": "episodes",
-        "name": "episodes",
-        "description": "One record per episode.",
-        "key": {"@id": "episodes/episode"},
-        "field": fields,
-    }
+    return _records("episodes", "One record per episode.", fields) | {"key": {"@id": "episodes/episode"}}
 
 
-def _rows(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "@type": "cr:RecordSet",
-        "@id": "rows",
-        "name": "rows",
-        "description": "One record per row: what was observed, the reward received on arriving, the action "
-        "taken from there. Arrays in Parquet are bytes of fixed length, little-endian, in C order.",
-        "field": [_column(manifest, c) for c in manifest.columns],
-    }
-
-
-def _column(manifest: Manifest, column: Column) -> dict[str, Any]:
+def _record_sets(manifest: Manifest) -> list[dict[str, Any]]:
+    """The rows; in tars, where a member holds a whole episode's, column by column."""
     if manifest.shard_format == "parquet":
-        source: dict[str, Any] = {"fileSet": {"@id": "shards"}, "extract": {"column": column.name}}
-    else:
-        source = {"fileSet": {"@id": f"members-{column.name}"}, "extract": {"fileProperty": "content"}}
-    field = _field("rows", column.name, TYPES[column.dtype], source)
+        shards = {"fileSet": {"@id": "shards"}}
+        fields = [_column(c, {**shards, "extract": {"column": c.name}}) for c in manifest.columns]
+        return [_records("rows", ROWS, fields)]
+    found = []
+    for c in manifest.columns:
+        source = {"fileSet": {"@id": f"members-{c.name}"}, "extract": {"fileProperty": "content"}}
+        told = f"{c.dtype} {['rows', *c.shape]}, an .npy file"
+        field = _field(f"rows-{c.name}", c.name, BYTES, source) | {"description": told}
+        found.append(_records(f"rows-{c.name}", MEMBERS, [field]))
+    return found
+
+
+def _records(name: str, description: str, fields: list[dict[str, Any]]) -> dict[str, Any]:
+    about = {"name": name, "description": description, "field": fields}
+    return {"@type": "cr:RecordSet", "@id": name, **about}
+
+
+def _column(column: Column, source: dict[str, Any]) -> dict[str, Any]:
+    """A column of Parquet: arrays are bytes there, and whoever loads them as numbers fails."""
     if not column.shape:
-        return field
-    return {**field, "isArray": True, "arrayShape": ",".join(map(str, column.shape))}
+        return _field("rows", column.name, TYPES[column.dtype], source)
+    told = f"{column.dtype} {list(column.shape)}, little-endian, in C order"
+    return _field("rows", column.name, BYTES, source) | {"description": told}
 
 
 def _field(records: str, name: str, kind: str, source: dict[str, Any]) -> dict[str, Any]:

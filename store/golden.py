@@ -44,10 +44,11 @@ def golden_of(selection: Selection) -> dict[str, Rows] | None:
     return golden if found is None else {**golden, "row": found}
 
 
-def _renumbered(rows: Rows | None, selection: Selection) -> Rows | None:
+def _renumbered(golden: Rows | None, selection: Selection) -> Rows | None:
     """Rows of the first store as rows of the selection, or None if some are not in it."""
-    if rows is None or not len(rows):
+    if golden is None or not len(golden) or golden.dtype.kind != "i":
         return None
+    rows = golden.astype(np.int64)
     table = selection.store.episodes
     first, length = table["row_first"].to_numpy().astype(np.int64), table["rows"].to_numpy().astype(np.int64)
     episode = np.searchsorted(first, rows, "right") - 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,9 @@ def test_lists_are_read_by_polars_and_frames_are_png(tmp_path: Path, write_rollo
             assert found.tobytes() == expected[name].tobytes(), name
         frame = Image.open(io.BytesIO(rows["frame"][3]["bytes"]))
         np.testing.assert_array_equal(np.asarray(frame), expected["frame"][3])
-    metadata = json.loads(pq.read_schema(tmp_path / "lists/data/train-00000.parquet").metadata[b"huggingface"])
+    metadata = json.loads(
+        pq.read_schema(tmp_path / "lists/data/train-00000.parquet").metadata[b"huggingface"]
+    )
     assert metadata["info"]["features"]["frame"] == {"_type": "Image"}
     readme = (tmp_path / "lists" / "README.md").read_text()
     (config,) = yaml.safe_load(readme.split("---")[1])["configs"]
@@ -164,7 +165,8 @@ def test_minari_reads_its_own_layout(tmp_path: Path, write_rollouts: WriteStore,
         np.testing.assert_array_equal(episode.rewards, rows["reward"][1:])
         assert episode.terminations[-1] == rows["is_terminal"][-1]
         assert episode.truncations[-1] != rows["is_terminal"][-1]
-        assert not (episode.terminations[:-1].any() or episode.truncations[:-1].any())
+        assert not episode.terminations[:-1].any()
+        assert not episode.truncations[:-1].any()
 
 
 def test_minari_takes_embeddings_too(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_an_export_killed_half_way_is_not_there_and_begins_anew(tmp_path: Path, 
         export(store, out, layout)
         assert sorted(str(p.relative_to(out)) for p in out.rglob("*")) == expected
     assert stop > 2
-    left = [name for name in os.listdir(tmp_path) if name.endswith(".tmp-export")]
+    left = list(tmp_path.glob("*.tmp-export"))
     assert left == []
 
 
@@ -269,4 +271,4 @@ def test_a_conversion_killed_at_every_write_ends_with_the_same_store(
         if not killed:
             break
     assert verify(out) == []
-    assert D == Store.open(out).column("embedding").shape[0]
+    assert Store.open(out).column("embedding").shape == (D,)
