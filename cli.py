@@ -480,7 +480,7 @@ def merge(
     with watching("merge", "rows") as progress:
         result = run(sources, Path(out), shard_rows=shard_rows, overwrite=overwrite, progress=progress)
     if result.licence is not None:
-        note(f"of the licences of the weights, the strictest counts: {result.licence}")
+        note(f"the strictest licence of the weights counts for all of it: {result.licence}")
     tell(json_, result, [result], REWRITTEN)
 
 

@@ -88,9 +88,16 @@ class FeatureStatistics:
         assert self._moments is not None
         assert self._range is not None
         known = statistics_of(self._moments)
-        values: dict[str, Any] = {"mean": known.mean, "std": known.std, "min": self._range[0], "max": self._range[1]}
+        values: dict[str, Any] = {
+            "mean": known.mean,
+            "std": known.std,
+            "min": self._range[0],
+            "max": self._range[1],
+        }
         shape = (-1, 1, 1) if self._image else (-1,)
-        return {k: np.asarray(v).reshape(shape).tolist() for k, v in values.items()} | {"count": [known.count]}
+        return {k: np.asarray(v).reshape(shape).tolist() for k, v in values.items()} | {
+            "count": [known.count]
+        }
 
 
 def _sampled(frames: Rows) -> Rows:
