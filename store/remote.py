@@ -6,6 +6,7 @@ the manifest promises, and bytes of another sha256 never reach their final name.
 
 from __future__ import annotations
 
+import itertools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -114,10 +115,12 @@ class Source:
         done, limit = 0, UNSIZED_LIMIT if file.size is None else file.size
         temporary = temporary_beside(target)
         try:
+            pieces = self.pieces(file.name, limit)
+            first = next(pieces, b"")  # a missing source is no trouble of the disk to write to
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("wb") as out:
-                    for piece in self.pieces(file.name, limit):
+                    for piece in itertools.chain((first,), pieces):
                         out.write(piece)
                         done += len(piece)
                         arrived(len(piece))
