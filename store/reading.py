@@ -128,6 +128,10 @@ class Store:
         shard = self.shard(row["shard"])
         return {name: shard.rows(name, row["row_start"], row["rows"]) for name in columns or self.columns}
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For a process of its own: it opens the store itself, at the same revision."""
+        return Store.open, (self.path, self.manifest.kind, self.manifest.revision)
+
     def __repr__(self) -> str:
         """Kind, size and place."""
         m = self.manifest

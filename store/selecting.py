@@ -39,7 +39,7 @@ def select_episodes(
     return episodes.filter(chosen.fill_null(value=False))
 
 
-def weights_of(episodes: pl.DataFrame, weight: Condition) -> NDArray[np.float64]:
+def weights_of(episodes: pl.DataFrame, weight: pl.Expr | str) -> NDArray[np.float64]:
     """A weight per episode, none of them negative.
 
     Raises:
@@ -55,7 +55,7 @@ def weights_of(episodes: pl.DataFrame, weight: Condition) -> NDArray[np.float64]
     return found
 
 
-def _evaluated(episodes: pl.DataFrame, expression: Condition, what: str) -> pl.Series:
+def _evaluated(episodes: pl.DataFrame, expression: pl.Expr | str, what: str) -> pl.Series:
     try:
         parsed = pl.sql_expr(expression) if isinstance(expression, str) else expression
         return episodes.with_columns(parsed.alias("_value"))["_value"]  # scalars as long as the table

@@ -59,7 +59,9 @@ def test_every_window_is_equally_likely(write_rollouts: WriteStore) -> None:
     sampler = WindowSampler(store, [], batch=64, length=10, seed=0)
     rows = store.episodes.filter(store.episodes["split"] == "train")["rows"].to_list()
     assert sampler.windows == sum(r - 9 for r in rows)
-    starts, counts = np.unique(np.concatenate([sampler.starts(k) for k in range(400)]), return_counts=True)
+    starts, counts = np.unique(
+        np.concatenate([sampler.starts(sampler.numbers(k)) for k in range(400)]), return_counts=True
+    )
     assert len(starts) == sampler.windows
     assert starts.max() < sum(rows)
     expected = 400 * 64 / sampler.windows
@@ -113,7 +115,7 @@ def test_joined_windows_run_on_into_the_next_chosen_episode(write_rollouts: Writ
     assert sampler.windows == total - 11
     seen = set()
     for k in range(20):
-        starts, batch = sampler.starts(k), sampler.batch(k)
+        starts, batch = sampler.starts(sampler.numbers(k)), sampler.batch(k)
         seen |= set(starts.tolist())
         for window, start in enumerate(starts):
             for name in COLUMNS:
