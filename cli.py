@@ -533,8 +533,8 @@ def doctor(root: Root = DATA, json_: Json = False, debug: Debug = False) -> None
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Workspace of the demonstration.")] = Path("demo"),
-    episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 10,
-    max_steps: Annotated[int, typer.Option(help="Transitions per episode.")] = 150,
+    episodes: Annotated[int, typer.Option(help="Episodes to collect.")] = 12,
+    max_steps: Annotated[int, typer.Option(help="Transitions per episode.")] = 200,
     updates: Annotated[int, typer.Option(help="Gradient steps per network.")] = 300,
     engine: Engine = "ray",
     seed: Seed = 0,

@@ -203,3 +203,15 @@ def test_memory_gives_what_the_files_give_and_says_so(write_rollouts: WriteStore
     assert said["ram"] == "in memory"
     with pytest.raises(UnknownNameError, match="nearest: mapped"):
         WindowSampler(store, COLUMNS, backing="maped", **options)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_both_formats_give_the_same_windows_bit_for_bit(write_rollouts: WriteStore, joined: bool) -> None:
+    batches = []
+    for shard_format in ("parquet", "webdataset"):
+        store = Store.open(write_rollouts(name=shard_format, shard_format=shard_format))
+        sampler = WindowSampler(store, store.columns, batch=8, length=20, seed=3, joined=joined)
+        batches.append([sampler.batch(k) for k in range(5)])
+    for one, other in zip(*batches, strict=True):
+        for name in one:
+            assert one[name].tobytes() == other[name].tobytes(), name
