@@ -244,6 +244,10 @@ def train_model(
     warmup: Annotated[
         int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")
     ] = 1000,
+    backing: Annotated[
+        Literal["auto", "mapped", "ram", "device"],
+        typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
+    ] = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -276,7 +280,16 @@ def train_model(
     )
     note(f"training {model} {size} into {run}")
     with watching("train", "updates") as progress:
-        result = train(config, store, run, device=pick_device(device), overwrite=overwrite, progress=progress)
+        result = train(
+            config,
+            store,
+            run,
+            device=pick_device(device),
+            overwrite=overwrite,
+            backing=backing,
+            progress=progress,
+        )
+    note(f"windows came from {result.backing}")
     tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
 
 
@@ -389,6 +402,15 @@ def inspect(
 @app.command()
 def verify(
     store: Annotated[str, typer.Argument(help="A store, or its URL.")],
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Read so many shards only, of a store too big to read whole.")
+    ] = None,
+    golden: Annotated[
+        bool, typer.Option("--golden", help="Embed the stored frames again and compare.")
+    ] = False,
+    pvr: Annotated[str | None, typer.Option(help="For --golden; default: the store's own.")] = None,
+    weights: Annotated[str | None, typer.Option(help="For --golden: auto or FILE_OR_FOLDER.")] = None,
+    device: Device = "auto",
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -399,12 +421,24 @@ def verify(
     from pvrpipe.store.verifying import verify as check
 
     with watching("verify", "shards") as progress:
-        failures = check(store, progress)
-    tell(json_, {"ok": not failures, "failures": failures}, failures, ("where", "what"))
-    if failures:
+        failures = check(store, progress, sample)
+    report: dict[str, object] = {"ok": not failures, "failures": failures}
+    if golden and not failures:
+        from pvrpipe.pipeline.golden import check_golden
+        from pvrpipe.store.reading import Store
+
+        checked = check_golden(Store.open(store), pvr, weights, device)
+        report |= {"ok": checked.ok, "golden": checked}
+        note(
+            f"golden frames: largest difference {checked.largest_difference:.3g}, "
+            f"smallest cosine {checked.smallest_cosine:.6f}"
+            + (f"; another encoder: {checked.differs}" if checked.differs else "")
+        )
+    tell(json_, report, failures, ("where", "what"))
+    if not report["ok"]:
         raise typer.Exit(1)
     if not json_:
-        print(f"{store}: every byte and number holds")
+        print(f"{store}: every byte and number{' of the sample' if sample else ''} holds")
 
 
 @app.command()

@@ -14,6 +14,7 @@ import numpy as np
 
 from pvrpipe.pipeline.embedding import CARRIED, ShardEmbedder, ShardTimes, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.golden import golden_frames
 from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.schemas.progress import Progress, silent
@@ -22,9 +23,7 @@ from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.growing import grown
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
-from pvrpipe.store.shards import Rows
 
-GOLDEN_FRAMES = 8
 VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
 
 
@@ -93,7 +92,7 @@ def embed(
             for (request, _, _), p in zip(drafts, pending, strict=True)
         ]
         times = _run(rollouts, [t for t in targets if t.todo], config, store, progress)
-        sealed = [p.seal(golden(store, p) if p.manifest.revision == 1 else None) for p in pending]
+        sealed = [p.seal(golden_frames(store, p) if p.manifest.revision == 1 else None) for p in pending]
         seconds = time.perf_counter() - started
         return [_result(p, manifest, times, seconds) for p, manifest in zip(pending, sealed, strict=True)]
 
@@ -148,17 +147,6 @@ def made_by_last(manifest: Manifest) -> EmbeddingSpecification:
     specification = manifest.all_parts[-1].specification
     assert isinstance(specification, EmbeddingSpecification)
     return specification
-
-
-def golden(store: Store, pending: PendingStore) -> dict[str, Rows]:
-    """A few frames with their embeddings, by which another machine can check its encoder."""
-    embeddings = Store(pending.folder, pending.as_sealed(), store.episodes)
-    rows = np.unique(np.linspace(0, store.manifest.shards[0].rows - 1, GOLDEN_FRAMES).astype(np.int64))
-    pick = {"frame": store.shard(0), "embedding": embeddings.shard(0)}
-    arrays = {
-        name: np.concatenate([shard.rows(name, int(row), 1) for row in rows]) for name, shard in pick.items()
-    }
-    return {**arrays, "row": rows}
 
 
 def _run(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pvrpipe.schemas.records import ArraySpec
 
@@ -42,6 +44,13 @@ class Column(Frozen):
     dtype: Dtype
     shape: Annotated[tuple[Axis, ...], Field(max_length=4)]
     layout: Literal["mapped", "packed"]
+
+    @model_validator(mode="after")
+    def _is_of_a_size(self) -> Column:
+        """A row of more than 2 GiB is nobody's."""
+        if math.prod(self.shape) * np.dtype(self.dtype).itemsize >= 1 << 31:
+            raise ValueError(f"a row of column '{self.name}' takes 2 GiB or more")
+        return self
 
     @property
     def spec(self) -> ArraySpec:
@@ -267,6 +276,21 @@ class Manifest(Frozen):
     shards: tuple[ShardEntry, ...] = ()
     files: dict[str, Sha256] = {}
     statistics: dict[str, ColumnStatistics] = {}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Manifest:
+        """The plan deals every episode once and in order; a sealed store has the shards that were planned."""
+        episode = 0
+        for number, plan in enumerate(self.plan):
+            if (plan.shard, plan.first_episode) != (number, episode):
+                raise ValueError(f"the plan of shard {number} does not follow the one before it")
+            episode += plan.episodes
+        if self.state == "sealed":
+            if [p.episodes for p in self.plan] != [entry.episodes for entry in self.shards]:
+                raise ValueError("its shards are not those that were planned")
+            if self.episodes_file not in self.files:
+                raise ValueError(f"{self.episodes_file} is not among its files")
+        return self
 
     @property
     def rollouts(self) -> RolloutSpecification:

@@ -6,35 +6,50 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pvrpipe.schemas.errors import CorruptStoreError
+from pvrpipe.schemas.errors import CorruptStoreError, one_line
 from pvrpipe.store.layout import GOLDEN
 from pvrpipe.store.reading import Store
 from pvrpipe.store.selection import Selection
 from pvrpipe.store.shards import Rows
 
+NAMES = ("frame", "embedding", "row")
 
-def golden_frames(store: Store) -> dict[str, Rows] | None:
-    """``frame``, ``embedding`` and ``row`` (of the store) of a store that has them.
+
+def read_golden(store: Store) -> dict[str, Rows] | None:
+    """``frame`` (n, H, W, 3), ``embedding`` (n, *shape) and perhaps ``row`` of a store that has golden frames.
 
     Raises:
-        CorruptStoreError: they cannot be read, or are not alike in number.
+        CorruptStoreError: they are not what the manifest promises.
     """
-    if GOLDEN not in store.manifest.files:
+    made = store.manifest.embeddings
+    if made is None or GOLDEN not in store.manifest.files:
         return None
     with store.file(GOLDEN) as path:
         try:
-            golden = safetensors.numpy.load_file(path)
+            found = safetensors.numpy.load_file(path)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise CorruptStoreError(f"{path} cannot be read ({error}); get the store again") from None
-    numbers = {len(array) for array in golden.values() if array.ndim}
-    if not {"frame", "embedding"} <= golden.keys() or len(numbers) != 1:
-        raise CorruptStoreError(f"{store.path}/{GOLDEN} does not hold frames and embeddings; get it again")
-    return golden
+            raise CorruptStoreError(f"{store.path}: {GOLDEN} cannot be read ({one_line(error)})") from None
+    frames, stored, rows = found.get("frame"), found.get("embedding"), found.get("row")
+    fits = (
+        frames is not None
+        and stored is not None
+        and frames.dtype == np.uint8
+        and frames.ndim == 4
+        and stored.dtype == made.dtype
+        and stored.shape == (len(frames), *made.encoder.shape)
+        and len(frames) > 0
+        and (rows is None or (rows.shape == (len(frames),) and rows.dtype.kind == "i"))
+    )
+    if not fits:
+        raise CorruptStoreError(
+            f"{store.path}: {GOLDEN} does not hold frames and embeddings; run `pvrpipe verify`"
+        )
+    return {name: found[name] for name in NAMES if name in found}
 
 
 def golden_of(selection: Selection) -> dict[str, Rows] | None:
     """The first store's golden frames; their rows only where all of them are in the selection."""
-    golden = golden_frames(selection.store)
+    golden = read_golden(selection.store)
     if golden is None:
         return None
     nowhere = np.zeros(len(golden["frame"]), np.int64)
@@ -46,7 +61,7 @@ def golden_of(selection: Selection) -> dict[str, Rows] | None:
 
 def _renumbered(golden: Rows | None, selection: Selection) -> Rows | None:
     """Rows of the first store as rows of the selection, or None if some are not in it."""
-    if golden is None or not len(golden) or golden.dtype.kind != "i":
+    if golden is None:
         return None
     rows = golden.astype(np.int64)
     table = selection.store.episodes

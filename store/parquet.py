@@ -16,6 +16,7 @@ from pvrpipe.store.shards import Rows, Shard
 
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
 PACKED_GROUP_BYTES = 16 << 20  # what a reader must decompress to see one frame
+DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 16 MiB
 PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
 
 
@@ -52,6 +53,8 @@ class ParquetShard(Shard):
 
     def _read_group(self, name: str, group: int) -> Rows:
         """Ordinary Parquet: decompress and decode one row group of one column."""
+        if self.column(name).width * self.groups[group] > DECODED_LIMIT:
+            raise self.corrupt(f"column '{name}' has a row group of more than {DECODED_LIMIT >> 20} MiB")
         try:
             table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
             rows = decode(self.column(name), table.column(name))

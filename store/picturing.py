@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store.drawing import GREY, INK, PAPER, Panel, Range, Values, colour_of, font, histogram
 from pvrpipe.store.files import make_folder, write_whole
-from pvrpipe.store.golden import golden_frames
+from pvrpipe.store.golden import read_golden
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 
@@ -66,7 +66,7 @@ def _head(store: Store, picture: Image.Image) -> None:
 def _frames(store: Store) -> list[tuple[str, Rows]]:
     """Rows of frames with what they are: of a few episodes, or the golden ones."""
     if store.manifest.column("frame") is None:
-        golden = golden_frames(store)
+        golden = read_golden(store)
         return [] if golden is None else [("golden frames", golden["frame"][:FRAMES_SHOWN])]
     ranked = store.episodes.sort("episode_return")
     picked = dict.fromkeys(np.linspace(len(ranked) - 1, 0, EPISODES_SHOWN).astype(int).tolist())

@@ -10,9 +10,10 @@ from typing import Literal
 
 import polars as pl
 
-from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError, UnknownNameError
+from pvrpipe.schemas.errors import NotAStoreError, UnfinishedStoreError, UnknownNameError
 from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
 from pvrpipe.store.cache import Cache
+from pvrpipe.store.episodes import read_episodes
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.parquet import ParquetShard
 from pvrpipe.store.places import Place, Url, place_of
@@ -74,14 +75,7 @@ class Store:
             )
         name = manifest.episodes_file
         episodes = mirror.fetch(name) if mirror is not None else Path(str(path), name)
-        try:
-            table = pl.read_parquet(episodes)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise CorruptStoreError(
-                f"{path}/{name} cannot be read ({error}); run `pvrpipe verify {path}`"
-            ) from None
-        row_first = pl.col("rows").cum_sum() - pl.col("rows")
-        return cls(path, manifest, table.with_columns(row_first=row_first), mirror)
+        return cls(path, manifest, read_episodes(episodes, manifest, f"{path}/{name}"), mirror)
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -128,6 +122,10 @@ class Store:
         row = self.episodes.row(episode, named=True)
         shard = self.shard(row["shard"])
         return {name: shard.rows(name, row["row_start"], row["rows"]) for name in columns or self.columns}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For a process of its own: it opens the store itself, at the same revision."""
+        return Store.open, (self.path, self.manifest.kind, self.manifest.revision)
 
     def __repr__(self) -> str:
         """Kind, size and place."""

@@ -6,8 +6,8 @@ the manifest promises, and bytes of another sha256 never reach their final name.
 
 from __future__ import annotations
 
-import itertools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

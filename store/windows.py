@@ -83,6 +83,7 @@ class WindowSampler:
                 "give a batch that the number of ranks divides"
             )
         self.store, self.rank, self.ranks, self.taken = store, rank, ranks, 0
+        self._asked = {"backing": backing, "rank": rank, "ranks": ranks, **plan}
         self._choose(store)
         self._rows = RowReader(store, self.plan.columns, backing)
         self.backing = self._rows.backing
@@ -120,15 +121,18 @@ class WindowSampler:
         """How many different windows there are."""
         return int(self._windows_until[-1])
 
-    def starts(self, k: int) -> NDArray[np.int64]:
-        """First rows of this rank's windows of batch k, in the stream of chosen episodes, (B / ranks,)."""
+    def numbers(self, k: int) -> NDArray[np.int64]:
+        """Which of all windows this rank's part of batch k holds, (B / ranks,)."""
         block, within = divmod(k, DRAWN_TOGETHER)
         if self._drawn is None or self._drawn[0] != block:
             self._drawn = block, self._draw(np.random.default_rng((self.plan.seed, block)))
-        window = self._drawn[1][within, self.rank :: self.ranks]
-        episode = np.searchsorted(self._windows_until, window, "right")
+        return self._drawn[1][within, self.rank :: self.ranks]
+
+    def starts(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First rows of windows, in the stream of chosen episodes."""
+        episode = np.searchsorted(self._windows_until, numbers, "right")
         before = np.where(episode > 0, self._windows_until[episode - 1], 0)
-        return self._stream_first[episode] + window - before
+        return self._stream_first[episode] + numbers - before
 
     def _draw(self, random: np.random.Generator) -> NDArray[np.int64]:
         """Windows of a block of batches, by number."""
@@ -140,9 +144,9 @@ class WindowSampler:
         begin = np.diff(self._windows_until, prepend=0)
         return self._windows_until[episode] - 1 - (random.random(shape) * begin[episode]).astype(np.int64)
 
-    def pieces(self, k: int) -> Pieces:
-        """Where the rows of batch k lie in the store."""
-        starts = self.starts(k)
+    def pieces(self, numbers: NDArray[np.int64]) -> Pieces:
+        """Where the rows of windows lie in the store."""
+        starts = self.starts(numbers)
         episode = np.searchsorted(self._stream_first, starts, "right") - 1
         first = self._store_first[episode] + starts - self._stream_first[episode]
         if not self.plan.joined:
@@ -159,7 +163,11 @@ class WindowSampler:
 
     def batch(self, k: int) -> dict[str, Rows]:
         """Batch k: column → array (B, T, *shape), of this rank's windows."""
-        pieces = self.pieces(k)
+        return self.read(self.numbers(k))
+
+    def read(self, numbers: NDArray[np.int64]) -> dict[str, Rows]:
+        """Windows by number, 0 … ``windows`` - 1: column → array (len(numbers), T, *shape)."""
+        pieces = self.pieces(numbers)
         return {name: self._rows.windows(name, pieces) for name in self.plan.columns}
 
     def __iter__(self) -> Iterator[dict[str, Rows]]:
@@ -167,6 +175,10 @@ class WindowSampler:
         while True:
             self.taken += 1
             yield self.batch(self.taken - 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a process of its own: it opens the files itself."""
+        return _reopened, (self.store, self.plan.columns, self._asked, self.taken)
 
     def state(self) -> dict[str, Any]:
         """What to keep so that :meth:`restore` goes on with the very next batch."""
@@ -185,3 +197,9 @@ class WindowSampler:
                 f"this state is of another {' and '.join(differ)}; restore it with the same store and windows"
             )
         self.taken = int(state["taken"])
+
+
+def _reopened(store: Store, columns: tuple[str, ...], asked: dict[str, Any], taken: int) -> WindowSampler:
+    sampler = WindowSampler(store, columns, **asked)
+    sampler.taken = taken
+    return sampler

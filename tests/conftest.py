@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +96,7 @@ def write_rollouts(tmp_path: Path, shard_format: Any) -> WriteStore:
         seed: int = 0,
         size: int = 8,
         shard_rows: int | None = None,
+        shard_format: Any = shard_format,
     ) -> Path:
         episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
         manifest = draft(episodes, seed, shard_rows, shard_format)
@@ -107,3 +110,33 @@ def write_rollouts(tmp_path: Path, shard_format: Any) -> WriteStore:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A real S3 server in this process; its address."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """An empty bucket of this test's own, as a URL."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import fsspec
+
+    name = "b" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
+    return f"s3://{name}"

@@ -17,8 +17,10 @@ import torch
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.golden import check_golden
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
 from pvrpipe.schemas.errors import (
+    CorruptStoreError,
     EncodingError,
     InvalidValueError,
     NotAStoreError,
@@ -222,3 +224,24 @@ def test_a_gpu_computes_what_the_cpu_does(rollouts: Path) -> None:
     )
     assert torch.cuda.is_available()
     np.testing.assert_allclose(on_gpu(frames), on_cpu(frames), rtol=1e-3, atol=1e-4)
+
+
+def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    embed(rollouts, [(EncoderRequest("resnet18", "random:0", batch=8), folder)], EmbedConfig(engine="inline"))
+    store = Store.open(folder)
+    same = check_golden(store)
+    assert same.ok
+    assert same.frames == len(safetensors.numpy.load_file(folder / "golden.safetensors")["row"])
+    assert same.smallest_cosine > 0.99999
+    other = check_golden(store, weights="random:1")
+    assert not other.ok
+    assert "weights.tensors_sha256" in other.differs
+    assert other.smallest_cosine < 0.999
+    with pytest.raises(EncodingError, match="give the store's own encoder"):
+        check_golden(store, pvr="resnet50", weights="random:0")
+    with pytest.raises(NotAStoreError, match="only embedding stores"):
+        check_golden(Store.open(rollouts))
+    (folder / "golden.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(CorruptStoreError, match="cannot be read"):
+        check_golden(store)

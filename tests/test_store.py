@@ -351,6 +351,18 @@ def test_verify_sees_a_store_whose_hashes_hold_but_whose_rows_are_shifted(
     assert {"reward", "is_first"} <= found
 
 
+def test_a_sample_reads_its_own_shards_only(write_rollouts: WriteStore) -> None:
+    folder = write_rollouts()
+    shards = [folder / entry.file for entry in Store.open(folder).manifest.shards]
+    bad = bytearray(shards[1].read_bytes())
+    bad[5000] ^= 1
+    shards[1].write_bytes(bad)
+    assert verify(folder, sample=2) == []  # the first and the last
+    assert [f.where for f in verify(folder, sample=6)] == [f"shards/{shards[1].name}"]
+    shards[1].unlink()
+    assert [f.what for f in verify(folder, sample=2)] == ["is missing"]
+
+
 def test_describe_counts_returns_by_policy_and_split(write_rollouts: WriteStore) -> None:
     found = describe(Store.open(write_rollouts()))
     assert found["episodes"] == sum(row["episodes"] for row in found["returns"]) == 6

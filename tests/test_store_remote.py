@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import http.server
 import json
-import logging
 import os
 import re
 import shutil
@@ -33,7 +31,6 @@ from pvrpipe.schemas.errors import (
     UnknownNameError,
     UnreachableError,
 )
-from pvrpipe.schemas.manifest import store_id
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.files import locked
 from pvrpipe.store.layout import PULLING, files_of, read_manifest
@@ -45,36 +42,9 @@ from pvrpipe.store.workspace import Workspace
 
 from .conftest import WriteStore
 from .test_store import same_bytes
+from .test_store_growing import grow
 
 COLUMNS = ("frame", "action", "reward", "is_first")
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """A real S3 server in this process; its address."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """An empty bucket of this test's own, as a URL."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    name = "b" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
-    return f"s3://{name}"
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +131,7 @@ def copy_to(source: Path, url: str) -> None:
         driver.pipe_file(f"{root}/{path.relative_to(source)}", path.read_bytes())
 
 
+@pytest.mark.parametrize("shard_format", ["parquet", "webdataset"])
 def test_windows_are_the_same_bit_for_bit_from_everywhere(
     write_rollouts: WriteStore, bucket: str, web: Served
 ) -> None:
@@ -598,22 +569,23 @@ pull(sys.argv[1], Path(sys.argv[2]))
         pull(f"{web.url}/rollouts", tmp_path / "b")
 
 
-def test_a_grown_store_is_pushed_over_what_it_grew_from(write_rollouts: WriteStore, bucket: str) -> None:
-    """Its manifest begins with the shards that are there."""
-    folder, url = write_rollouts(), f"{bucket}/walk"
-    push(folder, url)
-    manifest = read_manifest(folder)
-    fewer = manifest.model_copy(
-        update={
-            "shards": manifest.shards[:3],
-            "id": store_id(manifest.specification, [s.sha256 for s in manifest.shards[:3]]),
-        }
-    )
-    driver, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    driver.pipe_file(f"{root}/store.json", fewer.to_json().encode())
-    driver.rm_file(f"{root}/shards/00005.json")
-    assert push(folder, url).resumed == 12
+def test_a_grown_store_is_pushed_and_pulled_over_what_it_grew_from(
+    write_rollouts: WriteStore, bucket: str, tmp_path: Path
+) -> None:
+    folder, url, pulled = write_rollouts(), f"{bucket}/walk", tmp_path / "pulled"
+    first = push(folder, url)
+    pull(url, pulled)
+    before = drawn(Store.open(url))
+    grow(folder, (30, 20))
+    assert push(folder, url).resumed == first.files - 2  # all but README.md and store.json
     assert verify(url) == []
+    assert Store.open(url).manifest.revision == 2
+    for reader in (Store.open(url, revision=1), Store.open(folder, revision=1)):
+        for batch, wanted in zip(drawn(reader), before, strict=True):
+            for name in wanted:
+                np.testing.assert_array_equal(batch[name], wanted[name], err_msg=name)
+    pull(url, pulled)
+    assert same_bytes(folder, pulled)
 
 
 def test_the_command_line_pushes_pulls_and_reads_urls(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError
+from pvrpipe.store import gathering
+from pvrpipe.store.loading import WindowLoader
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.windows import WindowSampler
 
+Backing = Literal["auto", "mapped", "ram", "device"]
 COLUMNS = ("embedding", "action", "reward", "is_first", "is_terminal")
 WIDEST = 1 << 15  # numbers in one row's embedding; beyond that a linear map is not the way to read it
 
@@ -46,32 +48,36 @@ def embedding_width(store: Store) -> int:
 
 
 class Batches:
-    """Batch k of a split, as tensors on the device; a pure function of the seed and k.
-
-    While batch k is used, a thread cuts batch k + 1 out of the mapped shards. ``waited`` is the seconds
-    that callers had to wait for it nevertheless.
-    """
+    """Batch k of a split, as tensors on the device; a pure function of the seed and k."""
 
     def __init__(
-        self, store: Store, split: str, *, batch: int, length: int, seed: int, device: torch.device
+        self,
+        store: Store,
+        split: str,
+        *,
+        batch: int,
+        length: int,
+        seed: int,
+        device: torch.device,
+        backing: Backing = "auto",
     ) -> None:
-        self.sampler = WindowSampler(store, COLUMNS, batch=batch, length=length, seed=seed, split=split)
-        self.device = device
-        self.waited = 0.0
-        self._reader = ThreadPoolExecutor(1, "read-ahead")
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        files: gathering.Backing = "auto" if backing == "device" else backing
+        sampler = WindowSampler(
+            store, COLUMNS, batch=batch, length=length, seed=seed, split=split, backing=files
+        )
+        self._load = WindowLoader(
+            sampler, device, prepared, "auto" if backing == "auto" else backing == "device"
+        )
+        self.backing = self._load.backing
+
+    @property
+    def waited(self) -> float:
+        """Seconds that callers had to wait for batches."""
+        return self._load.waited
 
     def __call__(self, k: int) -> dict[str, Tensor]:
         """Columns (B, T, ...): embedding, action and reward in float32, flags in bool."""
-        begun = time.perf_counter()
-        coming = self._ahead.get(k) or self._reader.submit(self._read, k)
-        batch = coming.result()
-        self._ahead = {k + 1: self._reader.submit(self._read, k + 1)}
-        self.waited += time.perf_counter() - begun
-        return batch
-
-    def _read(self, k: int) -> dict[str, Tensor]:
-        return tensors_of(self.sampler.batch(k), self.device)
+        return self._load(k)
 
     def first(self, count: int) -> Iterable[dict[str, Tensor]]:
         """The batches 0 … count - 1, for validation."""
@@ -79,11 +85,13 @@ class Batches:
 
 
 def tensors_of(arrays: Mapping[str, Rows], device: torch.device) -> dict[str, Tensor]:
-    """Store columns (B, T, ...) as tensors on a device; tokens (B, T, K, D) become (B, T, K·D)."""
-    out = {}
-    for name, array in arrays.items():
-        rows = torch.from_numpy(array).to(device)
-        out[name] = rows if rows.dtype == torch.bool else rows.float()
+    """Store columns (B, T, ...) as tensors on a device."""
+    return prepared({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+
+
+def prepared(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model takes: float32 and bool; tokens (B, T, K, D) become (B, T, K·D)."""
+    out = {name: rows if rows.dtype == torch.bool else rows.float() for name, rows in batch.items()}
     return {**out, "embedding": out["embedding"].flatten(2)}
 
 

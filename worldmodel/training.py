@@ -17,7 +17,7 @@ from pvrpipe.schemas.manifest import EmbeddingSpecification
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
-from pvrpipe.worldmodel.batches import Batches, chance, embedding_width, open_embeddings
+from pvrpipe.worldmodel.batches import Backing, Batches, chance, embedding_width, open_embeddings
 from pvrpipe.worldmodel.models import WorldModel, build_model, check_names, suitable_threads
 from pvrpipe.worldmodel.optimizer import Updater
 
@@ -88,6 +88,8 @@ class TrainResult:
     updates: int
     updates_per_second: float
     data_wait_fraction: float
+    backing: str
+    """where windows were read from"""
     train: dict[str, float]
     val: dict[str, float]
 
@@ -99,6 +101,7 @@ def train(
     *,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
+    backing: Backing = "auto",
     progress: Progress = silent,
 ) -> TrainResult:
     """Train to the end, going on from the last checkpoint if the run was begun before.
@@ -109,6 +112,7 @@ def train(
         run: the folder that the run goes to; laid out in :mod:`pvrpipe.worldmodel.runs`.
         device: where to compute.
         overwrite: replace a run of another configuration.
+        backing: where windows are read from; ``device`` keeps the store there. It never changes a number.
         progress: told updates done and to do.
 
     Returns:
@@ -134,7 +138,15 @@ def train(
         model.standardise.set(statistics.mean, statistics.std)
     length = config.rows + model.rows_before
     data, held_out = (
-        Batches(store, split, batch=config.windows, length=length, seed=config.seed, device=device)
+        Batches(
+            store,
+            split,
+            batch=config.windows,
+            length=length,
+            seed=config.seed,
+            device=device,
+            backing=backing,
+        )
         for split in ("train", "val")
     )
     draft = _record(config, store, model, device)
@@ -145,6 +157,7 @@ def train(
         done = checkpoints.load(folder, model, updater) if resumed else 0
         log = runs.MetricsLog(folder, done)
         unlogged: list[dict[str, Tensor]] = []
+        progress(done, config.updates, f"windows from {data.backing}")
         begun = time.perf_counter()
         for k in range(done + 1, config.updates + 1):
             loss, terms = model.loss(data(k), chance(config.seed, k))
@@ -165,6 +178,7 @@ def train(
             updates=config.updates,
             updates_per_second=(config.updates - done) / seconds,
             data_wait_fraction=data.waited / seconds,
+            backing=data.backing,
             train=log.last["train"],
             val=log.last["val"],
         )

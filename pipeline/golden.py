@@ -1,0 +1,94 @@
+"""Golden frames: a few frames stored with their embeddings, by which another machine checks its encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.schemas.differences import differences
+from pvrpipe.schemas.errors import EncodingError, NotAStoreError
+from pvrpipe.store.building import PendingStore
+from pvrpipe.store.golden import read_golden
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
+
+GOLDEN_FRAMES = 8
+#: Another processor sums in another order, and float16 rounds at 2^-11 of a value; a wrong resize filter or
+#: layer gives 0.94 to 0.99 (reference: jina-ai/clip-as-service#904).
+COSINE = 0.9999
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """How far the embeddings computed here are from those stored."""
+
+    ok: bool
+    frames: int
+    largest_difference: float
+    """absolute, over all numbers"""
+    smallest_cosine: float
+    """over the frames"""
+    differs: str
+    """fields of the encoder that are not those of the store's; empty if none"""
+
+
+def golden_frames(store: Store, pending: PendingStore) -> dict[str, Rows]:
+    """Frames of the first shard, evenly spaced, their embeddings and their rows."""
+    embeddings = Store(pending.folder, pending.as_sealed(), store.episodes)
+    rows = np.unique(np.linspace(0, store.manifest.shards[0].rows - 1, GOLDEN_FRAMES).astype(np.int64))
+    pick = {"frame": store.shard(0), "embedding": embeddings.shard(0)}
+    arrays = {
+        name: np.concatenate([shard.rows(name, int(row), 1) for row in rows]) for name, shard in pick.items()
+    }
+    return {**arrays, "row": rows}
+
+
+def check_golden(
+    store: Store, pvr: str | None = None, weights: str | None = None, device: str = "auto"
+) -> GoldenCheck:
+    """Embed the golden frames of a store again, with the weights at hand.
+
+    Args:
+        store: an embedding store.
+        pvr: name or path of the encoder; None is the one the store names.
+        weights: where they are; None is ``auto``, or the store's own seed where nobody trained them.
+        device: to compute on.
+
+    Raises:
+        NotAStoreError: the store has no golden frames.
+        CorruptStoreError: they are not what the manifest promises.
+        WeightsError, UnknownNameError: the encoder cannot be had here.
+    """
+    made, found = store.manifest.embeddings, read_golden(store)
+    if made is None or found is None:
+        raise NotAStoreError(f"{store.path} has no golden frames; only embedding stores have")
+    frames, stored = np.asarray(found["frame"], np.uint8), found["embedding"]
+    seed = made.encoder.weights.random_seed
+    source = weights or ("auto" if seed is None else f"random:{seed}")
+    request = EncoderRequest(pvr or made.encoder.name, source, made.computation.precision, device)
+    encoder = Encoder(request)
+    computed = np.concatenate(
+        [encoder(frames[at : at + encoder.batch]) for at in range(0, len(frames), encoder.batch)]
+    )
+    if computed.shape != stored.shape:
+        raise EncodingError(
+            f"{encoder.identity.name} gives embeddings of {list(computed.shape[1:])}, the store holds "
+            f"{list(stored.shape[1:])}; give the store's own encoder with --pvr"
+        )
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (computed, stored))
+    cosine = (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    differ = differences(_meaning(made.encoder.model_dump()), _meaning(encoder.identity.model_dump()), "here")
+    smallest = float(cosine.min())
+    return GoldenCheck(
+        smallest >= COSINE and not differ, len(a), float(np.abs(a - b).max()), smallest, differ
+    )
+
+
+def _meaning(identity: dict[str, object]) -> dict[str, object]:
+    """An encoder without where its file lay: the tensors' own hash says which weights they are."""
+    weights = dict(identity["weights"])  # type: ignore[call-overload]
+    for place in ("source", "revision", "file", "file_sha256"):
+        del weights[place]
+    return {**identity, "weights": weights}

@@ -1,0 +1,154 @@
+"""Windows as tensors: for a DataLoader, or read ahead onto the device by a thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.store.reading import Store
+from pvrpipe.store.windows import WindowSampler
+
+DEVICE_SHARE = 0.5  # of the device's free memory, which a store may take
+Tensors = dict[str, Tensor]
+
+
+class WindowBatches(IterableDataset[Tensors]):
+    """Batch after batch of a sampler, without end, for a ``DataLoader`` with ``batch_size=None``.
+
+    Workers take turns, so the loader gives the batches in order, however many workers it has. To resume,
+    set ``sampler.taken`` (or ``sampler.restore``) to the number of batches that were used.
+    """
+
+    def __init__(self, sampler: WindowSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Tensors]:
+        """Batches (B, T, *shape)."""
+        worker = get_worker_info()
+        k, stride = (
+            (self.sampler.taken + worker.id, worker.num_workers) if worker else (self.sampler.taken, 1)
+        )
+        while True:
+            yield as_tensors(self.sampler.batch(k))
+            k += stride
+
+
+class EveryWindow(Dataset[Tensors]):
+    """All windows of a sampler by number, for a ``DataLoader`` that batches and shuffles them itself."""
+
+    def __init__(self, sampler: WindowSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        """How many different windows there are."""
+        return self.sampler.windows
+
+    def __getitem__(self, number: int) -> Tensors:
+        """One window: column → (T, *shape)."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        window = self.sampler.read(np.array([number]))
+        return {name: rows[0] for name, rows in as_tensors(window).items()}
+
+
+class WindowLoader:
+    """Batch k of a sampler as tensors on a device; a pure function of the sampler and k.
+
+    A store that fits into half of a GPU's free memory is kept there, and windows are gathered on it.
+    Otherwise a thread cuts batch k + 1 out of the store, into pinned memory, while batch k is used.
+
+    Args:
+        sampler: which windows.
+        device: where to.
+        prepare: what is done with each batch on its way, in the same thread.
+        resident: keep the columns on the device; ``auto`` does so on a GPU where they fit.
+
+    Raises:
+        InvalidValueError: they do not fit.
+    """
+
+    def __init__(
+        self,
+        sampler: WindowSampler,
+        device: torch.device,
+        prepare: Callable[[Tensors], Tensors] = dict,
+        resident: Literal["auto"] | bool = "auto",
+    ) -> None:
+        self.sampler, self.device, self._prepare = sampler, device, prepare
+        self.waited = 0.0  # seconds that callers had to wait for batches
+        fits = resident_bytes(sampler) <= room_on(device)
+        if resident is True and not fits:
+            raise InvalidValueError(
+                f"{sampler.store.path} takes {resident_bytes(sampler) >> 20} MiB, more than {device} has room for; "
+                "leave the choice to auto"
+            )
+        keep = fits and device.type == "cuda" if resident == "auto" else resident
+        self._resident = columns_on(device, sampler.store, sampler.plan.columns) if keep else None
+        self.backing = f"resident on {device}" if keep else f"{sampler.backing}, read ahead"
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: dict[int, Future[Tensors]] = {}
+
+    def __call__(self, k: int) -> Tensors:
+        """Batch k: column → (B, T, *shape) on the device."""
+        began = time.perf_counter()
+        if self._resident is not None:
+            batch = self._gather(k)
+        else:
+            coming = self._ahead.get(k) or self._reader.submit(self._read, k)
+            batch = coming.result()
+            self._ahead = {k + 1: self._reader.submit(self._read, k + 1)}
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def _gather(self, k: int) -> Tensors:
+        assert self._resident is not None
+        rows = torch.from_numpy(self.sampler.pieces(self.sampler.numbers(k)).rows).to(self.device)
+        return self._prepare({name: column[rows] for name, column in self._resident.items()})
+
+    def _read(self, k: int) -> Tensors:
+        batch = as_tensors(self.sampler.batch(k))
+        if self.device.type == "cuda":
+            batch = {n: t.pin_memory().to(self.device, non_blocking=True) for n, t in batch.items()}
+        return self._prepare(batch)
+
+
+def as_tensors(batch: dict[str, Any]) -> Tensors:
+    """Arrays as tensors of the same memory."""
+    return {name: torch.from_numpy(rows) for name, rows in batch.items()}
+
+
+def columns_on(device: torch.device, store: Store, columns: tuple[str, ...]) -> Tensors:
+    """Whole columns (N, *shape) on a device, copied there shard by shard."""
+    out = {}
+    for name in columns:
+        column = store.column(name)
+        out[name] = torch.empty(
+            (store.manifest.rows, *column.shape), dtype=getattr(torch, column.dtype), device=device
+        )
+        done = 0
+        for index, entry in enumerate(store.manifest.shards):
+            rows = store.shard(index).rows(name, 0, entry.rows)
+            out[name][done : done + entry.rows] = torch.from_numpy(rows).to(device)
+            done += entry.rows
+    return out
+
+
+def resident_bytes(sampler: WindowSampler) -> int:
+    """Bytes that the columns of a sampler take whole."""
+    columns = (sampler.store.column(name) for name in sampler.plan.columns)
+    return sum(column.width for column in columns) * sampler.store.manifest.rows
+
+
+def room_on(device: torch.device) -> float:
+    """Bytes that a store may take on a device."""
+    if device.type != "cuda":
+        return float("inf")
+    return DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
