@@ -57,7 +57,7 @@ lint: setup  ## ruff, and mypy on the package as it installs
 	@cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p pvrpipe
 
 bench: setup  ## the speeds that the design promises, side by side
-	@for script in collect embed windows train; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@for script in collect embed windows storage train; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build demo data .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pvrpipe.schemas.manifest import RolloutSpecification
+from pvrpipe.schemas.manifest import Manifest, RolloutSpecification
 from pvrpipe.schemas.records import Episode, EpisodeInfo
 from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
 from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.gathering import Pieces, RowReader
 from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
@@ -45,9 +47,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        store, embeddings = write_store(Path(folder) / "store", options.rows // (STEPS + 1), options.width)
+        stores = {}
+        for kind in ("parquet", "webdataset"):
+            stores[kind], embeddings = write_store(
+                Path(folder) / kind, options.rows // (STEPS + 1), options.width, kind
+            )
         results = [
-            measure(store, embeddings, Path(folder), b, t, options.repeats) for b, t in ((64, 16), (16, 64))
+            measure(stores, embeddings, Path(folder), b, t, options.repeats) for b, t in ((64, 16), (16, 64))
         ]
     for result in results:
         print(f"\n{result['batch']} × {result['length']} × {options.width} float16")
@@ -57,27 +63,12 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def write_store(folder: Path, episodes: int, width: int) -> tuple[Store, NDArray[np.float16]]:
+def write_store(
+    folder: Path, episodes: int, width: int, shard_format: Any
+) -> tuple[Store, NDArray[np.float16]]:
     """A store of noise, and the same rows in RAM."""
     random = np.random.default_rng(0)
-    specification = RolloutSpecification(
-        environment="noise",
-        size=1,
-        camera=0,
-        action_repeat=1,
-        episodes=episodes,
-        max_steps=STEPS,
-        policy="none",
-        seed=0,
-        control_timestep=1.0,
-        action_low=(),
-        action_high=(),
-        state_names=(),
-        renderer="none",
-        versions={},
-    )
-    columns = with_bounds((column("embedding", "float16", (width,)),))
-    manifest = new_manifest(specification, columns, plan_shards(episodes, STEPS + 1))
+    manifest = noise_manifest(episodes, STEPS, width, shard_format=shard_format)
     rows = []
     with PendingStore.begin(folder, manifest) as pending:
         for plan in pending.todo:
@@ -92,24 +83,58 @@ def write_store(folder: Path, episodes: int, width: int) -> tuple[Store, NDArray
     return Store.open(folder), np.concatenate(rows)
 
 
+def noise_manifest(
+    episodes: int, steps: int, width: int, shard_rows: int | None = None, **kind: Any
+) -> Manifest:
+    """A store of nothing but embeddings."""
+    specification = RolloutSpecification(
+        environment="noise",
+        size=1,
+        camera=0,
+        action_repeat=1,
+        episodes=episodes,
+        max_steps=steps,
+        policy="none",
+        seed=0,
+        control_timestep=1.0,
+        action_low=(),
+        action_high=(),
+        state_names=(),
+        renderer="none",
+        versions={},
+    )
+    columns = with_bounds((column("embedding", "float16", (width,)),))
+    return new_manifest(specification, columns, plan_shards(episodes, steps + 1, shard_rows), **kind)
+
+
 def measure(
-    store: Store, embeddings: NDArray[np.float16], folder: Path, batch: int, length: int, repeats: int
+    stores: dict[str, Store],
+    embeddings: NDArray[np.float16],
+    folder: Path,
+    batch: int,
+    length: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """All readers in turns on the same windows."""
-    sampler = WindowSampler(store, ["embedding"], batch=batch, length=length, seed=0)
+    sampler = WindowSampler(stores["parquet"], ["embedding"], batch=batch, length=length, seed=0)
     steps = np.arange(length)
-    readers: dict[str, Reader] = {
+    readers: dict[str, Reader | None] = {
         "array in RAM, gathered": lambda starts: embeddings[starts[:, None] + steps],
-        "pvrpipe, mapped": lambda starts: sampler._rows.windows("embedding", starts, length),
+        "pvrpipe, mapped Parquet": own_reader(stores["parquet"], length),
+        "pvrpipe, mapped WebDataset": own_reader(stores["webdataset"], length),
         ".npy, memory-mapped": npy_reader(folder, embeddings, steps),
+        "HDF5, contiguous": hdf5_reader(folder, embeddings, length, None),
+        "HDF5, chunks of 64 rows": hdf5_reader(folder, embeddings, length, 64),
+        "Lance, take": lance_reader(folder, embeddings, steps),
         "Parquet list, pyarrow's defaults": list_reader(folder, embeddings, length),
     }
+    readers = {name: read for name, read in readers.items() if read is not None}
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for k in range(repeats):
-        starts = sampler.starts(k)
+        starts = sampler.pieces(sampler.numbers(k)).start
         few = k >= repeats // 20  # the slow ones are asked less often
         for name, read in readers.items():
-            if name.startswith("Parquet list") and few:
+            if read is None or (name.startswith("Parquet list") and few):
                 continue
             started = time.perf_counter()
             found = read(starts)
@@ -128,6 +153,46 @@ def measure(
             for name, times in seconds.items()
         },
     }
+
+
+def own_reader(store: Store, length: int) -> Reader:
+    """What a training run calls."""
+    rows = RowReader(store, ("embedding",), "mapped")
+    return lambda starts: rows.windows("embedding", Pieces.unbroken(starts, length))
+
+
+def hdf5_reader(
+    folder: Path, embeddings: NDArray[np.float16], length: int, chunk: int | None
+) -> Reader | None:
+    """One dataset of an HDF5 file; None where h5py is not installed."""
+    if not find_spec("h5py"):
+        return None
+    import h5py
+
+    chunks = (chunk, embeddings.shape[1]) if chunk else None
+    with h5py.File(folder / f"{chunk}.h5", "w") as file:
+        file.create_dataset("embedding", data=embeddings, chunks=chunks)
+    data = h5py.File(folder / f"{chunk}.h5")["embedding"]
+    return lambda starts: np.stack([data[start : start + length] for start in starts.tolist()])
+
+
+def lance_reader(folder: Path, embeddings: NDArray[np.float16], steps: NDArray[np.int64]) -> Reader | None:
+    """A Lance data set of fixed-size lists; None where pylance is not installed."""
+    if not find_spec("lance"):
+        return None
+    import lance
+
+    values = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+    if not (folder / "lance").exists():
+        lance.write_dataset(pa.table({"embedding": values}), folder / "lance")
+    data = lance.dataset(folder / "lance")
+
+    def read(starts: NDArray[np.int64]) -> NDArray[np.float16]:
+        taken = data.take((starts[:, None] + steps).ravel().tolist(), columns=["embedding"])
+        rows = taken.column("embedding").combine_chunks().flatten().to_numpy()
+        return rows.reshape(len(starts), len(steps), embeddings.shape[1])
+
+    return read
 
 
 def npy_reader(folder: Path, embeddings: NDArray[np.float16], steps: NDArray[np.int64]) -> Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,9 +43,19 @@ class Pieces:
         return cls(len(starts), length, np.arange(len(starts)), zero, starts, zero + length)
 
     @property
+    def whole(self) -> bool:
+        """Whether every window is one run."""
+        return len(self.start) == self.batch
+
+    def views(self, out: Rows) -> Iterator[Rows]:
+        """The part of a batch (B, T, ...) that each run fills."""
+        runs = (a.tolist() for a in (self.window, self.offset, self.count))
+        return (out[window, offset : offset + count] for window, offset, count in zip(*runs, strict=True))
+
+    @property
     def rows(self) -> NDArray[np.int64]:
         """The number of every row, (B, T)."""
-        if len(self.start) == self.batch:
+        if self.whole:
             return self.start[:, None] + np.arange(self.length)
         run = np.repeat(self.start - np.cumsum(self.count) + self.count, self.count)
         return (run + np.arange(self.batch * self.length)).reshape(self.batch, self.length)
@@ -91,15 +102,16 @@ class RowReader:
         groups = np.searchsorted(self._group_first, pieces.start, "right") - 1
         at = pieces.start - self._group_first[groups]
         mapped = self._pieces.setdefault(name, {})
-        runs = (a.tolist() for a in (pieces.window, pieces.offset, pieces.count, groups, at))
-        for window, offset, count, group, first in zip(*runs, strict=True):
+        targets: Iterable[Rows] = out if pieces.whole else pieces.views(out)
+        for target, group, first in zip(targets, groups.tolist(), at.tolist(), strict=True):
             piece = mapped.get(group)
             if piece is None:
                 piece = self._piece(name, group)
-            if first + count <= len(piece):
-                out[window, offset : offset + count] = piece[first : first + count]
+            rows = piece[first : first + len(target)]
+            if len(rows) == len(target):
+                target[:] = rows
             else:
-                self._across(name, group, first, out[window, offset : offset + count])
+                self._across(name, group, first, target)
         return out
 
     def _to_keep(self, columns: tuple[str, ...], backing: Backing) -> list[str]:

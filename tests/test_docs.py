@@ -52,3 +52,10 @@ def test_files_that_the_documents_name_exist() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_row_of_the_reliability_table_is_a_test_that_exists() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 25
+    for file, function in named:
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), function
