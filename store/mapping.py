@@ -8,7 +8,10 @@ read with ordinary Parquet calls instead.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,11 @@ from pvrpipe.schemas.manifest import Column
 HEADER_LIMIT = 256  # bytes; a page header with a checksum has about 30
 PHYSICAL = {"float32": "FLOAT", "float64": "DOUBLE", "int32": "INT32"}
 _DATA_PAGE, _PLAIN = 0, 0
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,9 @@ class Span:
     rows: int
 
 
-def proven_spans(path: Path, metadata: pq.FileMetaData, column: Column) -> tuple[Span, ...] | None:
+def proven_spans(
+    data: NDArray[np.uint8], metadata: pq.FileMetaData, column: Column
+) -> tuple[Span, ...] | None:
     """The spans of a column, or None if any row group is not one plain page."""
     index = next(
         (i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column.name), None
@@ -39,26 +49,37 @@ def proven_spans(path: Path, metadata: pq.FileMetaData, column: Column) -> tuple
     if index is None or not _physically_plain(metadata.schema.column(index), column):
         return None
     spans = []
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        for group in range(metadata.num_row_groups):
-            chunk = metadata.row_group(group).column(index)
-            payload = chunk.num_values * column.width
-            header = chunk.total_compressed_size - payload
-            fits = 0 < header <= HEADER_LIMIT and chunk.data_page_offset + header + payload <= size
-            if not fits or chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
-                return None
-            file.seek(chunk.data_page_offset)
-            if not _is_one_plain_page(file.read(header), chunk.num_values, payload):
-                return None
-            spans.append(Span(chunk.data_page_offset + header, chunk.num_values))
+    for group in range(metadata.num_row_groups):
+        chunk = metadata.row_group(group).column(index)
+        payload = chunk.num_values * column.width
+        header = chunk.total_compressed_size - payload
+        page = chunk.data_page_offset
+        fits = 0 < header <= HEADER_LIMIT and page >= 0 and page + header + payload <= len(data)
+        if not fits or chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+            return None
+        if not _is_one_plain_page(data[page : page + header].tobytes(), chunk.num_values, payload):
+            return None
+        spans.append(Span(page + header, chunk.num_values))
     return tuple(spans)
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """The bytes of a file, read only, paged in as they are touched."""
+    """The bytes of a file, read only, paged in as they are touched, for as long as an array of them lives.
+
+    Python's own mmap keeps a file descriptor for each map, of which a process may have a thousand; a store
+    may have ten thousand shards.
+    """
     with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        size = os.fstat(file.fileno()).st_size
+        address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(memory, _LIBC.munmap, address, size)
+    data = np.frombuffer(memoryview(memory), np.uint8)
+    data.flags.writeable = False
+    return data
 
 
 def _physically_plain(schema: pq.ColumnSchema, column: Column) -> bool:

@@ -26,7 +26,7 @@ class ParquetShard(Shard):
     def __init__(self, folder: Path, manifest: Manifest, index: int) -> None:
         super().__init__(folder, manifest, index)
         try:
-            self._parquet = pq.ParquetFile(self.path)
+            self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self.data)))
         except (OSError, pa.ArrowException) as error:
             raise self.corrupt(f"cannot be read ({error})") from None
         footer = self._parquet.metadata
@@ -49,7 +49,7 @@ class ParquetShard(Shard):
                 yield column.name, "cannot be mapped; someone has rewritten its pages"
 
     def _spans(self, column: Column) -> tuple[Span, ...] | None:
-        return proven_spans(self.path, self._parquet.metadata, column)
+        return proven_spans(self.data, self._parquet.metadata, column)
 
     def _read_group(self, name: str, group: int) -> Rows:
         """Ordinary Parquet: decompress and decode one row group of one column."""

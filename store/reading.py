@@ -105,12 +105,8 @@ class Store:
     def _open_shard(self, index: int) -> Shard:
         """One shard; kept open while it is among those used last."""
         kind = ParquetShard if self.manifest.shard_format == "parquet" else WebDatasetShard
-        with self.file(self.manifest.shards[index].file) as file:
-            shard = kind(file.parent.parent, self.manifest, index)
-            if self._mirror is not None:  # the file may go from its cache; its maps stay
-                for column in self.manifest.columns:
-                    shard.mapped(column.name)
-            return shard
+        with self.file(self.manifest.shards[index].file) as file:  # it may go from its cache, its map stays
+            return kind(file.parent.parent, self.manifest, index)
 
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""

@@ -25,14 +25,13 @@ class Shard(ABC):
         self.path, self.manifest, self.groups = folder / entry.file, manifest, entry.row_groups
         if not self.path.is_file() or self.path.stat().st_size != entry.bytes:
             raise self.corrupt(f"is missing or not {entry.bytes} bytes long")
+        try:
+            self.data = map_file(self.path)  # no descriptor stays open, however many shards there are
+        except OSError as error:
+            raise self.corrupt(f"cannot be read ({error})") from None
         self.first = np.cumsum((0, *self.groups))  # first row of each group, and the end
         self._mapped: dict[str, tuple[Rows, ...] | None] = {}
         self._read = functools.lru_cache(maxsize=2)(self._read_group)
-
-    @functools.cached_property
-    def data(self) -> NDArray[np.uint8]:
-        """The bytes of the file, mapped."""
-        return map_file(self.path)
 
     @abstractmethod
     def check_layout(self) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -17,7 +19,7 @@ from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
 
-from .conftest import draft, random_episode, rollout_specification
+from .conftest import WriteStore, draft, random_episode, rollout_specification
 
 D = 24
 
@@ -97,3 +99,82 @@ def test_the_webdataset_library_reads_what_was_written(tmp_path: Path) -> None:
         assert sample["json"]["episode_return"] == episode.info.episode_return
         for name, array in episode.arrays.items():
             np.testing.assert_array_equal(sample[f"{name}.npy"], array)
+
+
+class Compact:
+    """Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def byte(self) -> int:
+        self.at += 1
+        return struct.unpack_from("B", self.data, self.at - 1)[0]
+
+    def varint(self) -> int:
+        value, shift = 0, 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def zigzag(self) -> int:
+        value = self.varint()
+        return (value >> 1) ^ -(value & 1)
+
+    def value(self, kind: int) -> Any:
+        if kind in (1, 2):
+            return kind == 1
+        if kind in (3, 4, 5, 6):
+            return self.byte() if kind == 3 else self.zigzag()
+        if kind == 7:
+            self.at += 8
+            return struct.unpack_from("<d", self.data, self.at - 8)[0]
+        if kind == 8:
+            length = self.varint()
+            self.at += length
+            return self.data[self.at - length : self.at]
+        if kind in (9, 10):
+            head = self.byte()
+            count = head >> 4 if head >> 4 < 15 else self.varint()
+            return [self.byte() == 1 if head & 15 in (1, 2) else self.value(head & 15) for _ in range(count)]
+        assert kind == 12
+        return self.struct()
+
+    def struct(self) -> dict[int, Any]:
+        fields, number = {}, 0
+        while head := self.byte():
+            number = number + (head >> 4) if head >> 4 else self.zigzag()
+            fields[number] = self.value(head & 15)
+        return fields
+
+
+@pytest.mark.parametrize("name", ["action", "state", "physics", "reward", "step"])
+def test_a_mapped_column_by_hand_with_nothing_but_struct(write_rollouts: WriteStore, name: str) -> None:
+    folder = write_rollouts((700, 500), size=16, shard_rows=10_000)
+    manifest = json.loads((folder / "store.json").read_text())
+    column = next(c for c in manifest["columns"] if c["name"] == name)
+    letter = {"float32": "f", "float64": "d", "int32": "i"}[column["dtype"]]
+    per_row = math.prod(column["shape"])
+    width = per_row * struct.calcsize(letter)
+    data = (folder / manifest["shards"][0]["file"]).read_bytes()
+    (length,) = struct.unpack_from("<I", data, len(data) - 8)
+    assert data[-4:] == b"PAR1"
+    footer = Compact(data[-8 - length : -8]).struct()
+    rows: list[tuple[float, ...]] = []
+    for group in footer[4]:
+        chunk = next(c[3] for c in group[1] if c[3][3] == [name.encode()])
+        count, compressed, page = chunk[5], chunk[7], chunk[9]
+        end = page + compressed
+        start = end - count * width
+        header = Compact(data[page:start])
+        found = header.struct()
+        assert header.at == start - page
+        assert (chunk[4], found[1], found[2], found[3]) == (0, 0, count * width, count * width)
+        assert (found[5][1], found[5][2]) == (count, 0)
+        rows += struct.iter_unpack(f"<{per_row}{letter}", data[start:end])
+    store = Store.open(folder)
+    expected = np.concatenate([store.read_episode(e, [name])[name] for e in (0, 1)])
+    np.testing.assert_array_equal(np.array(rows).reshape(expected.shape), expected)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -92,6 +94,18 @@ def test_columns_that_are_not_named_are_not_read(write_rollouts: WriteStore) -> 
     sampler = WindowSampler(store, ["action", "is_first"], batch=2, length=5, seed=0)
     assert set(sampler.batch(0)) == {"action", "is_first"}
     assert set(store.shard(0)._mapped) <= {"action"}
+
+
+def test_a_store_has_more_shards_than_a_process_may_open_files(write_rollouts: WriteStore) -> None:
+    store = Store.open(write_rollouts((4,) * 80, shard_rows=5))
+    sampler = WindowSampler(store, ["frame", "physics"], batch=64, length=3, seed=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, hard))
+    try:
+        for k in range(20):
+            sampler.batch(k)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_too_long_a_window_says_how_long_episodes_are(write_rollouts: WriteStore) -> None:
