@@ -35,19 +35,24 @@ def watching(what: str, unit: str) -> Iterator[Progress]:
         BarColumn(),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
     )
-    with Bar(
+    bar = Bar(
         *columns,
         Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task(what, total=1, note="", visible=False)  # nothing is shown until there is progress
+    )
+    task = bar.add_task(what, total=1, note="")
 
-        def progress(done: float, total: float, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note, visible=True)
+    def progress(done: float, total: float, note: str = "") -> None:
+        bar.start()  # nothing is shown until there is progress, so that a mistake is one line
+        bar.update(task, completed=done, total=total, note=note)
 
+    try:
         yield progress
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def tell(as_json: bool, result: Any, rows: Iterable[Any], columns: Sequence[str]) -> None:

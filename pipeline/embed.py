@@ -15,6 +15,7 @@ import numpy as np
 from pvrpipe.pipeline.embedding import CARRIED, ShardEmbedder, ShardTimes, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.golden import golden_frames
+from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.schemas.progress import Progress, silent
@@ -75,6 +76,8 @@ def embed(
     """
     started = time.perf_counter()
     store = Store.open(rollouts, kind="rollouts")
+    for _, folder in outputs:
+        refuse_url(folder)
     asked = [(request.anywhere(), folder.absolute()) for request, folder in outputs]
     drafts = [(request, folder, _draft(store, request, folder, config)) for request, folder in asked]
     if len({folder.resolve() for _, folder, _ in drafts}) < len(drafts):

@@ -19,6 +19,7 @@ import pvrpipe
 from pvrpipe.rollouts.environments import DEFAULT_ENVIRONMENT, make_environment
 from pvrpipe.rollouts.episodes import CollectShard, episode_columns
 from pvrpipe.rollouts.policies import parse_policy
+from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.schemas.manifest import Manifest, RolloutSpecification, ShardCommit, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
@@ -116,6 +117,7 @@ def collect(
         raise UnknownNameError.among("engine", engine, ENGINES)
     if workers is not None and workers < 1:
         raise InvalidValueError(f"--workers is {workers}; it must be at least 1")
+    refuse_url(Path(out))
     out = Path(out).absolute()
     draft = grown_manifest(config, out) if append else draft_manifest(config)
     with PendingStore.begin(out, draft, overwrite) as pending:

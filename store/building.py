@@ -262,6 +262,11 @@ def _refuse_another_past(folder: Path, existing: Manifest, draft: Manifest) -> N
 
 def _refuse_other(folder: Path, existing: Manifest, draft: Manifest) -> None:
     """Refuse to go on with another configuration, and say which fields differ."""
+    if existing.revision > draft.revision:
+        raise OutputExistsError(
+            f"{folder} has grown to {existing.episodes} episodes (revision {existing.revision}); "
+            "let it grow with --append, choose another output, or replace it with --overwrite"
+        )
     made = {"kind", "shard_format", "specification", "parts", "earlier", "taken"}
     cut = {"columns", "plan"}  # these mostly follow from the rest, and are named only where they do not
     for fields in (made, cut):

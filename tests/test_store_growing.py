@@ -88,6 +88,15 @@ def test_an_episode_never_changes_its_split(write_rollouts: WriteStore) -> None:
     assert Store.open(folder).episodes["split"].to_list()[: len(before)] == before
 
 
+def test_the_command_that_made_a_grown_store_is_told_so(write_rollouts: WriteStore) -> None:
+    folder = write_rollouts((20, 20))
+    made = Store.open(folder).manifest
+    grow(folder, (10,))
+    fresh = made.model_copy(update={"state": "writing", "id": None, "shards": ()})
+    with pytest.raises(OutputExistsError, match=r"grown to 3 episodes \(revision 2\).*--append"):
+        PendingStore.begin(folder, fresh)
+
+
 def test_what_is_not_of_the_same_kind_cannot_join(write_rollouts: WriteStore) -> None:
     folder = write_rollouts()
     with pytest.raises(OutputExistsError, match="action_repeat: 1, there 4"):
