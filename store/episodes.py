@@ -37,8 +37,10 @@ def read_episodes(path: Path, manifest: Manifest, where: object) -> pl.DataFrame
         size = sum(footer.row_group(g).total_byte_size for g in range(footer.num_row_groups))
         if footer.num_rows != manifest.episodes or size > TABLE_LIMIT:
             raise _corrupt(where, f"has {footer.num_rows} episodes in {size} bytes, not {manifest.episodes}")
-        table = pl.read_parquet(path)
-    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+        table = pl.DataFrame(
+            pq.read_table(path, use_threads=False)
+        )  # polars' own reader panics on forged pages
+    except (OSError, ValueError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise _corrupt(where, f"cannot be read ({one_line(error)[:100]})") from None
     expected = {name: _kinds(field.annotation) for name, field in EpisodeRecord.model_fields.items()}
     wrong = sorted(

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import polars as pl
-
-from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, OutputExistsError, one_line
+from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, OutputExistsError
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.destination import Destination, published, what_is_there
+from pvrpipe.store.episodes import read_episodes
 from pvrpipe.store.files import disk_errors, locked, remove_temporaries, write_whole
 from pvrpipe.store.hub import is_hub, push_to_hub
 from pvrpipe.store.layout import (
@@ -270,12 +269,8 @@ def _refuse_other_episodes(source: Source, folder: Path, manifest: Manifest) -> 
     """Commit records have no hash of their own: their episodes must be those of the episode table."""
     commits = [read_commit(folder, shard) for shard in range(len(manifest.shards))]
     records = [record.model_dump() for commit in commits if commit for record in commit.episodes]
-    try:
-        table = pl.read_parquet(folder / manifest.episodes_file).to_dicts()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise source.corrupt(
-            StoreFile(manifest.episodes_file), f"cannot be read ({one_line(error)})"
-        ) from None
+    path = folder / manifest.episodes_file
+    table = read_episodes(path, manifest, f"{source.place}: {path.name}").drop("row_first").to_dicts()
     if table != records:
         raise source.corrupt(
             StoreFile(manifest.episodes_file), "does not list the episodes of the commit records"
