@@ -25,7 +25,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from pvrpipe.rollouts.collect import CollectConfig, collect, draft_manifest
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, draft_manifest
 from pvrpipe.rollouts.environments import choose_backend, make_environment
 from pvrpipe.rollouts.episodes import run_episode
 from pvrpipe.rollouts.planning import planned_actions
@@ -67,7 +67,7 @@ def collect_rates(workers: int, frames: int, size: int) -> tuple[float, float]:
         size=size, action_repeat=REPEAT, episodes=episodes, max_steps=STEPS, policy="random"
     )
     with tempfile.TemporaryDirectory() as folder:
-        result = collect(config, Path(folder) / "store", engine="ray", workers=workers)
+        result = collect(config, Path(folder) / "store", Engine(workers=workers))
     return result.frames_per_second, result.startup_seconds
 
 

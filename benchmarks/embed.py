@@ -24,7 +24,7 @@ from pvrpipe.pipeline.embed import EmbedConfig, draft_manifest, made_by
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import EncoderRequest, compute_deterministically
 from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.rollouts.collect import CollectConfig, collect
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.reading import Store
 
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rollouts = Path(folder) / "rollouts"
         config = CollectConfig(size=options.size, episodes=1, max_steps=options.frames - 1, policy="random")
-        collect(config, rollouts, engine="inline")
+        collect(config, rollouts, Engine("inline"))
         results = [measure(name, rollouts, Path(folder), options) for name in options.pvr]
     print(f"{'PVR':>10} {'stage':>9} {'bare':>9} {'ratio':>7} {'start-up':>9}   (frames/s, s)")
     for r in results:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from windows import noise_manifest
 
-from pvrpipe.rollouts.collect import CollectConfig, collect
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.schemas.records import Episode, EpisodeInfo
 from pvrpipe.store.building import PendingStore, ShardWriter
 from pvrpipe.store.reading import Store
@@ -87,7 +87,7 @@ def many_shards(folder: Path, shards: int) -> dict[str, Any]:
 def frames(folder: Path, size: int) -> dict[str, Any]:
     """Bytes and decoding of real frames, as zstd pages and as PNG."""
     config = CollectConfig(size=size, episodes=1, max_steps=200, policy="random")
-    store = Store.open(collect(config, folder, engine="inline").store)
+    store = Store.open(collect(config, folder, Engine("inline")).store)
     images = store.read_episode(0, ["frame"])["frame"]
     encoded = []
     for image in images:

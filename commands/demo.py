@@ -17,7 +17,7 @@ from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
 from pvrpipe.pipeline.pvrs import PVRS
 from pvrpipe.pipeline.weights import find_weights
-from pvrpipe.rollouts.collect import CollectConfig, collect
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.store.workspace import Workspace
 from pvrpipe.worldmodel.probe import probe
@@ -59,7 +59,7 @@ def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
             seed=config.seed,
         )
         with watching("collect", "frames") as progress:
-            collect(collecting, rollouts, engine=config.engine, progress=progress)
+            collect(collecting, rollouts, Engine(config.engine), progress=progress)
         with watching("pretrain", "updates") as progress:
             pretraining = PretrainConfig(seed=config.seed, updates=config.updates)
             pretrain_autoencoder(rollouts, autoencoder, pretraining, progress=progress)

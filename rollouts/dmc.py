@@ -15,8 +15,10 @@ import numpy as np
 from absl import logging
 from numpy.typing import NDArray
 
-from pvrpipe.rollouts.environments import Forecast
-from pvrpipe.schemas.errors import InvalidValueError, SimulationError, UnknownNameError, one_line
+from pvrpipe.rollouts.environments import Forecast, pick_camera
+from pvrpipe.rollouts.pixels import seen
+from pvrpipe.rollouts.variation import PLAIN, Look
+from pvrpipe.schemas.errors import SimulationError, UnknownNameError, one_line
 from pvrpipe.schemas.records import Step
 
 MEND_GL = (
@@ -27,6 +29,8 @@ try:
     import mujoco
     from dm_control import suite
     from dm_control.mujoco.engine import Camera
+
+    from pvrpipe.rollouts.scene import Dresser
 except (ImportError, AttributeError, RuntimeError) as error:  # what a broken EGL raises while it is imported
     raise SimulationError(f"dm_control cannot be loaded ({one_line(error)}); {MEND_GL}") from error
 
@@ -35,7 +39,7 @@ EVERYTHING = (
 )  # all that a step depends on, the solver's warm start included
 UNENDING = 1000  # control steps of an episode where the task has no time limit of its own (lqr)
 UNLIMITED = 1e9  # MuJoCo's bounds for an actuator without a range are ±1e10
-SIZES = (16, 2048)  # pixels
+ACTION_REPEAT = 2  # as the study and most work on pixels have it
 
 
 @cache
@@ -45,26 +49,19 @@ def names() -> tuple[str, ...]:
 
 
 def make(
-    name: str, size: int, camera: int | str, action_repeat: int, max_steps: int | None
+    name: str, *, size: int, camera: int | str | None, action_repeat: int | None, max_steps: int | None
 ) -> SuiteEnvironment:
     """Build a task by its name."""
     if name not in names():
         raise UnknownNameError.among("environment", name, names(), hint="see `pvrpipe envs`")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise InvalidValueError(
-            f"--size is {size}; a frame has {SIZES[0]} to {SIZES[1]} pixels a side, e.g. 256"
-        )
-    for option, value in (("--action-repeat", action_repeat), ("--max-steps", max_steps)):
-        if value is not None and value < 1:
-            raise InvalidValueError(f"{option} is {value}; it must be at least 1")
-    return SuiteEnvironment(name, size, camera, action_repeat, max_steps)
+    return SuiteEnvironment(name, size, camera, action_repeat or ACTION_REPEAT, max_steps)
 
 
 class SuiteEnvironment:
     """One task of the suite; see :class:`pvrpipe.rollouts.environments.Environment`."""
 
     def __init__(
-        self, name: str, size: int, camera: int | str, action_repeat: int, max_steps: int | None
+        self, name: str, size: int, camera: int | str | None, action_repeat: int, max_steps: int | None
     ) -> None:
         domain, _, task = name.removeprefix("dmc:").partition("-")
         # Seeded, for lqr draws its model when it is loaded; episodes seed the task again.
@@ -86,14 +83,17 @@ class SuiteEnvironment:
         self.action_high = np.where(unlimited, 1.0, spec.maximum).astype(np.float32)
         self.state_names = _flat_names(env.reset().observation)
         self.physics_width = int(mujoco.mj_stateSize(self._model, EVERYTHING))
+        self.discrete = self.has_success = False
         self.versions = {package: version(package) for package in ("dm_control", "mujoco", "numpy")}
 
         model = self._physics.model
         self.cameras = tuple(model.id2name(i, "camera") or str(i) for i in range(model.ncam))
-        self.camera = _camera_name(camera, self.cameras, name)
+        self.camera = pick_camera(camera, self.cameras, self.cameras[0], name)
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         self._camera: Camera | None = None
-        self._rows = 0
+        self._rows, self._look = 0, PLAIN
+        self._dresser = Dresser(self._model, self._upload)
+        self.factors = self._dresser.factors
 
     def renderer(self) -> str:
         """Backend, vendor and version of the OpenGL that draws, e.g. ``egl: llvmpipe (LLVM 15) Mesa 22.3``."""
@@ -105,8 +105,12 @@ class SuiteEnvironment:
             parts = [context.call(GL.glGetString, name) for name in (GL.GL_RENDERER, GL.GL_VERSION)]
         return f"{_render.BACKEND}: " + " ".join(part.decode() for part in parts)
 
-    def reset(self, seed: int) -> Step:
-        """Begin the episode of that seed; its first row."""
+    def reset(self, seed: int, look: Look = PLAIN) -> Step:
+        """Begin the episode of that seed in a look; its first row."""
+        if look or self._look:
+            self._open_camera()  # textures are handed to a renderer
+            self._look = look
+            self._dresser.put_on(look)
         self._task.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # it takes words of 32 bits
         observation = self._env.reset().observation
         self._rows = 0
@@ -141,6 +145,10 @@ class SuiteEnvironment:
         """
         self._settle(self._physics, np.asarray(physics, np.float64))
         self._rows = row
+
+    def observe(self) -> Step:
+        """The row as it is now; its reward is 0."""
+        return self._row(self._task.get_observation(self._physics), reward=0.0, terminal=False)
 
     def evaluate(self, actions: NDArray[np.float32]) -> Forecast:
         """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode."""
@@ -194,7 +202,19 @@ class SuiteEnvironment:
 
     def _render(self) -> NDArray[np.uint8]:
         """The frame (H, W, 3) of the current state."""
-        return np.ascontiguousarray(self._open_camera().render())
+        camera = self._open_camera()
+        self._dresser.at_row(self._rows)
+        return seen(np.ascontiguousarray(camera.render()), self._look, self._rows)
+
+    def _upload(self, texture: int) -> None:
+        """Hand a texture of the model to the renderer."""
+        contexts = self._physics.contexts
+        with contexts.gl.make_current() as context:
+            context.call(mujoco.mjr_uploadTexture, self._model, contexts.mujoco.ptr, texture)
+
+    def _dress(self, _: Any, scene: Any) -> None:
+        """Called by the camera, once its scene is ready to be drawn."""
+        self._dresser.dress(self._physics.data.ptr, scene.ptr)
 
     def _open_camera(self) -> Camera:
         """Create the OpenGL context and draw a first frame, once; that is where renderers fail, and compile.
@@ -204,7 +224,8 @@ class SuiteEnvironment:
         if self._camera is not None:
             return self._camera
         try:
-            camera = Camera(self._physics, self.size, self.size, self.cameras.index(self.camera))
+            number = self.cameras.index(self.camera)
+            camera = Camera(self._physics, self.size, self.size, number, scene_callback=self._dress)
             camera.render()
         except Exception as error:  # PyOpenGL, EGL and MuJoCo each raise types of their own
             raise SimulationError(f"the renderer does not start ({one_line(error)}); {MEND_GL}") from error
@@ -229,14 +250,3 @@ def _flat_names(observation: Mapping[str, NDArray[np.float64]]) -> tuple[str, ..
         for key, value in observation.items()
         for i in range(np.size(value))
     )
-
-
-def _camera_name(camera: int | str, cameras: tuple[str, ...], environment: str) -> str:
-    """The camera's name, so that its number and its name mean the same store."""
-    if isinstance(camera, int) or camera.isdecimal():
-        if 0 <= int(camera) < len(cameras):
-            return cameras[int(camera)]
-    elif camera in cameras:
-        return camera
-    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(cameras))
-    raise UnknownNameError(f"{environment} has no camera '{camera}'; it has {listed}")

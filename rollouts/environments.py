@@ -10,18 +10,28 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
-from typing import NamedTuple, Protocol
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pvrpipe.schemas.errors import UnknownNameError
+from pvrpipe.rollouts.variation import PLAIN, Look
+from pvrpipe.schemas.errors import (
+    InvalidValueError,
+    MissingExtraError,
+    PvrpipeError,
+    SimulationError,
+    UnknownNameError,
+    one_line,
+)
 from pvrpipe.schemas.records import Step
 
 DEFAULT_ENVIRONMENT = "dmc:pendulum-swingup"
-FAMILIES = {"dmc": "pvrpipe.rollouts.dmc"}  # prefix of a name -> the one module that loads its simulator
+ENTRY_POINTS = "pvrpipe.envs"
+SIZES = (16, 2048)  # pixels
 
 
 class Forecast(NamedTuple):
@@ -34,7 +44,8 @@ class Forecast(NamedTuple):
 class Environment(Protocol):
     """A simulated task, observed as frames; one row of an episode per call.
 
-    Actions are in the environment's own units, float32 (A,), and are clipped to the bounds.
+    Actions are float32 (A,), in the environment's own units and clipped to the bounds; where they are
+    ``discrete``, one-hot.
     """
 
     name: str
@@ -45,19 +56,30 @@ class Environment(Protocol):
     cameras: tuple[str, ...]
     action_low: NDArray[np.float32]  # (A,)
     action_high: NDArray[np.float32]  # (A,)
-    state_names: tuple[str, ...]  # (S,)
-    physics_width: int  # P
+    discrete: bool
+    state_names: tuple[str, ...]  # (S,); empty where the environment shows no state
+    physics_width: int  # P; 0 where the simulator cannot be set to a state
+    has_success: bool  # its rows say whether the task is solved
+    factors: frozenset[str]  # of pvrpipe.rollouts.variation that it can vary
     control_timestep: float  # seconds between two rows
     versions: dict[str, str]  # of the libraries that decide the physics and the picture
 
     def renderer(self) -> str:
-        """The OpenGL implementation that draws the frames."""
+        """What draws the frames, e.g. the OpenGL implementation."""
 
-    def reset(self, seed: int) -> Step:
-        """Begin the episode of that seed; its first row."""
+    def reset(self, seed: int, look: Look = PLAIN) -> Step:
+        """Begin the episode of that seed in a look; its first row."""
 
     def step(self, action: NDArray[np.float32]) -> Step:
         """Take an action (A,), repeated ``action_repeat`` times; the row it arrives at."""
+
+    def close(self) -> None:
+        """Free the renderer."""
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """An environment whose simulator can be set to a state."""
 
     def snapshot(self) -> NDArray[np.float64]:
         """The full physics state (P,), for :meth:`restore`."""
@@ -65,23 +87,110 @@ class Environment(Protocol):
     def restore(self, physics: NDArray[np.float64], row: int = 0) -> None:
         """Go back to a row of the episode last reset; what follows is the same, bit for bit."""
 
+    def observe(self) -> Step:
+        """The row as it is now; its reward is 0, for nothing has arrived."""
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """An environment that can look ahead."""
+
     def evaluate(self, actions: NDArray[np.float32]) -> Forecast:
         """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode."""
 
-    def close(self) -> None:
-        """Free the renderer."""
+
+@runtime_checkable
+class Scripted(Protocol):
+    """An environment whose library knows how its task is done."""
+
+    def scripted_action(self) -> NDArray[np.float32]:
+        """What the library's own policy does now (A,)."""
 
 
-def list_environments() -> tuple[str, ...]:
-    """The names of all environments, e.g. ``dmc:pendulum-swingup``."""
-    return tuple(name for prefix in FAMILIES for name in _family(prefix).names())
+class Family(Protocol):
+    """Environments that share a prefix: what an entry point of the group ``pvrpipe.envs`` names."""
+
+    def names(self) -> tuple[str, ...]:
+        """All of them, prefix included."""
+
+    def make(
+        self,
+        name: str,
+        *,
+        size: int,
+        camera: int | str | None,
+        action_repeat: int | None,
+        max_steps: int | None,
+    ) -> Environment:
+        """Build one; None stands for what is usual there."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a family comes from."""
+
+    module: str  # imported when one of its names is first asked for
+    extra: str | None = None  # of pvrpipe, that installs what it needs
+
+    def load(self, prefix: str) -> Family:
+        """Import the family.
+
+        Raises:
+            MissingExtraError: what it needs is not installed.
+        """
+        choose_backend()
+        try:
+            family: Any = import_module(self.module)
+        except ModuleNotFoundError as error:
+            if self.extra is None:
+                raise
+            raise MissingExtraError(
+                f"{prefix}:* needs {error.name}, which is not installed; pip install 'pvrpipe[{self.extra}]'"
+            ) from error
+        return family
+
+
+FAMILIES: dict[str, Origin] = {
+    "dmc": Origin("pvrpipe.rollouts.dmc"),
+    "metaworld": Origin("pvrpipe.rollouts.metaworld", "metaworld"),
+    "miniworld": Origin("pvrpipe.rollouts.miniworld", "miniworld"),
+    "maniskill": Origin("pvrpipe.rollouts.maniskill", "maniskill"),
+    "ale": Origin("pvrpipe.rollouts.ale", "atari"),
+    "gym": Origin("pvrpipe.rollouts.gym"),
+}
+
+
+def list_environments(prefix: str | None = None) -> tuple[str, ...]:
+    """The names of all environments that are installed, e.g. ``dmc:pendulum-swingup``; or of one prefix."""
+    found: list[str] = []
+    for known in [prefix] if prefix else prefixes():
+        with suppress(MissingExtraError):
+            found += _family(known).names()
+    return tuple(found)
+
+
+def missing_families() -> dict[str, str]:
+    """Prefix → what to do, for families whose libraries are not installed, or do not load."""
+    missing = {}
+    for prefix in prefixes():
+        try:
+            _family(prefix)
+        except PvrpipeError as error:
+            missing[prefix] = one_line(error)
+    return missing
+
+
+def prefixes() -> tuple[str, ...]:
+    """What a name may begin with: ours, and those of other packages by entry point."""
+    others = (point.name for point in entry_points(group=ENTRY_POINTS))
+    return tuple(dict.fromkeys([*FAMILIES, *others]))
 
 
 def make_environment(
     name: str = DEFAULT_ENVIRONMENT,
     size: int = 256,
-    camera: int | str = 0,
-    action_repeat: int = 2,
+    camera: int | str | None = None,
+    action_repeat: int | None = None,
     max_steps: int | None = None,
 ) -> Environment:
     """Build an environment by name.
@@ -89,20 +198,46 @@ def make_environment(
     Args:
         name: as listed by :func:`list_environments`.
         size: pixels of a side of the square frames.
-        camera: number or name of a camera of the model.
-        action_repeat: how often each action is applied; rewards are summed.
+        camera: number or name of a camera of the model; None takes what is usual there.
+        action_repeat: how often each action is applied; rewards are summed. None takes what is usual there.
         max_steps: transitions per episode; None takes the task's own time limit.
 
     Raises:
         UnknownNameError: no such environment or camera; the message names the nearest.
         InvalidValueError: a number outside what it may be.
+        MissingExtraError: the environment's library is not installed.
         SimulationError: the simulator or its renderer cannot be loaded.
     """
     prefix, _, task = name.partition(":")
-    if prefix not in FAMILIES or not task:
-        raise UnknownNameError.among("environment", name, list_environments(), hint="see `pvrpipe envs`")
+    if prefix not in prefixes() or not task:
+        valid = [*list_environments("dmc"), *(f"{known}:" for known in prefixes())]
+        raise UnknownNameError.among("environment", name, valid, hint="see `pvrpipe envs`")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise InvalidValueError(
+            f"--size is {size}; a frame has {SIZES[0]} to {SIZES[1]} pixels a side, e.g. 256"
+        )
+    for option, value in (("--action-repeat", action_repeat), ("--max-steps", max_steps)):
+        if value is not None and value < 1:
+            raise InvalidValueError(f"{option} is {value}; it must be at least 1")
     make: Callable[..., Environment] = _family(prefix).make
     return make(name, size=size, camera=camera, action_repeat=action_repeat, max_steps=max_steps)
+
+
+def pick_camera(camera: int | str | None, cameras: tuple[str, ...], usual: str, environment: str) -> str:
+    """The name of a camera given by number or name, so that both mean the same store.
+
+    Raises:
+        UnknownNameError: there is no such camera; the message lists those there are.
+    """
+    if camera is None:
+        return usual
+    if isinstance(camera, int) or camera.isdecimal():
+        if 0 <= int(camera) < len(cameras):
+            return cameras[int(camera)]
+    elif camera in cameras:
+        return camera
+    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(cameras))
+    raise UnknownNameError(f"{environment} has no camera '{camera}'; it has {listed}")
 
 
 def choose_backend() -> None:
@@ -119,7 +254,16 @@ def choose_backend() -> None:
         import_module("triton")
 
 
-def _family(prefix: str) -> ModuleType:
-    """The module that knows the environments of a prefix."""
+def _family(prefix: str) -> Family:
+    """What knows the environments of a prefix."""
+    if prefix in FAMILIES:
+        return FAMILIES[prefix].load(prefix)
+    (point,) = list(entry_points(group=ENTRY_POINTS, name=prefix))[:1]
     choose_backend()
-    return import_module(FAMILIES[prefix])
+    try:
+        family: Family = point.load()
+    except Exception as error:  # somebody else's package: all that can be said is that it does not load
+        raise SimulationError(
+            f"{prefix}:* ({point.value}) cannot be loaded ({one_line(error)}); install its package again"
+        ) from error
+    return family

@@ -10,12 +10,12 @@ a sparse one), the candidate that ends with the most mechanical energy is kept: 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pvrpipe.rollouts.environments import Environment
+from pvrpipe.rollouts.environments import Environment, Foreseeing
 
 Actions = NDArray[np.float32]
 
@@ -35,6 +35,16 @@ class PlannerConfig:
     noise: tuple[float, float] = (0.05, 2.0)
     """Smallest and largest standard deviation of the noise, as fractions of half the action range; the
     largest is clipped to bang-bang control more often than not, which a weak motor needs."""
+
+
+def planner_of_quality(quality: float) -> PlannerConfig:
+    """A planner that takes fewer candidates and looks less far ahead, the lower its quality in (0, 1]."""
+    best = PlannerConfig()
+    return replace(
+        best,
+        horizon=max(best.interval, round(best.horizon * quality**0.5)),
+        candidates=max(2, round(best.candidates * quality)),
+    )
 
 
 def planned_actions(
@@ -57,6 +67,7 @@ def improved(
     low, high = environment.action_low, environment.action_high
     noise = perturbations(rng, config, plan.shape[1]) * (high - low) / 2
     candidates = np.clip(np.concatenate([plan[None], plan + noise]), low, high).astype(np.float32)
+    assert isinstance(environment, Foreseeing)
     returns, energies = environment.evaluate(candidates)
     best = int(np.argmax(returns if np.ptp(returns) > 0 else energies))
     chosen: Actions = candidates[best]

@@ -2,32 +2,45 @@
 
 ::
 
-    mixture = member {"," member}            random:0.5,mpc:0.3,mpc+0.5:0.2
-    member  = name ["+" noise] [":" weight]  noise for mpc alone; weight 1 if not given
+    mixture = member {"," member}                              random:0.5,mpc@0.5+0.3:0.5
+    member  = name ["@" quality] ["+" noise] ["~" epsilon] [":" weight]
 
 ``random`` draws uniformly within the bounds; ``ou`` is an Ornstein-Uhlenbeck process, smooth over about a
-third of a second; ``mpc`` plans in the simulator (:mod:`pvrpipe.rollouts.planning`). The noise of
-``mpc+0.5`` is Gaussian, added to each action taken, its standard deviation half of half the action range.
+third of a second; ``pink`` and ``brown`` are noise whose power falls with the frequency and with its square
+(Eberhard et al. 2023, *Pink Noise Is All You Need*); ``mpc`` plans in the simulator
+(:mod:`pvrpipe.rollouts.planning`), the harder the nearer its quality is to 1, which it is if not given;
+``scripted`` is what an environment's own library does. ``+0.5`` adds Gaussian noise to each action, its standard
+deviation half of half the action range; ``~0.1`` takes a random action in one of ten rows. Where actions
+are one of A, the largest of the A numbers of a policy is the one that is taken.
+
+Other packages add policies by entry points of the group ``pvrpipe.policies``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pvrpipe.rollouts.environments import Environment
-from pvrpipe.rollouts.planning import planned_actions
+from pvrpipe.rollouts.environments import Environment, Foreseeing, Scripted
+from pvrpipe.rollouts.mixtures import Mixture, number_above_zero, parse_mixture
+from pvrpipe.rollouts.planning import planned_actions, planner_of_quality
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 
 OU_SECONDS = 0.3  # in which the process forgets 63 % of what it was
-OU_DEVIATION = 0.6  # of the process, as a fraction of half the action range
-EXAMPLE = "e.g. random:0.5,mpc:0.5 or mpc+0.3"
+OU_DEVIATION = 0.6  # of the processes, as a fraction of half the action range
+EXAMPLE = "e.g. random:0.5,mpc:0.5 or mpc@0.5+0.3~0.1"
+ENTRY_POINTS = "pvrpipe.policies"
+MARKS = {"@": "quality", "+": "noise", "~": "epsilon"}
 
-Policy = Callable[[Environment, np.random.Generator], Iterator[NDArray[np.float32]]]
+Actions = Iterator[NDArray[np.float32]]
+Policy = Callable[[Environment, np.random.Generator], Actions]
 
 
 @dataclass(frozen=True)
@@ -35,93 +48,113 @@ class Member:
     """One policy of a mixture."""
 
     name: str
+    quality: float = 1.0  # of mpc
     noise: float = 0.0  # standard deviation, as a fraction of half the action range
-    weight: float = 1.0  # of all episodes, once the mixture is parsed
+    epsilon: float = 0.0  # share of rows in which the action is random
 
     @property
     def label(self) -> str:
-        """Name and noise, as recorded with each episode, e.g. ``mpc+0.3``."""
-        return f"{self.name}+{self.noise:g}" if self.noise else self.name
+        """Name and what is done to it, as recorded with each episode, e.g. ``mpc@0.5+0.3~0.1``."""
+        parts = (("@", self.quality if self.quality != 1 else 0), ("+", self.noise), ("~", self.epsilon))
+        return self.name + "".join(f"{mark}{value:g}" for mark, value in parts if value)
 
-    def actions(self, environment: Environment, rng: np.random.Generator) -> Iterator[NDArray[np.float32]]:
-        """Actions (A,) within the bounds, without end; each is asked for once the last was taken."""
+    def actions(self, environment: Environment, rng: np.random.Generator) -> Actions:
+        """Actions (A,) within the bounds, without end; each is asked for once the last was taken.
+
+        Raises:
+            InvalidValueError: the policy returned something that is no action of the environment.
+        """
         low, high = environment.action_low, environment.action_high
-        for action in POLICIES[self.name](environment, rng):
-            noise = self.noise * (high - low) / 2 * rng.standard_normal(len(low)) if self.noise else 0
-            yield np.clip(action + noise, low, high).astype(np.float32)
+        for found in self._policy()(environment, rng):
+            action = np.asarray(found, np.float64)
+            if action.shape != low.shape or not np.isfinite(action).all():
+                raise InvalidValueError(
+                    f"policy '{self.label}' returned {_short(action)}; an action of {environment.name} is "
+                    f"{len(low)} finite numbers: mend the policy, or choose another --policy"
+                )
+            if self.noise:
+                action = action + self.noise * (high - low) / 2 * rng.standard_normal(len(low))
+            if self.epsilon and rng.random() < self.epsilon:
+                action = rng.uniform(low, high)
+            yield one_hot(action) if environment.discrete else np.clip(action, low, high).astype(np.float32)
+
+    def _policy(self) -> Policy:
+        if self.name == "mpc":
+            return partial(planned_actions, config=planner_of_quality(self.quality))
+        return POLICIES[self.name] if self.name in POLICIES else _others()[self.name]()
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Which policies a store's episodes are shared among; the weights sum to 1."""
-
-    members: tuple[Member, ...]
-
-    def __str__(self) -> str:
-        """The canonical text: equal mixtures have equal texts."""
-        if len(self.members) == 1:
-            return self.members[0].label
-        return ",".join(f"{m.label}:{m.weight:.6g}" for m in self.members)
-
-    def assign(self, episodes: int, seed: int) -> tuple[Member, ...]:
-        """The member that each episode takes: shares by largest remainder, in an order shuffled by the seed."""
-        exact = [member.weight * episodes for member in self.members]
-        counts = [math.floor(share) for share in exact]
-        remainders = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-        for i in remainders[: episodes - sum(counts)]:
-            counts[i] += 1
-        dealt = [member for member, count in zip(self.members, counts, strict=True) for _ in range(count)]
-        order = np.random.default_rng([seed, episodes]).permutation(episodes)
-        return tuple(dealt[i] for i in order)
-
-
-def parse_policy(text: str) -> Mixture:
+def parse_policy(text: str) -> Mixture[Member]:
     """Read the text of a mixture (grammar above).
 
     Raises:
         UnknownNameError: no such policy; the message names the nearest.
-        InvalidValueError: a weight or a noise that is no number, or outside what it may be.
+        InvalidValueError: a number that is none, or outside what it may be.
     """
-    members = [_parse_member(part.strip(), text) for part in text.split(",")]
-    if len({member.label for member in members}) < len(members):
-        raise InvalidValueError(f"policy '{text}' names a member twice; add up its weights")
-    total = sum(member.weight for member in members)
-    return Mixture(tuple(Member(m.name, m.noise, m.weight / total) for m in members))
+    return parse_mixture("policy", text, partial(_parse_member, text), EXAMPLE)
 
 
-def _parse_member(part: str, text: str) -> Member:
-    """One member: ``name[+noise][:weight]``."""
-    label, colon, weight = part.partition(":")
-    name, plus, noise = label.partition("+")
-    if name not in POLICIES:
-        raise UnknownNameError.among("policy", name, POLICIES, hint=EXAMPLE)
-    if plus and name != "mpc":
-        raise InvalidValueError(f"policy '{text}': {name} takes no noise, only mpc does; {EXAMPLE}")
-    return Member(
-        name,
-        _number(noise, "noise", text) if plus else 0.0,
-        _number(weight, "weight", text) if colon else 1.0,
+def check_playable(mixture: Mixture[Member], environment: Environment) -> None:
+    """Refuse a policy that an environment has no use for.
+
+    Raises:
+        InvalidValueError: it cannot look ahead, or its library has no script.
+    """
+    for member in mixture.members:
+        lacks = {
+            "mpc": not isinstance(environment, Foreseeing) and "cannot look ahead in its simulator",
+            "scripted": not isinstance(environment, Scripted) and "has no scripted policy",
+        }.get(member.name)
+        if lacks:
+            raise InvalidValueError(
+                f"{environment.name} {lacks}, so there is no policy '{member.name}' for it; take another, e.g. random"
+            )
+
+
+def one_hot(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The largest of A values as an action: 1 there, 0 elsewhere."""
+    action = np.zeros(len(values), np.float32)
+    action[np.argmax(values)] = 1
+    return action
+
+
+def _parse_member(text: str, part: str) -> Member:
+    """One member, without its weight."""
+    name, *marked = re.split("([@+~])", part)
+    if name not in POLICIES and name not in _others():
+        raise UnknownNameError.among("policy", name, [*POLICIES, *_others()], hint=EXAMPLE)
+    numbers: dict[str, float] = {}
+    for mark, value in zip(marked[::2], marked[1::2], strict=True):
+        what = MARKS[mark]
+        if what in numbers or (what == "quality" and name != "mpc"):
+            reason = "twice" if what in numbers else f"for {name}, only mpc has one"
+            raise InvalidValueError(f"policy '{text}' gives a {what} {reason}; {EXAMPLE}")
+        numbers[what] = number_above_zero(value, f"policy '{text}': {what}", EXAMPLE)
+        if what != "noise" and numbers[what] > 1:
+            raise InvalidValueError(f"policy '{text}': {what} is at most 1; {EXAMPLE}")
+    return Member(name, **numbers)
+
+
+def _others() -> dict[str, Callable[[], Policy]]:
+    """Policies of other packages."""
+    return {point.name: point.load for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _short(action: NDArray[np.float64]) -> str:
+    return (
+        f"an array of shape {list(action.shape)}"
+        if np.isfinite(action).all()
+        else "a number that is not finite"
     )
 
 
-def _number(value: str, what: str, text: str) -> float:
-    """A finite number above 0."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise InvalidValueError(f"policy '{text}': {what} '{value}' must be a number above 0; {EXAMPLE}")
-    return number
-
-
-def random_actions(environment: Environment, rng: np.random.Generator) -> Iterator[NDArray[np.float32]]:
+def random_actions(environment: Environment, rng: np.random.Generator) -> Actions:
     """Uniform within the bounds."""
     while True:
         yield rng.uniform(environment.action_low, environment.action_high).astype(np.float32)
 
 
-def ou_actions(environment: Environment, rng: np.random.Generator) -> Iterator[NDArray[np.float32]]:
+def ou_actions(environment: Environment, rng: np.random.Generator) -> Actions:
     """Ornstein-Uhlenbeck around the middle of the bounds, discretised exactly, stationary from the start."""
     middle = (environment.action_low + environment.action_high) / 2
     deviation = OU_DEVIATION * (environment.action_high - environment.action_low) / 2
@@ -132,4 +165,42 @@ def ou_actions(environment: Environment, rng: np.random.Generator) -> Iterator[N
         value = keep * value + math.sqrt(1 - keep**2) * rng.standard_normal(len(middle))
 
 
-POLICIES: dict[str, Policy] = {"random": random_actions, "ou": ou_actions, "mpc": planned_actions}
+def coloured_actions(environment: Environment, rng: np.random.Generator, exponent: float) -> Actions:
+    """Noise whose power spectrum is 1/f^exponent, around the middle of the bounds, an episode's length at a time."""
+    middle = (environment.action_low + environment.action_high) / 2
+    deviation = OU_DEVIATION * (environment.action_high - environment.action_low) / 2
+    while True:
+        for value in coloured_noise(rng, exponent, environment.max_steps, len(middle)):
+            yield (middle + deviation * value).astype(np.float32)
+
+
+def coloured_noise(rng: np.random.Generator, exponent: float, length: int, width: int) -> NDArray[np.float64]:
+    """Noise (length, width) of variance 1 with power spectrum 1/f^exponent (Timmer & König 1995)."""
+    length = max(length, 2)
+    scale = np.maximum(np.fft.rfftfreq(length), 1 / length) ** (-exponent / 2)
+    real, imaginary = rng.standard_normal((2, len(scale), width))
+    spectrum = scale[:, None] * (real + 1j * imaginary)
+    spectrum[0] = spectrum[0].real * math.sqrt(2)
+    if length % 2 == 0:
+        spectrum[-1] = spectrum[-1].real * math.sqrt(2)
+    weights = np.concatenate([scale[1:-1], scale[-1:] * (1 + length % 2) / 2])
+    deviation = 2 * math.sqrt(float(np.sum(weights**2))) / length
+    noise: NDArray[np.float64] = np.fft.irfft(spectrum, n=length, axis=0) / deviation
+    return noise
+
+
+def scripted_actions(environment: Environment, _: np.random.Generator) -> Actions:
+    """What the environment's own library does."""
+    assert isinstance(environment, Scripted)
+    while True:
+        yield environment.scripted_action()
+
+
+POLICIES: dict[str, Policy] = {
+    "random": random_actions,
+    "ou": ou_actions,
+    "pink": partial(coloured_actions, exponent=1.0),
+    "brown": partial(coloured_actions, exponent=2.0),
+    "mpc": planned_actions,
+    "scripted": scripted_actions,
+}

@@ -4,110 +4,200 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from pvrpipe.rollouts.episodes import CollectShard
+from pvrpipe.rollouts.episodes import Trying
 from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
-from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardPlan
+from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 
 DEATHS = 3  # of workers, without a shard committed in between, until that is an error
+LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
+
+Event = Trying | ShardCommit
+
+
+class ShardWork(Protocol):
+    """What turns plans into committed shards: :class:`CollectShard`, or :class:`ReplayShard`."""
+
+    def __call__(self, plan: ShardPlan, hung: Collection[tuple[int, int]] = (), /) -> Iterator[Event]:
+        """Say before each try which it is, and the commit at the end."""
+
+    def close(self) -> None:
+        """Free the renderer."""
 
 
 class ShardWorker:
     """One environment in a process of its own."""
 
-    def start(self, environ: Mapping[str, str], folder: Path, manifest: Manifest) -> None:
+    def start(self, environ: Mapping[str, str], make: Callable[[], ShardWork]) -> None:
         """Build the environment. Not the constructor, whose errors Ray buries in a dead actor's story."""
         os.environ.update(environ)
-        self._work = CollectShard(folder, manifest)
+        self._work = make()
 
-    def collect(self, plan: ShardPlan) -> ShardCommit:
+    def collect(self, plan: ShardPlan, hung: Collection[tuple[int, int]]) -> Iterator[Event]:
         """Collect and commit a shard."""
-        return self._work(plan)
+        yield from self._work(plan, hung)
+
+
+@dataclass
+class Job:
+    """What a worker does now."""
+
+    actor: Any
+    plan: ShardPlan | None = None  # None: it is starting
+    trying: Trying | None = None
+    heard: float = field(default_factory=time.monotonic)
 
 
 class Pool:
-    """Actors, and which of them does what; a dead one is replaced and its shard done again."""
+    """Actors, and which of them does what; a dead or hanging one is replaced and its shard done again.
 
-    def __init__(self, start: Callable[[Any], ray.ObjectRef], workers: int) -> None:
-        self._start, self._deaths = start, 0
-        self._busy: dict[ray.ObjectRef, tuple[Any, ShardPlan | None]] = {}  # None: still starting
+    Args:
+        start: begins to start an actor.
+        workers: how many; None takes one per processor of the cluster, also of nodes that join later.
+        shards: to do; more workers than that would have nothing to do.
+        patience: seconds that one try of an episode may take; None waits for ever.
+    """
+
+    def __init__(
+        self, start: Callable[[Any], ray.ObjectRef], workers: int | None, shards: int, patience: float | None
+    ) -> None:
+        self._start, self._workers, self._shards, self._patience = start, workers, shards, patience
+        self._deaths, self._looked = 0, time.monotonic()
+        self._hung: dict[int, set[tuple[int, int]]] = {}  # of each shard
+        self._busy: dict[Any, Job] = {}
         self._idle: list[Any] = []
-        for _ in range(workers):
-            self._spawn()
+        self._grow()
 
     def wait_for_one(self) -> None:
         """Wait until a worker is ready."""
         while not self._idle:
             self._next()
 
-    def collect(self, plans: Iterable[ShardPlan]) -> Iterator[ShardCommit]:
+    def collect(self, plans: Iterable[ShardPlan]) -> Iterator[Event]:
         """Commit all shards, in whatever order they are done."""
         todo = deque(plans)
-        while todo or any(plan is not None for _, plan in self._busy.values()):
+        while todo or any(job.plan is not None for job in self._busy.values()):
             while todo and self._idle:
                 actor, plan = self._idle.pop(), todo.popleft()
-                self._busy[actor.collect.remote(plan)] = (actor, plan)
-            done = self._next()
-            if isinstance(done, ShardPlan):
-                todo.appendleft(done)
-            elif done is not None:
-                yield done
+                hung = tuple(self._hung.get(plan.shard, ()))
+                stream = actor.collect.options(num_returns="streaming").remote(plan, hung)
+                self._busy[stream] = Job(actor, plan)
+            told = self._next()
+            if isinstance(told, ShardPlan):
+                todo.appendleft(told)
+            elif told is not None:
+                yield told
 
     def close(self) -> None:
         """Kill the workers; an unfinished shard leaves a temporary file that the next run removes."""
-        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
+        for actor in [*self._idle, *(job.actor for job in self._busy.values())]:
             ray.kill(actor)
+
+    def _grow(self) -> None:
+        """As many workers as there are processors and shards."""
+        processors = int(ray.cluster_resources().get("CPU", 1))
+        wanted = max(1, min(self._workers or processors, processors, self._shards))
+        for _ in range(wanted - len(self._idle) - len(self._busy)):
+            self._spawn()
 
     def _spawn(self) -> None:
         actor = ray.remote(num_cpus=1)(ShardWorker).remote()
-        self._busy[self._start(actor)] = (actor, None)
+        self._busy[self._start(actor)] = Job(actor)
 
-    def _next(self) -> ShardCommit | ShardPlan | None:
-        """Wait for a worker: the shard it committed, or the plan to do again, or None if it has started."""
-        (ref, *_), _ = ray.wait(list(self._busy))
-        actor, plan = self._busy.pop(ref)
+    def _next(self) -> Event | ShardPlan | None:
+        """Wait for a worker: what it says, or the plan to do again, or None if there is nothing to say."""
+        ready, _ = ray.wait(list(self._busy), timeout=LOOK_AROUND, fetch_local=False)
+        if time.monotonic() - self._looked > LOOK_AROUND:
+            self._looked = time.monotonic()
+            self._grow()
+        if not ready:
+            return self._give_up_on_one()
+        job = self._busy[ready[0]]
         try:
-            commit: ShardCommit | None = ray.get(ref)
-        except (RayActorError, OutOfMemoryError) as error:
-            self._deaths += 1
-            if self._deaths >= DEATHS:
-                raise SimulationError(
-                    f"{self._deaths} workers died in a row ({one_line(error)[:200]}); give them more memory or "
-                    "fewer --workers, or find out with --engine inline, then run the same command again"
-                ) from error
-            self._spawn()
-            return plan
+            told = self._hear(ready[0], job)
+        except (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError) as error:
+            return self._replace(ready[0], error)
         except RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, PvrpipeError) else error) from None
-        self._idle.append(actor)
-        if commit is not None:
+        return told
+
+    def _hear(self, source: Any, job: Job) -> Event | None:
+        """What a worker says; a started one, and one that has committed, is idle."""
+        job.heard = time.monotonic()
+        if job.plan is None:
+            ray.get(source)
+        else:
+            event: Event = ray.get(next(source))
+            if isinstance(event, Trying):
+                job.trying = event
+                return event
             self._deaths = 0
-        return commit
+        del self._busy[source]
+        self._idle.append(job.actor)
+        return event if job.plan is not None else None
+
+    def _replace(self, source: Any, error: Exception) -> ShardPlan | None:
+        """A worker died, or its node did: another takes its place; its shard is to do again."""
+        self._deaths += 1
+        if self._deaths >= DEATHS:
+            raise SimulationError(
+                f"{self._deaths} workers died in a row ({one_line(error)[:200]}); give them more memory or "
+                "fewer --workers, or find out with --engine inline, then run the same command again"
+            ) from error
+        plan = self._busy.pop(source).plan
+        self._spawn()
+        return plan
+
+    def _give_up_on_one(self) -> ShardPlan | None:
+        """Kill a worker that has not said anything for too long, and remember what it hung in."""
+        for source, job in self._busy.items():
+            if job.plan is None or job.trying is None or self._patience is None:
+                continue
+            if time.monotonic() - job.heard > self._patience:
+                self._hung.setdefault(job.plan.shard, set()).add((job.trying.episode, job.trying.attempt))
+                ray.kill(job.actor)
+                del self._busy[source]
+                self._spawn()
+                return job.plan
+        return None
 
 
 @contextmanager
 def worker_pool(
-    folder: Path, manifest: Manifest, address: str | None, workers: int, shards: int
-) -> Iterator[Callable[[Iterable[ShardPlan]], Iterator[ShardCommit]]]:
+    make: Callable[[], ShardWork],
+    shards: int,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    patience: float | None = None,
+) -> Iterator[Callable[[Iterable[ShardPlan]], Iterator[Event]]]:
     """Workers that turn shard plans into committed shards; the first is ready on entering.
 
     Args:
-        folder: of the store, which every worker must reach under the same path.
-        manifest: of the store.
-        address: of a running cluster; None starts Ray on this machine, unless it is initialised already.
-        workers: how many; 0 takes one per processor that Ray has.
+        make: builds the work in each worker, which must reach the store under the same path.
         shards: to do; more workers than that would have nothing to do.
+        address: of a running cluster; None starts Ray on this machine, unless it is initialised already.
+        workers: how many; None takes one per processor that Ray has.
+        patience: seconds that one try of an episode may take; None waits for ever.
 
     Raises:
         SimulationError: workers keep dying, or Ray itself fails.
@@ -115,12 +205,8 @@ def worker_pool(
     environ = {name: os.environ[name] for name in RENDERING if name in os.environ}
     started = _start_ray(address, workers)
     try:
-        processors = int(ray.cluster_resources().get("CPU", 1))
-        shared = ray.put(manifest)
-        pool = Pool(
-            lambda actor: actor.start.remote(environ, folder, shared),
-            max(1, min(workers or processors, processors, shards)),
-        )
+        shared = ray.put(make)
+        pool = Pool(lambda actor: actor.start.remote(environ, shared), workers, shards, patience)
         try:
             pool.wait_for_one()
             yield pool.collect
@@ -137,7 +223,7 @@ def worker_pool(
             ray.shutdown()
 
 
-def _start_ray(address: str | None, workers: int) -> bool:
+def _start_ray(address: str | None, workers: int | None) -> bool:
     """Connect to Ray, starting it if need be; whether this call did so, and must leave it again."""
     if ray.is_initialized():
         return False
@@ -148,7 +234,7 @@ def _start_ray(address: str | None, workers: int) -> bool:
     try:
         ray.init(
             address=address,
-            num_cpus=None if address else workers or None,  # a running cluster has its own
+            num_cpus=None if address else workers,  # a running cluster has its own
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -77,6 +77,10 @@ class SimulationError(PvrpipeError):
     """An environment that cannot be built, rendered or stepped."""
 
 
+class MissingExtraError(PvrpipeError):
+    """An optional dependency that is not installed."""
+
+
 class ClusterError(PvrpipeError):
     """A Ray cluster that cannot be reached."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ ShardFile = Annotated[str, Field(pattern=r"^shards/[0-9]{5,9}\.(parquet|tar)$")]
 Dtype = Literal["uint8", "int32", "float16", "float32", "float64", "bool"]
 Axis = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+ValueName = Annotated[str, Field(pattern=r"^(success|factor_[a-z][a-z0-9_]{0,55})$")]
 
 
 class Frozen(BaseModel):
@@ -78,9 +80,12 @@ class RolloutSpecification(Frozen):
     control_timestep: float  # seconds between two rows, action repeat included
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
+    discrete: bool = False  # actions are one-hot: one of A
     state_names: tuple[str, ...]
     renderer: str
     versions: dict[str, str]
+    variation: str = "none"  # how the look of episodes is drawn, by the grammar of rollouts/variation.py
+    replay_of: Sha256 | None = None  # the store whose episodes these are, seen anew
 
 
 class Recipe(Frozen):
@@ -188,7 +193,11 @@ class EarlierRevision(Frozen):
 
 
 class EpisodeRecord(Frozen):
-    """One episode as its shard's commit record knows it; one row of ``episodes.parquet``."""
+    """One episode as its shard's commit record knows it; one row of ``episodes.parquet``.
+
+    ``values`` are columns of their own there: ``success``, and ``factor_…`` for each way in which the look of
+    the environment was varied, 0 where it was not.
+    """
 
     episode: Count
     shard: Count
@@ -202,6 +211,27 @@ class EpisodeRecord(Frozen):
     terminated: bool
     split: Literal["train", "val"]
     distribution: Literal["id", "ood"]
+    values: Annotated[dict[ValueName, Finite], Field(max_length=64)] = {}
+
+    def row(self) -> dict[str, Any]:
+        """The episode as a row of the table."""
+        return {**self.model_dump(exclude={"values"}), **self.values}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> EpisodeRecord:
+        """The episode that a row of the table is about."""
+        fields = {name: value for name, value in row.items() if name in cls.model_fields}
+        values = {name: value for name, value in row.items() if is_value(name)}
+        return cls.model_validate({**fields, "values": values})
+
+
+class Failed(Frozen):
+    """An episode that the environment failed in, twice; another seed took its place."""
+
+    episode: Count
+    seed: Count
+    policy: str
+    reason: str
 
 
 class Moments(Frozen):
@@ -223,6 +253,7 @@ class ShardCommit(Frozen):
     row_groups: tuple[Count, ...]  # rows of each; in a tar, of each episode
     episodes: tuple[EpisodeRecord, ...]
     moments: dict[str, Moments]
+    failed: tuple[Failed, ...] = ()
 
 
 class ShardEntry(Frozen):
@@ -276,6 +307,7 @@ class Manifest(Frozen):
     shards: tuple[ShardEntry, ...] = ()
     files: dict[str, Sha256] = {}
     statistics: dict[str, ColumnStatistics] = {}
+    failed: tuple[Failed, ...] = ()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
@@ -326,6 +358,11 @@ class Manifest(Frozen):
     def to_json(self) -> str:
         """The bytes of ``store.json``: sorted keys, so that equal manifests are equal files."""
         return canonical_json(self.model_dump(mode="json")) + "\n"
+
+
+def is_value(name: str) -> bool:
+    """Whether a column of the episode table is one of :attr:`EpisodeRecord.values`."""
+    return name == "success" or name.startswith("factor_")
 
 
 def canonical_json(value: Any) -> str:

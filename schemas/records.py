@@ -6,8 +6,8 @@ Axes and alignment are in :mod:`pvrpipe.schemas.axes`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,12 @@ class Step(TypedDict):
     """What an environment shows on arriving at one row."""
 
     frame: NDArray[np.uint8]  # (H, W, C)
-    state: NDArray[np.float32]  # (S,)
-    physics: NDArray[np.float64]  # (P,)
+    state: NDArray[np.float32]  # (S,), S may be 0
+    physics: NDArray[np.float64]  # (P,), P may be 0
     reward: float
     is_last: bool
     is_terminal: bool
+    success: NotRequired[bool]  # where the environment says so
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class EpisodeInfo:
     policy: str
     variation: str = "none"
     terminated: bool = False  # the environment truly ended, time did not run out
+    distribution: Literal["id", "ood"] = "id"
+    values: Mapping[str, float] = field(default_factory=dict)  # further columns: factors, success
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ from pvrpipe.schemas.manifest import (
     store_id,
 )
 from pvrpipe.store.card import card
+from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.files import (
     TEMPORARY,
     disk_errors,
@@ -187,6 +188,7 @@ class PendingStore:
                     name: statistics_of(merged(c.moments[name] for c in commits))
                     for name in sorted(commits[0].moments)
                 },
+                "failed": tuple(failure for c in commits for failure in c.failed),
             }
         )
 
@@ -300,7 +302,7 @@ def _clear(folder: Path, draft: Manifest) -> None:
 
 def _episodes_file(commits: list[ShardCommit]) -> bytes:
     """``episodes.parquet``: the episode records of all shards, in order."""
-    table = pa.Table.from_pylist([r.model_dump() for c in commits for r in c.episodes])
+    table = pa.Table.from_pylist(episode_rows([r for c in commits for r in c.episodes]))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()

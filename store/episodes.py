@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pvrpipe.schemas.errors import CorruptStoreError, one_line
-from pvrpipe.schemas.manifest import EpisodeRecord, Manifest
+from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, is_value
 
 TABLE_LIMIT = 1 << 30  # bytes once decompressed; a hundred bytes an episode is usual
 KINDS: dict[Any, tuple[pl.DataType, ...]] = {
@@ -42,7 +43,8 @@ def read_episodes(path: Path, manifest: Manifest, where: object) -> pl.DataFrame
         )  # polars' own reader panics on forged pages
     except (OSError, ValueError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise _corrupt(where, f"cannot be read ({one_line(error)[:100]})") from None
-    expected = {name: _kinds(field.annotation) for name, field in EpisodeRecord.model_fields.items()}
+    expected = {n: _kinds(f.annotation) for n, f in EpisodeRecord.model_fields.items() if n != "values"}
+    expected |= {name: KINDS[float] for name in table.columns if is_value(name)}
     wrong = sorted(
         name
         for name in expected.keys() | set(table.columns)
@@ -54,6 +56,12 @@ def read_episodes(path: Path, manifest: Manifest, where: object) -> pl.DataFrame
     if problem := _problem(table, manifest):
         raise _corrupt(where, problem)
     return table
+
+
+def episode_rows(records: Sequence[EpisodeRecord]) -> list[dict[str, Any]]:
+    """The rows of the table: every value that any episode has is a column of all, 0 where one has it not."""
+    names = dict.fromkeys(name for record in records for name in sorted(record.values))
+    return [{**record.row(), **{n: record.values.get(n, 0.0) for n in names}} for record in records]
 
 
 def _problem(table: pl.DataFrame, manifest: Manifest) -> str | None:

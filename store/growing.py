@@ -11,7 +11,7 @@ from pvrpipe.store.building import new_manifest
 
 #: What may differ between episodes of one store. The rest decides what a row means.
 FREE = {
-    "rollouts": {"episodes", "max_steps", "policy", "seed", "renderer", "versions"},
+    "rollouts": {"episodes", "max_steps", "policy", "seed", "variation", "replay_of", "renderer", "versions"},
     "embeddings": {"rollouts_id", "rollouts", "computation", "versions"},
 }
 

@@ -111,7 +111,7 @@ class Store:
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""
         rows = self.episodes.filter(self.episodes["shard"] == shard).drop("row_first").to_dicts()
-        return tuple(EpisodeRecord.model_validate(row) for row in rows)
+        return tuple(EpisodeRecord.of_row(row) for row in rows)
 
     def read_episode(self, episode: int, columns: Sequence[str] | None = None) -> dict[str, Rows]:
         """The rows of one episode: column → array (L+1, ...)."""

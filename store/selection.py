@@ -102,7 +102,7 @@ class Selection:
         """What is known of the episodes, under their new numbers."""
         tables = {store: store.episodes.drop("row_first").to_dicts() for store in self.stores}
         return tuple(
-            EpisodeRecord.model_validate({**tables[store][episode], "episode": number})
+            EpisodeRecord.of_row({**tables[store][episode], "episode": number})
             for number, (store, episode) in enumerate(self.chosen)
         )
 

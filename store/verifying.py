@@ -13,6 +13,7 @@ from pvrpipe.schemas.errors import CorruptStoreError, PvrpipeError, one_line
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, store_id
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.cache import Cache
+from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.files import disk_errors, sha256_of
 from pvrpipe.store.layout import COMMITTED, MANIFEST, files_of, read_commit, read_manifest, shard_file
 from pvrpipe.store.moments import merged, moments_of, statistics_of
@@ -201,7 +202,7 @@ def _episode(shard: Shard, manifest: Manifest, record: EpisodeRecord) -> Iterato
 def _whole(store: Store, manifest: Manifest, commits: dict[int, ShardCommit]) -> Iterator[Failure]:
     """What only the whole store shows: totals, the episode table, splits."""
     records = [r for i in sorted(commits) for r in commits[i].episodes]
-    if store.episodes.drop("row_first").to_dicts() != [r.model_dump() for r in records]:
+    if store.episodes.drop("row_first").to_dicts() != episode_rows(records):
         yield Failure(manifest.episodes_file, "does not list the episodes of the commit records")
     totals = {"rows": sum(r.rows for r in records), "episodes": len(records)}
     totals["bytes"] = sum(e.bytes for e in manifest.shards)

@@ -94,7 +94,7 @@ class Workspace:
 
 def slug(name: str) -> str:
     """A name as a folder: ``dmc:pendulum-swingup`` is ``dmc-pendulum-swingup``."""
-    return name.replace(":", "-").replace("/", "-")
+    return re.sub(r"[^\w.+-]", "-", name)
 
 
 def latest_first(files: Iterable[Path]) -> list[Path]:

@@ -14,6 +14,7 @@ from pvrpipe.schemas.errors import EncodingError, InvalidValueError
 from pvrpipe.schemas.manifest import (
     Column,
     EpisodeRecord,
+    Failed,
     Manifest,
     Moments,
     ShardCommit,
@@ -96,8 +97,12 @@ class ShardWriter:
         with disk_errors(self._path):
             self._file.append(arrays)
 
-    def commit(self) -> ShardCommit:
-        """Make the shard durable, then its commit record; from here on it exists."""
+    def commit(self, failed: Sequence[Failed] = ()) -> ShardCommit:
+        """Make the shard durable, then its commit record; from here on it exists.
+
+        Args:
+            failed: what was tried for these episodes, and failed.
+        """
         with disk_errors(self._path):
             groups, records = self._file.finish(), tuple(self._records.values())
             planned = range(self.plan.first_episode, self.plan.first_episode + self.plan.episodes)
@@ -115,6 +120,7 @@ class ShardWriter:
                 row_groups=groups,
                 episodes=records,
                 moments={name: merged(parts) for name, parts in self._moments.items()},
+                failed=tuple(failed),
             )
             settle(self._temporary, self._path)
         write_whole(
@@ -164,7 +170,8 @@ class ShardWriter:
             variation=info.variation,
             terminated=info.terminated,
             split=split_in(self.manifest, info.episode),
-            distribution="id",
+            distribution=info.distribution,
+            values=dict(info.values),
         )
 
     def _count(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:

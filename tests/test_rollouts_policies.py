@@ -44,15 +44,15 @@ def test_the_canonical_text_is_read_back_to_itself() -> None:
 
 def test_small_stores_get_their_shares() -> None:
     """Largest remainder: 7 episodes of 50/30/20 are 4, 2 and 1 (or rather 3.5, 2.1 and 1.4)."""
-    assigned = parse_policy("random:0.5,mpc:0.3,mpc+0.5:0.2").assign(7, seed=0)
+    assigned = parse_policy("random:0.5,mpc:0.3,mpc+0.5:0.2").assign(7, [0])
     assert Counter(m.label for m in assigned) == {"random": 4, "mpc": 2, "mpc+0.5": 1}
 
 
 def test_assignment_is_shuffled_by_the_seed_alone() -> None:
     mixture = parse_policy("random,mpc")
-    assert mixture.assign(40, seed=1) == mixture.assign(40, seed=1)
-    assert mixture.assign(40, seed=1) != mixture.assign(40, seed=2)
-    labels = [m.label for m in mixture.assign(40, seed=1)]
+    assert mixture.assign(40, [1]) == mixture.assign(40, [1])
+    assert mixture.assign(40, [1]) != mixture.assign(40, [2])
+    labels = [m.label for m in mixture.assign(40, [1])]
     assert labels.count("mpc") == 20
     assert labels != sorted(labels)
 
@@ -70,7 +70,9 @@ def test_assignment_is_shuffled_by_the_seed_alone() -> None:
         ("mpc:", InvalidValueError, "weight ''"),
         ("mpc+", InvalidValueError, "noise ''"),
         ("mpc+inf", InvalidValueError, "noise 'inf'"),
-        ("random+0.3", InvalidValueError, "random takes no noise"),
+        ("mpc~2", InvalidValueError, "epsilon is at most 1"),
+        ("mpc~0.1~0.3", InvalidValueError, "epsilon twice"),
+        ("ou@0.5", InvalidValueError, "only mpc has one"),
         ("mpc:1,mpc:2", InvalidValueError, "twice"),
     ],
 )
@@ -81,7 +83,7 @@ def test_bad_mixtures_are_one_line_that_helps(text: str, kind: type[Exception], 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["random", "ou", "mpc", "mpc+0.3"])
+@pytest.mark.parametrize("text", ["random", "ou", "pink", "brown", "mpc", "mpc@0.3+0.3~0.1", "random+0.3"])
 def test_policies_follow_from_their_seed_and_stay_in_bounds(pendulum: Environment, text: str) -> None:
     member = parse_policy(text).members[0]
     actions = take(member, pendulum, 8)

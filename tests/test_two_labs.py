@@ -12,7 +12,7 @@ import pytest
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.golden import check_golden
-from pvrpipe.rollouts.collect import CollectConfig, collect
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.reading import Store
@@ -28,11 +28,11 @@ ENCODER = EncoderRequest("resnet18", "random:0", batch=16)
 
 def collected(lab: Path, episodes: int, seed: int = 0, append: bool = False) -> Path:
     config = CollectConfig(**{**vars(ROLLOUTS), "episodes": episodes, "seed": seed})
-    return Path(collect(config, lab / "rollouts", engine="inline", append=append).store)
+    return Path(collect(config, lab / "rollouts", Engine("inline"), append=append).store)
 
 
 def embedded(lab: Path, append: bool = False) -> Path:
-    config = EmbedConfig(engine="inline", append=append)
+    config = EmbedConfig(Engine("inline"), append=append)
     return embed(lab / "rollouts", [(ENCODER, lab / "embeddings")], config)[0].store
 
 

@@ -1,0 +1,158 @@
+"""``pretrain``, ``embed`` and ``pvrs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pvrpipe.commands.options import (
+    DATA,
+    Address,
+    Debug,
+    Device,
+    Engine,
+    Format,
+    Json,
+    Overwrite,
+    Root,
+    Seed,
+    Workers,
+    environment_of,
+    pvr_label,
+    took,
+)
+from pvrpipe.commands.terminal import note, tell, watching
+from pvrpipe.schemas.errors import InvalidValueError
+
+
+def embed(
+    rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Embedding store to write; for one PVR.")] = None,
+    pvr: Annotated[
+        list[str],
+        typer.Option(help="A name that `pvrpipe pvrs` lists, or the folder of your own; repeatable."),
+    ] = ["vc1"],
+    weights: Annotated[
+        list[str], typer.Option(help="auto, FILE_OR_FOLDER or random:SEED; once, or once per --pvr.")
+    ] = ["auto"],
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="What embeddings are stored in.")
+    ] = "float16",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
+    ] = None,
+    format_: Format = "parquet",
+    append: Annotated[
+        bool, typer.Option("--append", help="Embed what the rollout store has grown by, as a new revision.")
+    ] = False,
+    device: Device = "auto",
+    engine: Engine = "ray",
+    address: Address = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Push the frames of a rollout store through frozen encoders, each frame decoded once.
+
+    Example: pvrpipe embed --pvr vc1 --pvr dinov2-b
+    """
+    from pvrpipe.store.workspace import Workspace
+
+    if len(weights) not in (1, len(pvr)):
+        raise InvalidValueError(
+            f"{len(weights)} --weights for {len(pvr)} --pvr; give one for all, or one for each in order"
+        )
+    if out is not None and len(pvr) > 1:
+        raise InvalidValueError(
+            f"OUT is one store, but {len(pvr)} --pvr were given; leave OUT out, or embed one at a time"
+        )
+    rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
+    environment = environment_of(rollouts)
+    asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
+    folders = [out or Workspace(root).embeddings(environment, pvr_label(*each)) for each in asked]
+
+    from pvrpipe.pipeline.embed import EmbedConfig  # torch takes seconds to import: after the mistakes
+    from pvrpipe.pipeline.embed import embed as run
+    from pvrpipe.pipeline.encoders import EncoderRequest
+
+    outputs = []
+    for (name, source), folder in zip(asked, folders, strict=True):
+        outputs.append((EncoderRequest(name, source, precision, device, batch), folder))
+        note(f"embedding with {name} into {folder}")
+    config = EmbedConfig(
+        dtype=dtype,
+        engine=engine,
+        address=address,
+        workers=workers,
+        overwrite=overwrite,
+        append=append,
+        shard_format=format_,
+    )
+    with watching("embed", "frames") as progress:
+        results = run(rollouts, outputs, config, progress)
+    for result in results:
+        if result.random_weights:
+            note(
+                f"{result.pvr}: RANDOM WEIGHTS, nobody trained this encoder; its store and all that follows say so"
+            )
+    tell(
+        json_,
+        {"stores": results},
+        results,
+        ("store", "pvr", "shape", "rows", "resumed_shards", "frames_per_second"),
+    )
+
+
+def pretrain_autoencoder(
+    rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder of the encoder, for `embed --pvr`.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 64,
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Frames per batch.")] = 64,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small convolutional autoencoder on a store's own frames.
+
+    Example: pvrpipe pretrain autoencoder && pvrpipe embed --pvr data/pvrs/dmc-pendulum-swingup-autoencoder
+    """
+    from pvrpipe.pipeline.pretraining import PretrainConfig
+    from pvrpipe.pipeline.pretraining import pretrain_autoencoder as train
+    from pvrpipe.store.workspace import Workspace
+
+    rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
+    out = out or Workspace(root).pvr(environment_of(rollouts), "autoencoder")
+    config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
+    note(f"training an autoencoder into {out}")
+    with watching("pretrain", "updates") as progress:
+        result = train(rollouts, out, config, overwrite, progress)
+    tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "reused"))
+
+
+def pvrs(json_: Json = False, debug: Debug = False) -> None:
+    """List the representations: width, licence, where the weights are.
+
+    Example: pvrpipe pvrs
+    """
+    from pvrpipe.pipeline.pvrs import PVRS
+
+    rows = [
+        {
+            "pvr": p.name,
+            "title": p.title,
+            "width": p.width,
+            "licence": p.licence,
+            "weights": p.source.repo or p.source.url,
+            "revision": p.source.revision,
+        }
+        for p in PVRS.values()
+    ]
+    tell(json_, {"pvrs": rows}, rows, ("pvr", "title", "width", "licence", "weights"))

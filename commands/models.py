@@ -1,0 +1,126 @@
+"""``train-model`` and ``probe``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pvrpipe.commands.options import (
+    DATA,
+    Debug,
+    Device,
+    Json,
+    Overwrite,
+    Root,
+    Seed,
+    environment_of,
+    pick_device,
+    took,
+)
+from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, watching
+
+
+def train_model(
+    store: Annotated[str | None, typer.Argument(help="Embedding store or URL; default: the newest.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="dreamerv3 or tdmpc2.")] = "dreamerv3",
+    size: Annotated[
+        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2).")
+    ] = "1m",
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Rows per window; default: the paper's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Default: the paper's.")] = None,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")
+    ] = 1000,
+    backing: Annotated[
+        Literal["auto", "mapped", "ram", "device"],
+        typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
+    ] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a world model offline from an embedding store; the same command resumes it.
+
+    Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
+    """
+    from pvrpipe.store.places import place_of
+    from pvrpipe.store.workspace import Workspace
+
+    store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
+
+    from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
+
+    name = f"{environment_of(store)}-{place_of(store).name}-{model}-{size}-s{seed}".removeprefix("dmc:")
+    run = run or Workspace(root).run(name)
+    config = TrainConfig(
+        model=model,
+        size=size,
+        updates=updates,
+        batch=batch,
+        length=length,
+        seed=seed,
+        learning_rate=learning_rate,
+        warmup=warmup,
+    )
+    note(f"training {model} {size} into {run}")
+    with watching("train", "updates") as progress:
+        result = train(
+            config,
+            store,
+            run,
+            device=pick_device(device),
+            overwrite=overwrite,
+            backing=backing,
+            progress=progress,
+        )
+    note(f"windows came from {result.backing}")
+    tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
+
+
+def probe(
+    run: Annotated[Path | None, typer.Argument(help="Folder of a run; default: the newest.")] = None,
+    store: Annotated[
+        str | None, typer.Argument(help="Embedding store or URL; default: the run's own.")
+    ] = None,
+    horizon: Annotated[list[int], typer.Option(min=1, help="Rows to accumulate over; repeatable.")] = [
+        33,
+        500,
+    ],
+    split: Annotated[str, typer.Option(help="Which episodes: val or train.")] = "val",
+    seed: Seed = 0,
+    device: Device = "auto",
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a run's dynamics and reward errors on held-out episodes, beside two controls.
+
+    Example: pvrpipe probe data/runs/pendulum-swingup-vc1-dreamerv3-1m-s0 --horizon 15 --horizon 50
+    """
+    from pvrpipe.store.workspace import Workspace
+
+    run = run or took("run", Workspace(root).newest_run())
+
+    from pvrpipe.worldmodel.probe import probe as measure  # torch: after the mistakes
+
+    with watching("probe", "episodes") as progress:
+        metrics = measure(
+            run,
+            store,
+            horizons=horizon,
+            split=split,
+            seed=seed,
+            device=pick_device(device),
+            progress=progress,
+        )
+    tell(json_, metrics, error_rows(metrics), ERROR_COLUMNS)

@@ -1,0 +1,242 @@
+"""What is done with a finished store: from ``inspect`` and ``verify`` to ``push``, ``merge`` and ``convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pvrpipe.commands.options import DATA, Debug, Device, Json, Overwrite, Root, ShardRows
+from pvrpipe.commands.terminal import note, show, tell, watching
+
+SHARED = ("store", "url", "files", "resumed", "bytes", "licence")
+REWRITTEN = ("store", "id", "episodes", "rows", "shards", "resumed_shards", "bytes")
+CONVERTED = ("store", "format", "episodes", "rows", "bytes")
+
+
+def inspect(
+    store: Annotated[str, typer.Argument(help="A store, or its URL.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="A .png to draw: frames, returns, actions, embeddings.")
+    ] = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a store is: size, columns, provenance, returns.
+
+    Example: pvrpipe inspect data/rollouts/dmc-pendulum-swingup --picture pendulum.png
+    """
+    from pvrpipe.store.describing import describe
+    from pvrpipe.store.reading import Store
+
+    opened = Store.open(store)
+    found = describe(opened)
+    if picture is not None:
+        from pvrpipe.store.picturing import draw
+
+        draw(opened, picture)
+        note(f"drawn in {picture}")
+    if json_:
+        return tell(True, found, [], ())
+    for key in ("kind", "environment", "id", "episodes", "rows", "shards", "bytes"):
+        print(f"{key:12} {found[key]}")
+    if found["random_weights"]:
+        print("RANDOM WEIGHTS: nobody trained this encoder")
+    columns = [{**c, "mapped": found["mapped"].get(c["name"], "")} for c in found["columns"]]
+    show(columns, ("name", "dtype", "shape", "layout", "mapped"))
+    return show(
+        found["returns"], ("policy", "split", "episodes", "mean_return", "best_return", "mean_length")
+    )
+
+
+def verify(
+    store: Annotated[str, typer.Argument(help="A store, or its URL.")],
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Read so many shards only, of a store too big to read whole.")
+    ] = None,
+    golden: Annotated[
+        bool, typer.Option("--golden", help="Embed the stored frames again and compare.")
+    ] = False,
+    pvr: Annotated[str | None, typer.Option(help="For --golden; default: the store's own.")] = None,
+    weights: Annotated[str | None, typer.Option(help="For --golden: auto or FILE_OR_FOLDER.")] = None,
+    device: Device = "auto",
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every byte and number of a store; exit status 1 and what fails, if anything does.
+
+    Example: pvrpipe verify data/embeddings/dmc-pendulum-swingup/vc1
+    """
+    from pvrpipe.store.verifying import verify as check
+
+    with watching("verify", "shards") as progress:
+        failures = check(store, progress, sample)
+    report: dict[str, object] = {"ok": not failures, "failures": failures}
+    if golden and not failures:
+        from pvrpipe.pipeline.golden import check_golden
+        from pvrpipe.store.reading import Store
+
+        checked = check_golden(Store.open(store), pvr, weights, device)
+        report |= {"ok": checked.ok, "golden": checked}
+        note(
+            f"golden frames: largest difference {checked.largest_difference:.3g}, "
+            f"smallest cosine {checked.smallest_cosine:.6f}"
+            + (f"; another encoder: {checked.differs}" if checked.differs else "")
+        )
+    tell(json_, report, failures, ("where", "what"))
+    if not report["ok"]:
+        raise typer.Exit(1)
+    if not json_:
+        print(f"{store}: every byte and number{' of the sample' if sample else ''} holds")
+
+
+def push(
+    store: Annotated[str, typer.Argument(help="A store on this machine.")],
+    url: Annotated[str, typer.Argument(help="s3://BUCKET/NAME, hf://datasets/OWNER/NAME, or a folder.")],
+    workers: Annotated[int, typer.Option(min=1, help="Files at once.")] = 8,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a store that verifies; the same command goes on after a stop.
+
+    Example: pvrpipe push data/embeddings/dmc-pendulum-swingup/vc1 s3://lab/pendulum-vc1
+    """
+    from pvrpipe.store.sharing import push as run
+
+    with watching("push", "MiB") as progress:
+        result = run(store, url, workers=workers, overwrite=overwrite, progress=progress)
+    if result.resumed == result.files:
+        note(f"{url} holds all of it already; nothing was pushed")
+    if result.licence is not None:
+        note(f"the embeddings go under the licence of their encoder's weights: {result.licence}")
+    tell(json_, result, [result], SHARED)
+
+
+def pull(
+    url: Annotated[str, typer.Argument(help="Where a store is published: any URL that fsspec reads.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to; default: its place in the workspace.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Files at once.")] = 8,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a published store, every byte checked; the same command goes on after a stop.
+
+    Example: pvrpipe pull s3://lab/pendulum-vc1
+    """
+    from pvrpipe.store.places import place_of
+    from pvrpipe.store.remote import Source
+    from pvrpipe.store.sharing import pull as run
+    from pvrpipe.store.workspace import Workspace
+
+    folder = folder or Workspace(root).home(Source(place_of(url)).manifest()[1])
+    note(f"pulling into {folder}")
+    with watching("pull", "MiB") as progress:
+        result = run(url, folder, workers=workers, progress=progress)
+    if result.resumed == result.files:
+        note(f"{folder} holds all of it already; nothing was pulled")
+    tell(json_, result, [result], SHARED)
+
+
+def merge(
+    stores: Annotated[
+        list[str], typer.Argument(help="Two stores or more, or their URLs; then OUT, the new one.")
+    ],
+    shard_rows: ShardRows = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put stores of the same kind together as a new one; the same command goes on after a stop.
+
+    Example: pvrpipe merge ours/vc1 s3://their-lab/vc1 both/vc1
+    """
+    from pvrpipe.store.merging import merge as run
+
+    *sources, out = stores
+    with watching("merge", "rows") as progress:
+        result = run(sources, Path(out), shard_rows=shard_rows, overwrite=overwrite, progress=progress)
+    if result.licence is not None:
+        note(f"the strictest licence of the weights counts for all of it: {result.licence}")
+    tell(json_, result, [result], REWRITTEN)
+
+
+def split(
+    store: Annotated[str, typer.Argument(help="A store, or its URL; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="The new store.")],
+    where: Annotated[
+        str | None, typer.Option(help="Which episodes, in SQL over the columns of the episode table.")
+    ] = None,
+    split_: Annotated[
+        str | None, typer.Option("--split", help="Only those of a split: train or val.")
+    ] = None,
+    rest: Annotated[Path | None, typer.Option(help="Another new store, for the other episodes.")] = None,
+    shard_rows: ShardRows = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take the episodes that fulfil a condition into a new store.
+
+    Example: pvrpipe split data/rollouts/dmc-walker-walk good --where "episode_return > 100 and policy = 'mpc'"
+    """
+    from pvrpipe.store.merging import split as run
+
+    with watching("split", "rows") as progress:
+        results = run(
+            store,
+            out,
+            where=where,
+            of=split_,
+            rest=rest,
+            shard_rows=shard_rows,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    tell(json_, {"stores": results}, results, REWRITTEN)
+
+
+def convert(
+    store: Annotated[str, typer.Argument(help="A store, or its URL; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="The new store; or what is exported, for hdf5 a file.")],
+    to: Annotated[
+        Literal["parquet", "webdataset", "parquet-lists", "npy", "hdf5", "minari", "lerobot"] | None,
+        typer.Option(help="A store in another format, or an export; default: the format it has."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "float32"] | None, typer.Option(help="Of embeddings; default: as they are.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a store in another format or precision, or export it to a layout that others read.
+
+    Example: pvrpipe convert data/embeddings/dmc-pendulum-swingup/vc1 vc1.h5 --to hdf5 --dtype float32
+    """
+    from pvrpipe.store.converting import convert as run
+
+    with watching("convert", "rows") as progress:
+        result = run(store, out, to, dtype=dtype, overwrite=overwrite, progress=progress)
+    tell(json_, result, [result], CONVERTED)
+
+
+def card(
+    store: Annotated[Path, typer.Argument(help="A store on this machine.")],
+    url: Annotated[str | None, typer.Option(help="Where it is or will be published.")] = None,
+    creator: Annotated[str, typer.Option(help="Who made it: a person or a lab.")] = "unknown",
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what others find a store by: README.md with the Hub's metadata, and croissant.json.
+
+    Example: pvrpipe card data/embeddings/dmc-pendulum-swingup/vc1 --creator "Our Lab"
+    """
+    from pvrpipe.store.publishing import write_cards
+
+    result = write_cards(store, url=url, creator=creator)
+    tell(json_, result, [result], ("store", "card", "croissant", "licence"))

@@ -1,0 +1,149 @@
+"""Miniworld (Chevalier-Boisvert et al. 2023, arXiv 2306.13831): rooms seen by an agent that walks in them.
+
+``miniworld:PickupObjects`` is the study's. Actions are one of A. Off-screen by EGL, no display is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pyglet
+from numpy.typing import NDArray
+
+pyglet.options["headless"] = True  # before Miniworld opens its window, which it does when it is imported
+
+import miniworld  # noqa: E402, F401 (registers its environments)
+from miniworld.entity import Agent, Box, Entity, MeshEnt  # noqa: E402
+from miniworld.objmesh import ObjMesh  # noqa: E402
+
+from pvrpipe.rollouts.colours import paint_of  # noqa: E402
+from pvrpipe.rollouts.gym import GymEnvironment, made, options_of  # noqa: E402
+from pvrpipe.rollouts.pixels import IMAGE_FACTORS  # noqa: E402
+from pvrpipe.schemas.errors import SimulationError, UnknownNameError, one_line  # noqa: E402
+
+PREFIX, SUFFIX = "MiniWorld-", "-v0"
+FACTORS = IMAGE_FACTORS | {"background", "colour", "size", "camera", "fov", "lighting"}
+
+
+def names() -> tuple[str, ...]:
+    """All worlds, as ``miniworld:<World>``, the study's first."""
+    ids = [
+        id_.removeprefix(PREFIX).removesuffix(SUFFIX) for id_ in gymnasium.registry if id_.startswith(PREFIX)
+    ]
+    return tuple(f"miniworld:{name}" for name in dict.fromkeys(["PickupObjects", *sorted(ids)]))
+
+
+def make(
+    name: str, *, size: int, camera: int | str | None, action_repeat: int | None, max_steps: int | None
+) -> RoomEnvironment:
+    """Build a world by its name."""
+    world, options = options_of(name.removeprefix("miniworld:"))
+    if f"miniworld:{world}" not in names():
+        raise UnknownNameError.among("environment", f"miniworld:{world}", names(), hint="see `pvrpipe envs`")
+    env = made(f"{PREFIX}{world}{SUFFIX}", name, {"obs_width": size, "obs_height": size, **options})
+    return RoomEnvironment(name, env, size, camera, action_repeat or 1, max_steps)
+
+
+class RoomEnvironment(GymEnvironment):
+    """One world; see :class:`pvrpipe.rollouts.environments.Environment`.
+
+    A look is put on once the world is made: what stands where does not depend on it.
+    """
+
+    renders = False  # an observation is the picture
+
+    def __init__(
+        self,
+        name: str,
+        env: gymnasium.Env[Any, Any],
+        size: int,
+        camera: int | str | None,
+        action_repeat: int,
+        max_steps: int | None,
+    ) -> None:
+        world: Any = env.unwrapped
+        self._world = world
+        steps = max_steps or max(1, round(world.max_episode_steps / action_repeat))
+        super().__init__(name, env, size, camera, action_repeat, steps)
+        self.factors = FACTORS
+        self.state_names = ("agent_x", "agent_z", "agent_cos", "agent_sin", "things_left", "carrying")
+        self._meshes: dict[int, NDArray[np.float32]] = {}  # colours of the library's own meshes, as they were
+
+    def packages(self) -> tuple[str, ...]:
+        """Whose versions decide what happens and how it looks."""
+        return ("miniworld", "pyglet", *super().packages())
+
+    def renderer(self) -> str:
+        """Vendor and version of the OpenGL that draws."""
+        try:
+            self._world.shadow_window.switch_to()
+            about = self._world.shadow_window.context.get_info()
+        except Exception as error:  # pyglet's own types
+            raise SimulationError(
+                f"the renderer does not start ({one_line(error)}); check it with `pvrpipe doctor`"
+            ) from error
+        return f"egl: {about.get_renderer()} {about.get_version()}"
+
+    def state(self, _: Any) -> NDArray[np.float32]:
+        """Where the agent is and looks, and how many things are left to find (S,)."""
+        agent = self._world.agent
+        left = sum(1 for _ in self._things())
+        place = [agent.pos[0], agent.pos[2], np.cos(agent.dir), np.sin(agent.dir)]
+        return np.array([*place, left, agent.carrying is not None], np.float32)
+
+    def picture(self, observation: Any) -> NDArray[np.uint8]:
+        """What the agent sees."""
+        picture: NDArray[np.uint8] = observation
+        return picture
+
+    def dressed(self, observation: Any) -> Any:
+        """Put the look on the world that was made, and see it again."""
+        look, world = self._look, self._world
+        self._recolour_meshes(0.0, 0.0)
+        if not look:
+            return observation
+        world.agent.cam_pitch -= look["camera_elevation"]
+        world.agent.cam_height *= 1 + look["camera_elevation"] / 90
+        world.agent.cam_fov_y *= 1 + look["fov"]
+        self._light()
+        sky = look["background_tint"]
+        world.sky_color = (1 - sky) * np.asarray(world.sky_color) + sky * paint_of(look["background_hue"])
+        self._recolour_meshes(look["object_hue"], look["object_tint"])
+        for thing in self._things():
+            self._dress_thing(thing)
+        world._render_static()
+        return world.render_obs()
+
+    def _light(self) -> None:
+        look, world = self._look, self._world
+        brighter, turn = 1 + look["light_intensity"], np.deg2rad(look["light_azimuth"])
+        middle = np.array([(world.min_x + world.max_x) / 2, (world.min_z + world.max_z) / 2])
+        reach = (world.max_x - world.min_x) / 2 * np.sin(turn)
+        world.light_pos = (
+            [middle[0] + reach, float(world.light_pos[1]), middle[1]] if turn else world.light_pos
+        )
+        world.light_color = np.clip(np.asarray(world.light_color) * brighter, 0, 1)
+        world.light_ambient = np.clip(np.asarray(world.light_ambient) * brighter, 0, 1)
+
+    def _things(self) -> Iterator[Entity]:
+        return (entity for entity in self._world.entities if not isinstance(entity, Agent))
+
+    def _dress_thing(self, thing: Entity) -> None:
+        """Size and colour; meshes share their colours, see :meth:`_recolour_meshes`."""
+        larger, tint = 1 + self._look["size"], self._look["object_tint"]
+        thing.radius, thing.height = thing.radius * larger, thing.height * larger
+        if isinstance(thing, MeshEnt):
+            thing.scale *= larger
+        elif isinstance(thing, Box):
+            thing.size = thing.size * larger
+            thing.color_vec = (1 - tint) * thing.color_vec + tint * paint_of(self._look["object_hue"])
+
+    def _recolour_meshes(self, hue: float, tint: float) -> None:
+        """The colours of all meshes that are loaded; the library keeps one of each for all worlds."""
+        for part in (vertices for mesh in ObjMesh.cache.values() for vertices in mesh.vlists):
+            original = self._meshes.setdefault(id(part), np.array(part.colors, np.float32))
+            painted = (1 - tint) * original.reshape(-1, 3) + tint * paint_of(hue)
+            part.colors = painted.ravel().tolist() if tint else original.tolist()

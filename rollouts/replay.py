@@ -1,0 +1,110 @@
+"""``collect --replay``: stored trajectories seen again, under another camera, size, resolution or variation.
+
+Physics, actions, rewards and states are those of the store that is replayed, row for row and bit for bit; only the
+frames are drawn anew. Where the simulator can be set to a state, each row is; elsewhere the actions are taken
+again, and every reward and state must come out as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvrpipe.rollouts.environments import Restorable
+from pvrpipe.rollouts.episodes import Trying, build_environment
+from pvrpipe.rollouts.variation import STREAM, Look, columns_of, parse_variation
+from pvrpipe.schemas.errors import SimulationError
+from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, ShardPlan
+from pvrpipe.store.building import ShardWriter
+from pvrpipe.store.reading import Store
+
+CHUNK = 64  # rows drawn before they are written
+
+Rows = dict[str, NDArray[np.generic]]
+
+
+class ReplayShard:
+    """Draws the frames of shards anew; holds one environment, which lives as long as this does.
+
+    Args:
+        folder: of the new store.
+        manifest: of the new store.
+        source: the store that is replayed.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, source: Store) -> None:
+        made = manifest.rollouts
+        self._folder, self._manifest, self._source, self._made = folder, manifest, source, made
+        looks = parse_variation(made.variation)
+        self._looks = looks.assign(made.episodes, [made.seed, STREAM])
+        self._environment = build_environment(made)
+        self._factors = columns_of(looks, self._environment.factors)
+
+    def __call__(
+        self, plan: ShardPlan, _: Collection[tuple[int, int]] = ()
+    ) -> Iterator[Trying | ShardCommit]:
+        """Draw the planned episodes and commit their shard."""
+        numbers = range(plan.first_episode, plan.first_episode + plan.episodes)
+        known = {record.episode: record for record in self._source.records(plan.shard)}
+        looks = {n: self._looks[n].draw(known[n].seed, self._environment.factors) for n in numbers}
+        records = [self._record(known[number], looks[number]) for number in numbers]
+        rows = 0
+        with ShardWriter(self._folder, self._manifest, plan, records) as writer:
+            for number in numbers:
+                yield Trying(plan.shard, number, 0, rows)
+                stored = self._source.read_episode(number, [c for c in self._source.columns if c != "frame"])
+                for first, frames in self._frames(number, known[number].seed, looks[number], stored):
+                    held = slice(first, first + len(frames))
+                    writer.write_rows({"frame": frames, **{name: a[held] for name, a in stored.items()}})
+                rows += known[number].rows
+            yield writer.commit()
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._environment.close()
+
+    def _record(self, known: EpisodeRecord, look: Look) -> EpisodeRecord:
+        """What is known of an episode, in its new look."""
+        variation = self._looks[known.episode]
+        kept = {name: value for name, value in known.values.items() if not name.startswith("factor_")}
+        return known.model_copy(
+            update={
+                "variation": variation.label,
+                "distribution": variation.distribution,
+                "values": {**kept, **{f"factor_{name}": look[name] for name in self._factors}},
+            }
+        )
+
+    def _frames(
+        self, number: int, seed: int, look: Look, stored: Rows
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """First row and frames (n, H, W, 3) of one stretch after another."""
+        environment, length = self._environment, len(stored["step"])
+        restored = isinstance(environment, Restorable) and "physics" in stored
+        step = environment.reset(seed, look)
+        held = []
+        for row in range(length):
+            if isinstance(environment, Restorable) and restored:
+                environment.restore(stored["physics"][row], row)
+                step = environment.observe()
+            elif row:
+                step = environment.step(stored["action"][row - 1])
+                self._compare(number, row, "reward", np.float32(step["reward"]), stored["reward"][row])
+            if "state" in stored and not look["size"]:  # touch and the like depend on sizes
+                self._compare(number, row, "state", step["state"], stored["state"][row])
+            held.append(step["frame"])
+            if len(held) == CHUNK or row == length - 1:
+                yield row + 1 - len(held), np.stack(held)
+                held = []
+
+    def _compare(self, number: int, row: int, name: str, found: Any, stored: Any) -> None:
+        """Refuse to show what did not happen."""
+        if not np.allclose(found, stored, rtol=1e-4, atol=1e-5):
+            raise SimulationError(
+                f"{self._made.environment} does not repeat episode {number}: at step {row} its {name} is {found}, "
+                f"stored is {stored}; replay with the versions the store was made with ({self._source.path}/store.json)"
+            )
