@@ -107,10 +107,7 @@ class SuiteEnvironment:
 
     def reset(self, seed: int, look: Look = PLAIN) -> Step:
         """Begin the episode of that seed in a look; its first row."""
-        if look or self._look:
-            self._open_camera()  # textures are handed to a renderer
-            self._look = look
-            self._dresser.put_on(look)
+        self.redress(look)
         self._task.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # it takes words of 32 bits
         observation = self._env.reset().observation
         self._rows = 0
@@ -145,6 +142,13 @@ class SuiteEnvironment:
         """
         self._settle(self._physics, np.asarray(physics, np.float64))
         self._rows = row
+
+    def redress(self, look: Look) -> None:
+        """Go on in another look."""
+        if look or self._look:
+            self._open_camera()  # textures are handed to a renderer
+            self._look = look
+            self._dresser.put_on(look)
 
     def observe(self) -> Step:
         """The row as it is now; its reward is 0."""

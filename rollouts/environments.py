@@ -87,6 +87,9 @@ class Restorable(Protocol):
     def restore(self, physics: NDArray[np.float64], row: int = 0) -> None:
         """Go back to a row of the episode last reset; what follows is the same, bit for bit."""
 
+    def redress(self, look: Look) -> None:
+        """Go on with the episode in another look; :meth:`restore` a row before it is observed."""
+
     def observe(self) -> Step:
         """The row as it is now; its reward is 0, for nothing has arrived."""
 

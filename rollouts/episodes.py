@@ -131,7 +131,7 @@ def _played(environment: Environment) -> tuple[Column, ...]:
 
 def _check(step: Step, row: int) -> None:
     for name in ("reward", "state", "physics"):
-        if not np.isfinite(step[name]).all():  # type: ignore[literal-required]
+        if not np.isfinite(step[name]).all():
             raise EpisodeFailedError(f"{name} is not finite at step {row}")
 
 

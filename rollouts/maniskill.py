@@ -113,6 +113,10 @@ class WristEnvironment:
         self._world.set_state(np.asarray(physics, np.float32)[None])
         self._observation, self._rows = self._world.get_obs(), row
 
+    def redress(self, look: Look) -> None:
+        """Go on in another look."""
+        self._look = look
+
     def observe(self) -> Step:
         """The row as it is now; its reward is 0."""
         return self._row(0.0, terminal=False, success=False)

@@ -66,7 +66,7 @@ class TableEnvironment:
         _weld_as_this_mujoco_does()
         self.name, self.size, self.action_repeat = name, size, action_repeat
         self._env = env = _with_visible_goal(ALL_V3_ENVIRONMENTS[task])
-        self._new_script: Any = ENV_POLICY_MAP[task]
+        self._new_script: Any = ENV_POLICY_MAP[task]  # a policy of its own for each task
         self._script = self._new_script()
         self.max_steps = max_steps or max(1, LIMIT // action_repeat)
         env.max_path_length = 1 << 62  # how long an episode lasts is the collector's to say
@@ -88,10 +88,11 @@ class TableEnvironment:
 
     def reset(self, seed: int, look: Look = PLAIN) -> Step:
         """Begin the episode of that seed in a look; its first row."""
-        self._drawing.put_on(look)
+        self.redress(look)
         self._env.seed(seed & 0xFFFFFFFF)
         self._env.reset_mocap_welds()
-        self._observation, _ = self._env.reset()
+        self._env.reset()
+        self._settle(self.snapshot())  # what it returns tells of where things stood before it moved them
         self._script = self._new_script()
         self._rows = 0
         return self._row(0.0, success=False)
@@ -120,13 +121,22 @@ class TableEnvironment:
 
     def restore(self, physics: NDArray[np.float64], row: int = 0) -> None:
         """Go back to a row of the episode last reset."""
-        set_state(self._env.model, self._env.data, np.asarray(physics, np.float64))
-        mujoco.mj_forward(self._env.model, self._env.data)
-        mujoco.mj_setState(self._env.model, self._env.data, np.asarray(physics, np.float64), EVERYTHING)
+        self._settle(np.asarray(physics, np.float64))
+        self._rows = row
+
+    def _settle(self, physics: NDArray[np.float64]) -> None:
+        """Set a state, and compute what follows from it and from the model; the state itself stays as given."""
+        model, data = self._env.model, self._env.data
+        set_state(model, data, physics)
+        mujoco.mj_forward(model, data)
+        set_state(model, data, physics)  # the solver's warm start too
         for site in self._env._target_site_config:
             self._env._set_pos_site(*site)
-        self._rows, self._env.curr_path_length = row, row * self.action_repeat
         self._observation = self._env._get_obs()
+
+    def redress(self, look: Look) -> None:
+        """Go on in another look."""
+        self._drawing.put_on(look)
 
     def observe(self) -> Step:
         """The row as it is now; its reward is 0."""

@@ -57,7 +57,7 @@ class ReplayShard:
             for number in numbers:
                 yield Trying(plan.shard, number, 0, rows)
                 stored = self._source.read_episode(number, [c for c in self._source.columns if c != "frame"])
-                for first, frames in self._frames(number, known[number].seed, looks[number], stored):
+                for first, frames in self._frames(known[number], looks[number], stored):
                     held = slice(first, first + len(frames))
                     writer.write_rows({"frame": frames, **{name: a[held] for name, a in stored.items()}})
                 rows += known[number].rows
@@ -80,24 +80,32 @@ class ReplayShard:
         )
 
     def _frames(
-        self, number: int, seed: int, look: Look, stored: Rows
+        self, known: EpisodeRecord, look: Look, stored: Rows
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """First row and frames (n, H, W, 3) of one stretch after another."""
-        environment, length = self._environment, len(stored["step"])
+        """First row and frames (n, H, W, 3) of one stretch after another.
+
+        The episode begins with the sizes it was played with, on which it may depend where things lie.
+        """
+        environment, number = self._environment, known.episode
+        played = known.values.get("factor_size", 0.0)
+        step = environment.reset(known.seed, look.sized(played))
         restored = isinstance(environment, Restorable) and "physics" in stored
-        step = environment.reset(seed, look)
+        if isinstance(environment, Restorable) and restored:
+            environment.redress(look)
         held = []
-        for row in range(length):
+        for row in range(known.rows):
             if isinstance(environment, Restorable) and restored:
                 environment.restore(stored["physics"][row], row)
                 step = environment.observe()
             elif row:
                 step = environment.step(stored["action"][row - 1])
                 self._compare(number, row, "reward", np.float32(step["reward"]), stored["reward"][row])
-            if "state" in stored and not look["size"]:  # touch and the like depend on sizes
+            if "state" in stored and (
+                not restored or look["size"] == played
+            ):  # touch and the like depend on sizes
                 self._compare(number, row, "state", step["state"], stored["state"][row])
             held.append(step["frame"])
-            if len(held) == CHUNK or row == length - 1:
+            if len(held) == CHUNK or row == known.rows - 1:
                 yield row + 1 - len(held), np.stack(held)
                 held = []
 

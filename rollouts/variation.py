@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -68,6 +69,10 @@ class Look:
     def __bool__(self) -> bool:
         """Whether anything is changed at all."""
         return any(self.values.values())
+
+    def sized(self, size: float) -> Look:
+        """The same look with another size of what moves."""
+        return Look({**self.values, "size": size}, self.seed)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """Random numbers of its own for each purpose, or row."""
@@ -150,6 +155,7 @@ def check_possible(mixture: Mixture[Variation], environment: str, can: Iterable[
             )
 
 
+@cache
 def held_out(value: str) -> frozenset[int]:
     """Which of a value's bins are held out, the same for everyone."""
     order = np.random.default_rng([SPLIT, *value.encode()]).permutation(BINS)

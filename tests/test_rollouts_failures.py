@@ -1,0 +1,154 @@
+"""Environments that raise, hang or return NaN: tried again, then recorded as failed; the rest is unharmed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
+from pvrpipe.rollouts.environments import make_environment
+from pvrpipe.rollouts.episodes import episode_seed, run_episode
+from pvrpipe.rollouts.policies import Member
+from pvrpipe.schemas.errors import InvalidValueError, SimulationError
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+EPISODES = 8
+FAILING = [e for e in range(EPISODES) if episode_seed(0, e) % 3 == 0]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with an entry point of the group pvrpipe.envs, as pip leaves one; workers find it too."""
+    site, marks = tmp_path / "site", tmp_path / "marks"
+    about = site / "failing-1.dist-info"
+    about.mkdir(parents=True)
+    marks.mkdir()
+    (site / "failing_env.py").write_text((Path(__file__).parent / "failing.py").read_text())
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[pvrpipe.envs]\nfailing = failing_env\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("FAILING_MARKS", str(marks))
+    yield site
+    sys.modules.pop("failing_env", None)
+
+
+@pytest.fixture
+def ray_session(package: Path) -> Iterator[None]:
+    """Ray whose workers see the package."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def config(how: str, **changes: object) -> CollectConfig:
+    return CollectConfig(f"failing:{how}", size=16, episodes=EPISODES, policy="random", **changes)  # type: ignore[arg-type]
+
+
+def test_some_episodes_of_these_tests_fail() -> None:
+    assert 2 <= len(FAILING) <= 4
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("raise", "ValueError at step 2: the gripper came off"), ("nan", "reward is not finite at step 3")],
+)
+def test_a_failed_episode_is_recorded_and_another_seed_takes_its_place(
+    tmp_path: Path, how: str, reason: str
+) -> None:
+    result = collect(config(how), tmp_path / "store", Engine("inline", max_failures=9))
+    store = Store.open(tmp_path / "store")
+    assert verify(store.path) == []
+    assert result.failed == len(store.manifest.failed) >= len(FAILING)
+    for failure in store.manifest.failed:
+        assert (failure.reason, failure.policy) == (reason, "random")
+        assert failure.seed % 3 == 0
+        assert failure.episode in FAILING
+    for episode in range(EPISODES):
+        own = episode_seed(0, episode)
+        assert (store.episodes["seed"][episode] == own) == (episode not in FAILING)
+    assert np.isfinite(store.read_episode(FAILING[0])["state"]).all()
+
+
+@pytest.mark.usefixtures("package")
+def test_a_hiccup_is_tried_again_on_its_own_seed_and_leaves_no_trace(tmp_path: Path) -> None:
+    first = collect(config("once"), tmp_path / "first", Engine("inline", max_failures=0))
+    assert len(list((tmp_path / "marks").iterdir())) == len(FAILING)
+    smooth = collect(config("once"), tmp_path / "smooth", Engine("inline", max_failures=0))
+    assert first.failed == 0
+    assert first.id == smooth.id
+
+
+@pytest.mark.usefixtures("package")
+def test_too_many_failures_are_one_line_and_what_is_committed_stays(tmp_path: Path) -> None:
+    with pytest.raises(
+        SimulationError, match=r"failed in 1 episodes, --max-failures are 0; .*gripper"
+    ) as caught:
+        collect(config("raise"), tmp_path / "store", Engine("inline", max_failures=0))
+    assert "\n" not in str(caught.value)
+    done = len(list((tmp_path / "store/shards").glob("*.json")))
+    assert done == FAILING[0]
+    again = collect(config("raise"), tmp_path / "store", Engine("inline", max_failures=9))
+    assert again.resumed_shards == done
+
+
+@pytest.mark.usefixtures("package")
+def test_an_environment_that_always_fails_ends(tmp_path: Path) -> None:
+    with pytest.raises(SimulationError, match="failed in 4 episodes, --max-failures are 3"):
+        collect(config("never"), tmp_path / "store", Engine("inline", max_failures=3))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_hang_is_ended_and_counts_as_a_failure(tmp_path: Path) -> None:
+    """The same store as one whose environment raises there, but for the reasons."""
+    hung = collect(config("hang"), tmp_path / "hung", Engine(workers=2, max_failures=9, episode_timeout=2))
+    store = Store.open(tmp_path / "hung")
+    raised = collect(config("raise"), tmp_path / "raised", Engine("inline", max_failures=9))
+    other = Store.open(tmp_path / "raised")
+    assert hung.failed == raised.failed
+    assert {f.reason for f in store.manifest.failed} == {"it did not come to an end in time"}
+    assert store.episodes["seed"].to_list() == other.episodes["seed"].to_list()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_dies_in_an_episode_costs_its_shard(tmp_path: Path) -> None:
+    died = collect(config("die"), tmp_path / "died", Engine(workers=2, max_failures=0))
+    assert died.failed == 0
+    assert died.id == collect(config("die"), tmp_path / "smooth", Engine("inline")).id
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [(np.zeros(3), r"shape \[3\]"), (np.array([0, np.nan]), "not finite"), (0.5, r"shape \[\]")],
+)
+def test_a_policy_of_the_wrong_shape_is_one_line(
+    action: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pvrpipe.rollouts import policies
+
+    monkeypatch.setitem(policies.POLICIES, "wrong", lambda environment, rng: iter([action]))
+    environment = make_environment("failing:raise", size=16)
+    with pytest.raises(InvalidValueError, match=f"policy 'wrong' returned .*{words}.* is 2 finite") as caught:
+        run_episode(environment, Member("wrong"), episode=0, seed=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("package")
+def test_long_episodes_do_not_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a limit, frames wait in a file without a name; the store is the same."""
+    from pvrpipe.rollouts import tape
+
+    whole = collect(config("long", max_steps=40), tmp_path / "whole", Engine("inline"))
+    monkeypatch.setattr(tape, "HELD", 7 * 16 * 16 * 3)
+    spilled = collect(config("long", max_steps=40), tmp_path / "spilled", Engine("inline"))
+    assert spilled.id == whole.id

@@ -1,0 +1,123 @@
+"""Counterfactual pairs: stored trajectories seen anew, with the same physics bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, replay
+from pvrpipe.rollouts.environments import Restorable, make_environment
+from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, SimulationError, UnknownNameError
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+INLINE = Engine("inline")
+SMALL = CollectConfig("dmc:reacher-easy", size=32, episodes=3, max_steps=6, policy="random,ou", seed=2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Reacher puts its target into the model: a replay must put it there again."""
+    folder = tmp_path_factory.mktemp("source") / "store"
+    collect(SMALL, folder, INLINE)
+    return Store.open(folder)
+
+
+def pairs(first: Store, other: Store) -> list[tuple[dict, dict]]:
+    return [(first.read_episode(e), other.read_episode(e)) for e in range(first.manifest.episodes)]
+
+
+def test_a_replay_that_changes_nothing_gives_the_same_frames(source: Store, tmp_path: Path) -> None:
+    """So a restored state is seen exactly as it was while it was played."""
+    replay(source, tmp_path / "again", INLINE)
+    for before, after in pairs(source, Store.open(tmp_path / "again")):
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": 48}, {"camera": 1}, {"variation": "ood"}, {"variation": "camera=0.5+sensor_noise=0.3"}],
+)
+def test_rows_correspond_one_to_one_and_the_physics_is_equal(
+    source: Store, tmp_path: Path, changes: dict
+) -> None:
+    result = replay(source, tmp_path / "seen", INLINE, **changes)
+    seen = Store.open(tmp_path / "seen")
+    assert verify(seen.path) == []
+    assert (result.rows, result.episodes) == (source.manifest.rows, source.manifest.episodes)
+    assert seen.manifest.rollouts.replay_of == source.manifest.id
+    for before, after in pairs(source, seen):
+        for name in set(before) - {"frame"}:
+            assert before[name].tobytes() == after[name].tobytes(), name
+        assert before["frame"].shape != after["frame"].shape or not np.array_equal(
+            before["frame"], after["frame"]
+        )
+    kept = ["episode", "rows", "episode_return", "seed", "policy", "split", "terminated"]
+    assert seen.episodes.select(kept).equals(source.episodes.select(kept))
+
+
+def test_the_pair_is_what_the_simulator_says(source: Store, tmp_path: Path) -> None:
+    """Set to the stored physics by hand, another camera shows what the replayed store holds."""
+    replay(source, tmp_path / "seen", INLINE, camera=1)
+    rows = Store.open(tmp_path / "seen").read_episode(1)
+    environment = make_environment(SMALL.environment, size=32, camera=1)
+    environment.reset(source.episodes["seed"][1])
+    assert isinstance(environment, Restorable)
+    for t in (0, 3, 6):
+        environment.restore(source.read_episode(1)["physics"][t], t)
+        assert np.array_equal(environment.observe()["frame"], rows["frame"][t])
+        assert np.array_equal(environment.observe()["state"], rows["state"][t])
+
+
+def test_factors_are_columns_to_choose_episodes_by(source: Store, tmp_path: Path) -> None:
+    replay(source, tmp_path / "seen", INLINE, variation="none:1,fov=1:2")
+    table = Store.open(tmp_path / "seen").episodes
+    assert sorted(table["variation"]) == ["fov=1", "fov=1", "none"]
+    assert sorted(np.abs(table["factor_fov"]).round(6)) == [0, 0.4, 0.4]
+    assert sorted(table["distribution"]) == ["id", "ood", "ood"]
+
+
+def test_an_environment_that_cannot_be_set_takes_its_actions_again(tmp_path: Path) -> None:
+    config = CollectConfig("miniworld:PickupObjects", size=32, episodes=2, max_steps=12, policy="random")
+    collect(config, tmp_path / "source", INLINE)
+    source = Store.open(tmp_path / "source")
+    assert source.manifest.column("physics") is None
+    replay(source, tmp_path / "again", INLINE)
+    replay(source, tmp_path / "seen", INLINE, variation="fov=1")
+    for before, after in pairs(source, Store.open(tmp_path / "again")):
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+    for before, after in pairs(source, Store.open(tmp_path / "seen")):
+        assert all(np.array_equal(before[name], after[name]) == (name != "frame") for name in before)
+    with pytest.raises(InvalidValueError, match="cannot vary size"):
+        replay(source, tmp_path / "sizes", INLINE, variation="size=1")
+    assert not (tmp_path / "sizes").exists()
+
+
+def test_trajectories_that_do_not_come_out_again_are_refused(
+    source: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store whose seeds are not those of its physics: its target would lie elsewhere."""
+    records = type(source).records
+
+    def forged(self: Store, shard: int) -> tuple:
+        return tuple(r.model_copy(update={"seed": r.seed + 1}) for r in records(self, shard))
+
+    monkeypatch.setattr(Store, "records", forged)
+    with pytest.raises(SimulationError, match="does not repeat episode 0: at step 0 its state") as caught:
+        replay(source, tmp_path / "seen", INLINE, camera=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_seen_is_refused_before_anything_is_written(source: Store, tmp_path: Path) -> None:
+    for changes, kind in (
+        ({"camera": "nowhere"}, UnknownNameError),
+        ({"variation": "nothing=1"}, UnknownNameError),
+        ({"size": 3}, InvalidValueError),
+    ):
+        with pytest.raises(kind):
+            replay(source, tmp_path / "seen", INLINE, **changes)  # type: ignore[arg-type]
+    assert not (tmp_path / "seen").exists()
+    with pytest.raises(NotAStoreError):
+        Store.open(tmp_path / "seen", kind="rollouts")
