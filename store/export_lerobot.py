@@ -108,10 +108,15 @@ def _sampled(frames: Rows) -> Rows:
 
 def _features(selection: Selection) -> dict[str, Column]:
     """Feature → what its values are."""
-    kept = [c for c in selection.columns if c.name not in LEFT_OUT]
+    kept = [_as_declared(c) for c in selection.columns if c.name not in LEFT_OUT]
     features = {NAMES.get(c.name, f"observation.{c.name}"): c for c in kept}
     features |= {"next.reward": column("reward", "float32", ()), "next.done": column("done", "bool", ())}
     return features | {"timestamp": column("timestamp", "float32", ())}
+
+
+def _as_declared(c: Column) -> Column:
+    """LeRobot reads what is declared with shape (1,) as a number, not as a list of one."""
+    return c.model_copy(update={"shape": ()}) if c.shape == (1,) else c
 
 
 def _episode(selection: Selection, number: int, first: int) -> dict[str, Rows]:
