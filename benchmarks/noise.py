@@ -38,7 +38,9 @@ def write_store(folder: Path, rows: Embeddings, steps: int, shard_format: Any = 
                 for number in range(plan.first_episode, plan.first_episode + plan.episodes):
                     part = rows[number * (steps + 1) : (number + 1) * (steps + 1)]
                     writer.write_episode(
-                        Episode(EpisodeInfo(number, steps, 0.0, 0, "none"), {"embedding": part, **still(steps)})
+                        Episode(
+                            EpisodeInfo(number, steps, 0.0, 0, "none"), {"embedding": part, **still(steps)}
+                        )
                     )
                 writer.commit()
         pending.seal()

@@ -41,6 +41,7 @@ class Peer:
         self.folder, self.rows, self.steps = folder, rows, steps
         self.shape, self.width = rows.shape[1:], int(np.prod(rows.shape[1:]))
         folder.mkdir(parents=True)
+        self.prepare()
         started = time.perf_counter()
         self.write()
         self.write_seconds = time.perf_counter() - started
@@ -50,6 +51,9 @@ class Peer:
     def installed(cls) -> bool:
         """Whether it can be measured here."""
         return find_spec(cls.module) is not None
+
+    def prepare(self) -> None:
+        """What comes before writing and is not timed."""
 
     def write(self) -> None:
         """Write the rows."""
@@ -72,6 +76,20 @@ class Peer:
         found = self.windows(starts, length)
         return time.perf_counter() - started, found
 
+    def timed_scan(self) -> float:
+        """The seconds it takes to read everything in order into one buffer."""
+        buffer = np.empty((SCANNED, *self.shape), np.float16)
+        started, done = time.perf_counter(), 0
+        for rows in self.scan():
+            buffer[: len(rows)] = rows
+            done += len(rows)
+        seconds = time.perf_counter() - started
+        assert done == len(self.rows), self.name
+        return seconds
+
+    def close(self) -> None:
+        """Let go of what is no file."""
+
     def bytes(self) -> int:
         """What it takes on disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -93,7 +111,10 @@ class Ram(Peer):
 
 
 class Own(Peer):
-    """A store of ours: fsynced, hashed, with moments and commit records."""
+    """A store of ours: fsynced, hashed, with moments and commit records.
+
+    Its reader in order maps: what it gives is copied once, into the caller's buffer, as for the other maps.
+    """
 
     name, shard_format = "pvrpipe, Parquet", "parquet"
 
@@ -108,8 +129,8 @@ class Own(Peer):
 
     def scan(self) -> Iterator[Embeddings]:
         for index in range(len(self.store.manifest.shards)):
-            for rows in self.store.shard(index).batches(["embedding"], SCANNED):
-                yield rows["embedding"]
+            for group in self.store.shard(index).mapped("embedding") or ():
+                yield from (group[first : first + SCANNED] for first in range(0, len(group), SCANNED))
 
 
 class OwnTar(Own):
@@ -253,7 +274,9 @@ class LitData(Peer):
         self.data = StreamingDataset(str(self.folder))
 
     def windows(self, starts: Starts, length: int) -> Embeddings:
-        rows = [self.data[row]["embedding"] for start in starts.tolist() for row in range(start, start + length)]
+        rows = [
+            self.data[row]["embedding"] for start in starts.tolist() for row in range(start, start + length)
+        ]
         return np.stack(rows).reshape(len(starts), length, *self.shape)
 
     def scan(self) -> Iterator[Embeddings]:
@@ -295,10 +318,12 @@ class LeRobot(Peer):
     def installed(cls) -> bool:
         return LEROBOT.exists()
 
-    def write(self) -> None:
-        store = write_store(self.folder / "store", self.rows, self.steps)
+    def prepare(self) -> None:
+        self.store = write_store(self.folder / "store", self.rows, self.steps)
         self.folder = self.folder / "lerobot"
-        convert(store.path, self.folder, "lerobot")
+
+    def write(self) -> None:
+        convert(self.store.path, self.folder, "lerobot")
 
     def open(self) -> None:
         command = [LEROBOT, Path(__file__).with_name("lerobot_peer.py"), self.folder]
@@ -319,9 +344,11 @@ class LeRobot(Peer):
         seconds = self.ask(frames=frames.tolist(), length=length)
         return seconds, np.load(self.folder / "answer.npy").reshape(len(starts), length, *self.shape)
 
-    def scan(self) -> Iterator[Embeddings]:
-        self.ask(frames=None, length=SCANNED)
-        yield from ()
+    def timed_scan(self) -> float:
+        return self.ask(frames=None, length=SCANNED)
+
+    def close(self) -> None:
+        self.process.communicate()  # it ends with its stdin
 
 
 PEERS: tuple[type[Peer], ...] = (

@@ -24,7 +24,7 @@ from pvrpipe.store.windows import WindowSampler
 
 #: batch, length, shape of a row, transitions in an episode
 SETTINGS = ((64, 16, (768,), 500), (16, 64, (768,), 500), (16, 16, (196, 384), 100))
-SHARE = 10.0  # seconds for one peer in one setting
+SHARE = 5.0  # seconds for one peer in one setting
 AT_LEAST = 3
 
 

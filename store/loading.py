@@ -16,6 +16,8 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
 
+READ_AHEAD = 3  # batches, so that a thread that is not scheduled for a while is not waited for
+READ_AHEAD_BYTES = 256 << 20  # of them; one batch is always read ahead
 DEVICE_SHARE = 0.5  # of the device's free memory, which a store may take
 Tensors = dict[str, Tensor]
 
@@ -63,7 +65,7 @@ class WindowLoader:
     """Batch k of a sampler as tensors on a device; a pure function of the sampler and k.
 
     A store that fits into half of a GPU's free memory is kept there, and windows are gathered on it.
-    Otherwise a thread cuts batch k + 1 out of the store, into pinned memory, while batch k is used.
+    Otherwise a thread cuts the next batches out of the store, into pinned memory, while batch k is used.
 
     Args:
         sampler: which windows.
@@ -95,6 +97,7 @@ class WindowLoader:
         self.backing = f"resident on {device}" if keep else f"{sampler.backing}, read ahead"
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[int, Future[Tensors]] = {}
+        self._depth = max(1, min(READ_AHEAD, READ_AHEAD_BYTES // batch_bytes(sampler)))
 
     def __call__(self, k: int) -> Tensors:
         """Batch k: column → (B, T, *shape) on the device."""
@@ -102,11 +105,18 @@ class WindowLoader:
         if self._resident is not None:
             batch = self._gather(k)
         else:
-            coming = self._ahead.get(k) or self._reader.submit(self._read, k)
-            batch = coming.result()
-            self._ahead = {k + 1: self._reader.submit(self._read, k + 1)}
+            self._order(range(k, k + 1 + self._depth))
+            batch = self._ahead.pop(k).result()
         self.waited += time.perf_counter() - began
         return batch
+
+    def _order(self, wanted: range) -> None:
+        """Have these batches read, and no others."""
+        for k in self._ahead.keys() - set(wanted):
+            self._ahead.pop(k).cancel()
+        for k in wanted:
+            if k not in self._ahead:
+                self._ahead[k] = self._reader.submit(self._read, k)
 
     def _gather(self, k: int) -> Tensors:
         assert self._resident is not None
@@ -139,6 +149,13 @@ def columns_on(device: torch.device, store: Store, columns: tuple[str, ...]) -> 
             out[name][done : done + entry.rows] = torch.from_numpy(rows).to(device)
             done += entry.rows
     return out
+
+
+def batch_bytes(sampler: WindowSampler) -> int:
+    """Bytes of this rank's part of a batch; at least 1."""
+    columns = (sampler.store.column(name) for name in sampler.plan.columns)
+    rows = sampler.plan.batch // sampler.ranks * sampler.plan.length
+    return max(1, rows * sum(column.width for column in columns))
 
 
 def resident_bytes(sampler: WindowSampler) -> int:

@@ -69,7 +69,11 @@ def zstd_page(
     if index is None:
         return None
     chunk = metadata.row_group(group).column(index)
-    page, stored, payload = chunk.data_page_offset, chunk.total_compressed_size, chunk.num_values * column.width
+    page, stored, payload = (
+        chunk.data_page_offset,
+        chunk.total_compressed_size,
+        chunk.num_values * column.width,
+    )
     fits = page >= 0 and stored > 0 and page + stored <= len(data)
     if not fits or chunk.compression != "ZSTD" or chunk.has_dictionary_page:
         return None
