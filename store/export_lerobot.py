@@ -6,8 +6,8 @@
     meta/episodes/chunk-000/file-000.parquet
     data/chunk-000/file-000.parquet
 
-The documented layout is written here with pyarrow and checked in the tests against that layout; it was not
-opened by the ``lerobot`` package, whose requirements (torch below 2.11, OpenCV, Rerun) do not fit beside ours.
+Written with pyarrow, since the requirements of the ``lerobot`` package (torch below 2.11) do not fit beside ours;
+``tests/test_store_lerobot.py`` reads it with lerobot 0.4.4 in a venv of its own.
 LeRobot knows no row after the last action: row t is the observation, the action taken from it, ``next.reward`` and
 ``next.done``, and the last observation of an episode is left out. Statistics of images are of a few frames.
 """

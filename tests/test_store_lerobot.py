@@ -86,11 +86,13 @@ def test_lerobot_reads_rollouts(tmp_path: Path, write_rollouts: WriteStore, lero
         assert found["padded"][first : first + len(rows)].sum() == 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_lerobot_reads_embeddings(tmp_path: Path, lerobot: Path, dtype: str) -> None:
-    store = Store.open(write_embeddings(tmp_path / "a", dtype=dtype))
+@pytest.mark.parametrize(("dtype", "actions"), [("float32", 2), ("float16", 1)])
+def test_lerobot_reads_embeddings(tmp_path: Path, lerobot: Path, dtype: str, actions: int) -> None:
+    store = Store.open(write_embeddings(tmp_path / "a", dtype=dtype, actions=actions))
     convert(store.path, tmp_path / "l", "lerobot")
     found = read_there(lerobot, tmp_path / "l", "observation.embedding", "action")
     np.testing.assert_array_equal(
         found["observation.embedding"], rows_of(store, "embedding", slice(None, -1)).astype(np.float32)
     )
+    action = rows_of(store, "action", slice(None, -1))
+    np.testing.assert_array_equal(found["action"].reshape(action.shape), action)
