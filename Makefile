@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GL_PACKAGES := libegl1 libgl1 libopengl0 libgl1-mesa-dri
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || { sudo -n true 2>/dev/null && echo sudo -n || echo no; })
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -57,7 +57,13 @@ lint: setup  ## ruff, and mypy on the package as it installs
 	@cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p pvrpipe
 
 bench: setup  ## the speeds that the design promises, side by side
-	@for script in collect embed windows storage train; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@for script in collect embed windows storage reader train; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+# LeRobot's requirements (an older torch) do not fit beside ours: it has a venv of its own and is spoken to through a pipe.
+bench-peers: setup  ## other formats for windows and storage to be compared with (8 GB more with LeRobot)
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r benchmarks/peers.txt
+	@[ -x .venv-lerobot/bin/python ] || $(BIN)/uv venv -q --python $(BIN)/python .venv-lerobot
+	@$(BIN)/uv pip install -q --python .venv-lerobot/bin/python -r benchmarks/lerobot.txt
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build demo data .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-lerobot build demo data .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -6,8 +6,8 @@
     meta/episodes/chunk-000/file-000.parquet
     data/chunk-000/file-000.parquet
 
-The documented layout is written here with pyarrow and checked in the tests against that layout; it was not
-opened by the ``lerobot`` package, whose requirements (torch below 2.11, OpenCV, Rerun) do not fit beside ours.
+Written with pyarrow, since the requirements of the ``lerobot`` package (torch below 2.11) do not fit beside ours;
+``tests/test_store_lerobot.py`` reads it with lerobot 0.4.4 in a venv of its own.
 LeRobot knows no row after the last action: row t is the observation, the action taken from it, ``next.reward`` and
 ``next.done``, and the last observation of an episode is left out. Statistics of images are of a few frames.
 """
@@ -108,10 +108,15 @@ def _sampled(frames: Rows) -> Rows:
 
 def _features(selection: Selection) -> dict[str, Column]:
     """Feature → what its values are."""
-    kept = [c for c in selection.columns if c.name not in LEFT_OUT]
+    kept = [_as_declared(c) for c in selection.columns if c.name not in LEFT_OUT]
     features = {NAMES.get(c.name, f"observation.{c.name}"): c for c in kept}
     features |= {"next.reward": column("reward", "float32", ()), "next.done": column("done", "bool", ())}
     return features | {"timestamp": column("timestamp", "float32", ())}
+
+
+def _as_declared(c: Column) -> Column:
+    """LeRobot reads what is declared with shape (1,) as a number, not as a list of one."""
+    return c.model_copy(update={"shape": ()}) if c.shape == (1,) else c
 
 
 def _episode(selection: Selection, number: int, first: int) -> dict[str, Rows]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +18,8 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
 
+READ_AHEAD = 3  # batches, so that a thread that is not scheduled for a while is not waited for
+READ_AHEAD_BYTES = 256 << 20  # of them; one batch is always read ahead
 DEVICE_SHARE = 0.5  # of the device's free memory, which a store may take
 Tensors = dict[str, Tensor]
 
@@ -63,7 +67,7 @@ class WindowLoader:
     """Batch k of a sampler as tensors on a device; a pure function of the sampler and k.
 
     A store that fits into half of a GPU's free memory is kept there, and windows are gathered on it.
-    Otherwise a thread cuts batch k + 1 out of the store, into pinned memory, while batch k is used.
+    Otherwise a thread cuts the next batches out of the store, into pinned memory, while batch k is used.
 
     Args:
         sampler: which windows.
@@ -93,18 +97,13 @@ class WindowLoader:
         keep = fits and device.type == "cuda" if resident == "auto" else resident
         self._resident = columns_on(device, sampler.store, sampler.plan.columns) if keep else None
         self.backing = f"resident on {device}" if keep else f"{sampler.backing}, read ahead"
-        self._reader = ThreadPoolExecutor(1, "read-ahead")
-        self._ahead: dict[int, Future[Tensors]] = {}
+        depth = max(1, min(READ_AHEAD, READ_AHEAD_BYTES // batch_bytes(sampler)))
+        self._ahead = None if keep else ReadAhead(self._reading(), depth)
 
     def __call__(self, k: int) -> Tensors:
         """Batch k: column → (B, T, *shape) on the device."""
         began = time.perf_counter()
-        if self._resident is not None:
-            batch = self._gather(k)
-        else:
-            coming = self._ahead.get(k) or self._reader.submit(self._read, k)
-            batch = coming.result()
-            self._ahead = {k + 1: self._reader.submit(self._read, k + 1)}
+        batch = self._gather(k) if self._ahead is None else self._ahead(k)
         self.waited += time.perf_counter() - began
         return batch
 
@@ -113,11 +112,62 @@ class WindowLoader:
         rows = torch.from_numpy(self.sampler.pieces(self.sampler.numbers(k)).rows).to(self.device)
         return self._prepare({name: column[rows] for name, column in self._resident.items()})
 
-    def _read(self, k: int) -> Tensors:
-        batch = as_tensors(self.sampler.batch(k))
-        if self.device.type == "cuda":
-            batch = {n: t.pin_memory().to(self.device, non_blocking=True) for n, t in batch.items()}
-        return self._prepare(batch)
+    def _reading(self) -> Callable[[int], Tensors]:
+        """How batch k is read, by a function that does not keep this loader alive."""
+        sampler, device, prepare = self.sampler, self.device, self._prepare
+
+        def read(k: int) -> Tensors:
+            batch = as_tensors(sampler.batch(k))
+            if device.type == "cuda":
+                batch = {n: t.pin_memory().to(device, non_blocking=True) for n, t in batch.items()}
+            return prepare(batch)
+
+        return read
+
+
+class ReadAhead:
+    """Batches by number from a thread that is some batches ahead; it ends when this object goes.
+
+    Two C queues and no futures: what a caller pays for a batch that is there is a few microseconds.
+
+    Args:
+        read: gives batch k; only ever called in the thread. What it raises is raised to who asks for that batch.
+        depth: how many batches behind the one that is asked for are read.
+    """
+
+    def __init__(self, read: Callable[[int], Tensors], depth: int) -> None:
+        self._depth, self._next, self._asked = depth, 0, 0  # the thread has _next … _asked - 1 to give
+        self._wanted: SimpleQueue[int | None] = SimpleQueue()
+        self._ready: SimpleQueue[Tensors | BaseException] = SimpleQueue()
+        Thread(target=_serve, args=(read, self._wanted, self._ready), name="read-ahead", daemon=True).start()
+        weakref.finalize(self, self._wanted.put, None)
+
+    def __call__(self, k: int) -> Tensors:
+        """Batch k, and have those behind it read."""
+        if k != self._next:
+            for _ in range(self._next, self._asked):  # what was read ahead is not wanted any more
+                self._ready.get()
+            self._next = self._asked = k
+        while self._asked <= k + self._depth:
+            self._wanted.put(self._asked)
+            self._asked += 1
+        self._next = k + 1
+        batch = self._ready.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
+
+
+def _serve(
+    read: Callable[[int], Tensors],
+    wanted: SimpleQueue[int | None],
+    ready: SimpleQueue[Tensors | BaseException],
+) -> None:
+    for k in iter(wanted.get, None):
+        try:
+            ready.put(read(k))
+        except BaseException as error:
+            ready.put(error)
 
 
 def as_tensors(batch: dict[str, Any]) -> Tensors:
@@ -139,6 +189,13 @@ def columns_on(device: torch.device, store: Store, columns: tuple[str, ...]) -> 
             out[name][done : done + entry.rows] = torch.from_numpy(rows).to(device)
             done += entry.rows
     return out
+
+
+def batch_bytes(sampler: WindowSampler) -> int:
+    """Bytes of this rank's part of a batch; at least 1."""
+    columns = (sampler.store.column(name) for name in sampler.plan.columns)
+    rows = sampler.plan.batch // sampler.ranks * sampler.plan.length
+    return max(1, rows * sum(column.width for column in columns))
 
 
 def resident_bytes(sampler: WindowSampler) -> int:

@@ -43,10 +43,8 @@ def proven_spans(
     data: NDArray[np.uint8], metadata: pq.FileMetaData, column: Column
 ) -> tuple[Span, ...] | None:
     """The spans of a column, or None if any row group is not one plain page."""
-    index = next(
-        (i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column.name), None
-    )
-    if index is None or not _physically_plain(metadata.schema.column(index), column):
+    index = _index_of(metadata, column)
+    if index is None:
         return None
     spans = []
     for group in range(metadata.num_row_groups):
@@ -57,10 +55,33 @@ def proven_spans(
         fits = 0 < header <= HEADER_LIMIT and page >= 0 and page + header + payload <= len(data)
         if not fits or chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
             return None
-        if not _is_one_plain_page(data[page : page + header].tobytes(), chunk.num_values, payload):
+        if not _is_one_plain_page(data[page : page + header].tobytes(), chunk.num_values, payload, payload):
             return None
         spans.append(Span(page + header, chunk.num_values))
     return tuple(spans)
+
+
+def zstd_page(
+    data: NDArray[np.uint8], metadata: pq.FileMetaData, column: Column, group: int
+) -> NDArray[np.uint8] | None:
+    """The compressed bytes of a row group's values, or None if they are not one plain zstd page."""
+    index = _index_of(metadata, column)
+    if index is None:
+        return None
+    chunk = metadata.row_group(group).column(index)
+    page, stored, payload = (
+        chunk.data_page_offset,
+        chunk.total_compressed_size,
+        chunk.num_values * column.width,
+    )
+    fits = page >= 0 and stored > 0 and page + stored <= len(data)
+    if not fits or chunk.compression != "ZSTD" or chunk.has_dictionary_page:
+        return None
+    header = _header_length(data[page : page + min(stored, HEADER_LIMIT)].tobytes())
+    head = data[page : page + header].tobytes()
+    if not _is_one_plain_page(head, chunk.num_values, payload, stored - header):
+        return None
+    return data[page + header : page + stored]
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
@@ -91,7 +112,24 @@ def _physically_plain(schema: pq.ColumnSchema, column: Column) -> bool:
     return bool(schema.physical_type == "FIXED_LEN_BYTE_ARRAY" and schema.length == column.width)
 
 
-def _is_one_plain_page(header: bytes, rows: int, payload: int) -> bool:
+def _index_of(metadata: pq.FileMetaData, column: Column) -> int | None:
+    """Which of the file's columns it is, if that one has the declared type."""
+    for index in range(metadata.num_columns):
+        schema = metadata.schema.column(index)
+        if schema.path == column.name:
+            return index if _physically_plain(schema, column) else None
+    return None
+
+
+def _header_length(head: bytes) -> int:
+    """Bytes of the Parquet ``PageHeader`` that these begin with; 0 if they begin with none."""
+    try:
+        return _struct(head, 0)[1]
+    except (IndexError, ValueError):
+        return 0
+
+
+def _is_one_plain_page(header: bytes, rows: int, payload: int, stored: int) -> bool:
     """Parse a Parquet ``PageHeader`` and see that it announces exactly the payload and ends with it."""
     try:
         fields, end = _struct(header, 0)
@@ -102,7 +140,7 @@ def _is_one_plain_page(header: bytes, rows: int, payload: int) -> bool:
         end == len(header)
         and fields.get(1) == _DATA_PAGE
         and fields.get(2) == payload
-        and fields.get(3) == payload
+        and fields.get(3) == stored
         and isinstance(page, dict)
         and page.get(1) == rows
         and page.get(2) == _PLAIN

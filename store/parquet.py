@@ -11,20 +11,21 @@ import pyarrow.parquet as pq
 
 from pvrpipe.schemas.manifest import Column, Manifest
 from pvrpipe.store.columns import arrow_schema, decode, encode
-from pvrpipe.store.mapping import Span, proven_spans
-from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.mapping import Span, proven_spans, zstd_page
+from pvrpipe.store.shards import Decoded, Rows, Shard
 
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
-PACKED_GROUP_BYTES = 16 << 20  # what a reader must decompress to see one frame
-DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 16 MiB
+PACKED_GROUP_BYTES = 4 << 20  # what a reader must decompress to see one frame
+DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 4 MiB
+ZSTD = pa.Codec("zstd")
 PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
 
 
 class ParquetShard(Shard):
     """A Parquet file, mapped where its footer and page headers prove the layout, else read as anyone would."""
 
-    def __init__(self, folder: Path, manifest: Manifest, index: int) -> None:
-        super().__init__(folder, manifest, index)
+    def __init__(self, folder: Path, manifest: Manifest, index: int, decoded: Decoded | None = None) -> None:
+        super().__init__(folder, manifest, index, decoded)
         try:
             self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self.data)))
         except (OSError, pa.ArrowException) as error:
@@ -52,12 +53,17 @@ class ParquetShard(Shard):
         return proven_spans(self.data, self._parquet.metadata, column)
 
     def _read_group(self, name: str, group: int) -> Rows:
-        """Ordinary Parquet: decompress and decode one row group of one column."""
-        if self.column(name).width * self.groups[group] > DECODED_LIMIT:
+        """Decompress the page of one row group of one column; ordinary Parquet where it is not one page."""
+        column = self.column(name)
+        if column.width * self.groups[group] > DECODED_LIMIT:
             raise self.corrupt(f"column '{name}' has a row group of more than {DECODED_LIMIT >> 20} MiB")
+        page = zstd_page(self.data, self._parquet.metadata, column, group)
         try:
+            if page is not None:
+                values = ZSTD.decompress(pa.py_buffer(page), column.width * self.groups[group])
+                return np.frombuffer(values, column.dtype).reshape(self.groups[group], *column.shape)
             table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
-            rows = decode(self.column(name), table.column(name))
+            rows = decode(column, table.column(name))
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise self.corrupt(f"column '{name}' cannot be read ({error})") from None
         if len(rows) != self.groups[group]:

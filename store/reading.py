@@ -18,7 +18,7 @@ from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.parquet import ParquetShard
 from pvrpipe.store.places import Place, Url, place_of
 from pvrpipe.store.remote import Mirror
-from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.shards import Decoded, Rows, Shard
 from pvrpipe.store.webdataset import WebDatasetShard
 
 SHARDS_OPEN = 256  # mapped at once; a map costs a file descriptor
@@ -31,6 +31,7 @@ class Store:
         self, path: Place, manifest: Manifest, episodes: pl.DataFrame, mirror: Mirror | None = None
     ) -> None:
         self.path, self.manifest, self.episodes, self._mirror = path, manifest, episodes, mirror
+        self._decoded = Decoded()
         self.shard = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
 
     @classmethod
@@ -106,7 +107,7 @@ class Store:
         """One shard; kept open while it is among those used last."""
         kind = ParquetShard if self.manifest.shard_format == "parquet" else WebDatasetShard
         with self.file(self.manifest.shards[index].file) as file:  # it may go from its cache, its map stays
-            return kind(file.parent.parent, self.manifest, index)
+            return kind(file.parent.parent, self.manifest, index, self._decoded)
 
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""

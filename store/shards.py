@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +15,40 @@ from pvrpipe.schemas.manifest import Column, Manifest
 from pvrpipe.store.mapping import Span, map_file
 
 Rows = NDArray[np.generic]
+Group = tuple[int, str, int]  # shard, column, group
+DECODED_BYTES = 64 << 20  # of decoded groups that are kept for whoever reads on where he was
+
+
+class Decoded:
+    """The groups that were decoded last, of all shards of a store: memory does not grow with the store."""
+
+    def __init__(self, limit: int = DECODED_BYTES) -> None:
+        self._limit, self._held, self._lock = limit, 0, threading.Lock()
+        self._groups: dict[Group, Rows] = {}
+
+    def get(self, group: Group) -> Rows | None:
+        """A group, if it is still there."""
+        with self._lock:
+            rows = self._groups.pop(group, None)
+            if rows is not None:
+                self._groups[group] = rows  # last in order, so dropped last
+            return rows
+
+    def keep(self, group: Group, rows: Rows) -> None:
+        """Keep a group in place of those used longest ago; one that is larger than the limit is not kept."""
+        with self._lock:
+            if group in self._groups or rows.nbytes > self._limit:
+                return
+            self._groups[group] = rows
+            self._held += rows.nbytes
+            while self._held > self._limit:
+                self._held -= self._groups.pop(next(iter(self._groups))).nbytes
 
 
 class Shard(ABC):
     """One file of a store. Its rows lie in groups: Parquet's row groups, or a tar's episodes."""
 
-    def __init__(self, folder: Path, manifest: Manifest, index: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, index: int, decoded: Decoded | None = None) -> None:
         entry = manifest.shards[index]
         self.path, self.manifest, self.groups = folder / entry.file, manifest, entry.row_groups
         if not self.path.is_file() or self.path.stat().st_size != entry.bytes:
@@ -31,7 +59,7 @@ class Shard(ABC):
             raise self.corrupt(f"cannot be read ({error})") from None
         self.first = np.cumsum((0, *self.groups))  # first row of each group, and the end
         self._mapped: dict[str, tuple[Rows, ...] | None] = {}
-        self._read = functools.lru_cache(maxsize=2)(self._read_group)
+        self._number, self._decoded = index, decoded or Decoded()
 
     @abstractmethod
     def check_layout(self) -> Iterator[tuple[str, str]]:
@@ -56,7 +84,13 @@ class Shard(ABC):
     def group(self, name: str, group: int) -> Rows:
         """A column's rows of one group, mapped where that is proven, else decoded."""
         mapped = self.mapped(name)
-        return mapped[group] if mapped is not None else self._read(name, group)
+        if mapped is not None:
+            return mapped[group]
+        rows = self._decoded.get((self._number, name, group))
+        if rows is None:
+            rows = self._read_group(name, group)
+            self._decoded.keep((self._number, name, group), rows)
+        return rows
 
     def rows(self, name: str, start: int, count: int) -> Rows:
         """``count`` rows from ``start``, as an array of its own."""

@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 
 from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
 from pvrpipe.store.mapping import Span
-from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.shards import Decoded, Rows, Shard
 
 PLACE = {"shard", "row_start"}  # where an episode lies is not part of what is known of it
 NPY_HEADER_LIMIT = 4096  # bytes; ours have 128
@@ -35,8 +35,8 @@ RECORD_LIMIT = 1 << 20
 class WebDatasetShard(Shard):
     """A tar of episodes; its groups are the episodes."""
 
-    def __init__(self, folder: Path, manifest: Manifest, index: int) -> None:
-        super().__init__(folder, manifest, index)
+    def __init__(self, folder: Path, manifest: Manifest, index: int, decoded: Decoded | None = None) -> None:
+        super().__init__(folder, manifest, index, decoded)
         plan = manifest.plan[index]
         self._episodes = range(plan.first_episode, plan.first_episode + plan.episodes)
         if len(self._episodes) != len(self.groups):

@@ -67,12 +67,14 @@ def write_embeddings(
     shard_format: Any = "parquet",
     licence: str = "MIT",
     scale: float = 1.0,
+    actions: int = 2,
     **encoder: Any,
 ) -> Path:
     """Write an embedding store with three golden frames; returns its folder."""
     episodes = [embedded_episode(i, length, seed, dtype) for i, length in enumerate(lengths)]
     for episode in episodes:
         episode.arrays["embedding"][...] *= scale
+        episode.arrays["action"] = episode.arrays["action"][:, :actions]
     columns = with_bounds(column(n, str(a.dtype), a.shape[1:]) for n, a in episodes[0].arrays.items())
     made = embedding_specification(len(lengths), seed, dtype, licence, **encoder)
     manifest = new_manifest(made, columns, plan_shards(len(lengths), 42), shard_format)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store import loading
-from pvrpipe.store.loading import EveryWindow, WindowBatches, WindowLoader
+from pvrpipe.store.loading import EveryWindow, ReadAhead, WindowBatches, WindowLoader
 from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
 
@@ -83,3 +85,26 @@ def test_a_gpu_holds_the_store(write_rollouts: WriteStore) -> None:
         load = WindowLoader(sampler, torch.device("cuda"), resident=resident)
         for k in (0, 3):
             assert_equal({name: t.cpu() for name, t in load(k).items()}, sampler.batch(k))
+
+
+def test_reading_ahead_goes_anywhere_raises_where_asked_and_ends_its_thread() -> None:
+    read = []
+
+    def batch(k: int) -> dict[str, torch.Tensor]:
+        read.append(k)
+        if k == 5:
+            raise ValueError("batch 5 cannot be read")
+        return {"k": torch.tensor(k)}
+
+    others = set(threading.enumerate())
+    ahead = ReadAhead(batch, depth=3)
+    (thread,) = set(threading.enumerate()) - others
+    assert [int(ahead(k)["k"]) for k in (0, 1, 2, 4)] == [0, 1, 2, 4]
+    with pytest.raises(ValueError, match="batch 5"):
+        ahead(5)
+    assert [int(ahead(k)["k"]) for k in (6, 7, 1)] == [6, 7, 1]
+    assert max(read) <= 10
+    del ahead
+    gc.collect()
+    thread.join(timeout=60)
+    assert not thread.is_alive()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -212,6 +213,19 @@ def test_lerobot_has_the_documented_layout(tmp_path: Path, write_rollouts: Write
     np.testing.assert_allclose(stats["observation.state"]["max"], state.max(axis=0))
     assert np.shape(stats["observation.image"]["mean"]) == (3, 1, 1)
     assert set(stats) == set(info["features"]) - {"frame_index", "episode_index", "index", "task_index"}
+
+
+def test_lerobot_has_numbers_where_an_array_has_one_element(tmp_path: Path) -> None:
+    """LeRobot reads shape (1,) as a number and refuses lists of one; pendulum has a single action."""
+    store = write_embeddings(tmp_path / "a", (9, 7), actions=1)
+    convert(store, tmp_path / "l", "lerobot")
+    info = json.loads((tmp_path / "l" / "meta" / "info.json").read_text())
+    assert info["features"]["action"]["shape"] == [1]
+    (path,) = (tmp_path / "l" / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    assert table.schema.field("action").type == pa.float32()
+    expected = [Store.open(store).read_episode(e)["action"][:-1, 0] for e in range(2)]
+    np.testing.assert_array_equal(np.asarray(table["action"]), np.concatenate(expected))
 
 
 @pytest.mark.parametrize("layout", sorted(WRITERS))
