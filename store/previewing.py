@@ -115,7 +115,8 @@ class _Strip:
         self._stores, self._row = stores, stores[0].episodes.row(episode, named=True)
         self.rows = int(self._row["rows"])
         self._played = stores[0].read_episode(episode, ["reward", "action"])
-        self.width = max(TILE * len(stores) + GAP * (len(stores) - 1), TILE + TILE // 2)
+        self.framed = TILE * len(stores) + GAP * (len(stores) - 1)  # pixels across
+        self.width = max(self.framed, TILE + TILE // 2)  # with room for a title
         self._narrow = self.curves(self.width)
         looks = (store.episodes.row(episode, named=True)["variation"] for store in stores)
         self._looks = " | ".join(looks)
@@ -197,7 +198,7 @@ def _chart(picture: Image.Image, top: int, label: str, lines: Sequence[Rows], va
 
 def _sheet(store: Store, strips: Sequence[_Strip]) -> Image.Image:
     """Frames of each episode, evenly spaced, above its curves."""
-    wide = strips[0].width
+    wide = strips[0].framed
     across = FRAMES_SHOWN if wide < 2 * TILE else FRAMES_SHOWN // 2
     block = HEAD + TILE + GAP + CURVES + 3 * GAP
     width = 2 * GAP + across * (wide + GAP)
