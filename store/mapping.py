@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.manifest import Column
+from pvrpipe.store.pages import is_one_plain_page
 
 HEADER_LIMIT = 256  # bytes; a page header with a checksum has about 30
 PHYSICAL = {"float32": "FLOAT", "float64": "DOUBLE", "int32": "INT32"}
-_DATA_PAGE, _PLAIN = 0, 0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64)
@@ -57,7 +57,7 @@ def proven_spans(
         fits = 0 < header <= HEADER_LIMIT and page >= 0 and page + header + payload <= len(data)
         if not fits or chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
             return None
-        if not _is_one_plain_page(data[page : page + header].tobytes(), chunk.num_values, payload):
+        if not is_one_plain_page(data[page : page + header].tobytes(), chunk.num_values, payload):
             return None
         spans.append(Span(page + header, chunk.num_values))
     return tuple(spans)
@@ -89,62 +89,3 @@ def _physically_plain(schema: pq.ColumnSchema, column: Column) -> bool:
     if column.shape == ():
         return bool(schema.physical_type == PHYSICAL.get(column.dtype))
     return bool(schema.physical_type == "FIXED_LEN_BYTE_ARRAY" and schema.length == column.width)
-
-
-def _is_one_plain_page(header: bytes, rows: int, payload: int) -> bool:
-    """Parse a Parquet ``PageHeader`` and see that it announces exactly the payload and ends with it."""
-    try:
-        fields, end = _struct(header, 0)
-    except (IndexError, ValueError):
-        return False
-    page = fields.get(5)
-    return (
-        end == len(header)
-        and fields.get(1) == _DATA_PAGE
-        and fields.get(2) == payload
-        and fields.get(3) == payload
-        and isinstance(page, dict)
-        and page.get(1) == rows
-        and page.get(2) == _PLAIN
-    )
-
-
-def _struct(data: bytes, at: int) -> tuple[dict[int, object], int]:
-    """A struct of Thrift's compact protocol, as far as page headers use it: field number → value."""
-    fields: dict[int, object] = {}
-    number = 0
-    while data[at]:
-        delta, kind = data[at] >> 4, data[at] & 15
-        at += 1
-        if delta:
-            number += delta
-        else:
-            number, at = _zigzag(data, at)
-        if kind in (1, 2):  # a boolean is its own type
-            fields[number] = kind == 1
-        elif kind in (3, 4, 5, 6):
-            fields[number], at = _zigzag(data, at)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            at += length
-        elif kind == 12:
-            fields[number], at = _struct(data, at)
-        else:
-            raise ValueError(f"type {kind} does not occur in a page header")
-    return fields, at + 1
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while shift < 64:
-        value |= (data[at] & 127) << shift
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-        shift += 7
-    raise ValueError("a number without an end")
-
-
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at

@@ -9,14 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pvrpipe.schemas.errors import one_line
 from pvrpipe.schemas.manifest import Column, Manifest
-from pvrpipe.store.columns import arrow_schema, decode, encode
+from pvrpipe.store.columns import arrow_field, arrow_schema, decode, encode
 from pvrpipe.store.mapping import Span, proven_spans
+from pvrpipe.store.pages import decoded_bytes
 from pvrpipe.store.shards import Rows, Shard
 
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
 PACKED_GROUP_BYTES = 16 << 20  # what a reader must decompress to see one frame
 DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 16 MiB
+SLACK = 1 << 20  # bytes that pages may hold beyond the values that they should
 PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
 
 
@@ -27,8 +30,8 @@ class ParquetShard(Shard):
         super().__init__(folder, manifest, index)
         try:
             self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self.data)))
-        except (OSError, pa.ArrowException) as error:
-            raise self.corrupt(f"cannot be read ({error})") from None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise self.corrupt(f"cannot be read ({one_line(error)[:200]})") from None
         footer = self._parquet.metadata
         if tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) != self.groups:
             raise self.corrupt("has other row groups than the manifest says")
@@ -53,16 +56,34 @@ class ParquetShard(Shard):
 
     def _read_group(self, name: str, group: int) -> Rows:
         """Ordinary Parquet: decompress and decode one row group of one column."""
-        if self.column(name).width * self.groups[group] > DECODED_LIMIT:
+        column, count = self.column(name), self.groups[group]
+        if column.width * count > DECODED_LIMIT:
             raise self.corrupt(f"column '{name}' has a row group of more than {DECODED_LIMIT >> 20} MiB")
         try:
+            self._refuse_bomb(column, group)
             table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
             rows = decode(self.column(name), table.column(name))
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise self.corrupt(f"column '{name}' cannot be read ({error})") from None
-        if len(rows) != self.groups[group]:
-            raise self.corrupt(f"column '{name}' has {len(rows)} rows in a group of {self.groups[group]}")
+            raise self.corrupt(f"column '{name}' cannot be read ({one_line(error)[:200]})") from None
+        if len(rows) != count:
+            raise self.corrupt(f"column '{name}' has {len(rows)} rows in a group of {count}")
         return rows
+
+    def _refuse_bomb(self, column: Column, group: int) -> None:
+        """Before anything is decompressed: the type is the column's, and the pages hold about its rows.
+
+        Raises:
+            ValueError, KeyError: they do not.
+        """
+        found, expected = self._parquet.schema_arrow.field(column.name).type, arrow_field(column).type
+        if found != expected:
+            raise ValueError(f"it holds {found}, not {expected}")
+        chunks = self._parquet.metadata.row_group(group)
+        index = next(i for i in range(chunks.num_columns) if chunks.column(i).path_in_schema == column.name)
+        size = decoded_bytes(self.data, chunks.column(index))
+        # values, a dictionary of them, and indices; Parquet stores a uint8 in four bytes
+        if size > (2 * column.width + 8) * self.groups[group] + SLACK:
+            raise ValueError(f"its pages claim {size} bytes for {self.groups[group]} rows")
 
 
 class ParquetShardWriter:
