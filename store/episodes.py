@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pvrpipe.schemas.errors import CorruptStoreError, one_line
+from pvrpipe.schemas.errors import CorruptStoreError, StoreError, one_line
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest
+from pvrpipe.store.files import FILES_OPEN
 from pvrpipe.store.mapping import map_file
 from pvrpipe.store.pages import decoded_bytes
 
@@ -45,9 +46,14 @@ def read_episodes(path: Path, manifest: Manifest, where: object) -> pl.DataFrame
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise _corrupt(where, f"cannot be read ({one_line(error)[:200]})") from None
     # polars' own reader panics on forged pages, and its import on names that are no text
-    table = pl.DataFrame({name: pl.from_arrow(found[name]) for name in COLUMNS})
-    table = table.with_columns(row_first=pl.col("rows").cum_sum() - pl.col("rows"))
-    if problem := _problem(table, manifest):
+    try:
+        table = pl.DataFrame({name: pl.from_arrow(found[name]) for name in COLUMNS})
+        table = table.with_columns(row_first=pl.col("rows").cum_sum() - pl.col("rows"))
+        problem = _problem(table, manifest)
+    except pl.exceptions.PanicException as error:  # it cannot even begin where no file can be opened
+        cause = FILES_OPEN if "TooManyOpenFiles" in str(error) else f"polars fails ({one_line(error)[:200]})"
+        raise StoreError(f"cannot read {where}: {cause}, then run the same command again") from error
+    if problem:
         raise _corrupt(where, problem)
     return table
 

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NewerFormatError, NotAStoreError
 from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit, ShardEntry
+from pvrpipe.store.files import read_errors
 
 MANIFEST = "store.json"
 EPISODES = "episodes.parquet"
@@ -137,7 +138,9 @@ def read_manifest_file(path: Path) -> Manifest:
     """
     if path.stat().st_size > MANIFEST_LIMIT:
         raise CorruptStoreError(f"{path} is larger than {MANIFEST_LIMIT >> 20} MiB; it is not read")
-    return parse_manifest(path.read_bytes(), path)
+    with read_errors(path):
+        text = path.read_bytes()
+    return parse_manifest(text, path)
 
 
 def parse_manifest(text: bytes, path: object) -> Manifest:
@@ -169,7 +172,8 @@ def read_commit(folder: Path, shard: int) -> ShardCommit | None:
     path = folder / commit_file(shard)
     if not path.is_file() or path.stat().st_size > MANIFEST_LIMIT:
         return None
-    return parse_commit(path.read_bytes())
+    with read_errors(path):
+        return parse_commit(path.read_bytes())
 
 
 def parse_commit(text: bytes) -> ShardCommit | None:

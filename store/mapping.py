@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.manifest import Column
+from pvrpipe.store.files import read_errors
 from pvrpipe.store.pages import is_one_plain_page
 
 HEADER_LIMIT = 256  # bytes; a page header with a checksum has about 30
@@ -69,7 +70,7 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     Python's own mmap keeps a file descriptor for each map, of which a process may have a thousand; a store
     may have ten thousand shards.
     """
-    with path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == _FAILED:

@@ -20,7 +20,9 @@ from pvrpipe.store.verifying import verify
 
 # Forked from a server that has imported everything once: a fresh interpreter takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pandas", "tests.test_store", "tests.test_store_growing", "tests.fuzz.surface"])
+PROCESSES.set_forkserver_preload(
+    ["pandas", "tests.test_store", "tests.test_store_growing", "tests.fuzz.surface"]
+)
 
 
 def run_killed(work: Callable[..., Any], *arguments: Any, stop: int = 0) -> bool:

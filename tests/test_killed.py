@@ -115,7 +115,9 @@ def test_killed_at_random_moments_on_the_way_to_a_bucket_and_back(
     folder = write_rollouts()
     push(folder, f"{bucket}/walk")
     if what == "push":
-        run_killed_at_random(functools.partial(push_once, folder), f"{bucket}/pushed", RANDOM_KILLS, ("s3fs",))
+        run_killed_at_random(
+            functools.partial(push_once, folder), f"{bucket}/pushed", RANDOM_KILLS, ("s3fs",)
+        )
     else:
         work = functools.partial(pull_once, f"{bucket}/walk")
         run_killed_at_random(work, str(tmp_path / "pulled"), RANDOM_KILLS, ("s3fs",))
@@ -135,6 +137,8 @@ def test_embed_killed_at_random_moments_ends_with_the_same_store(
     from .test_pipeline_embed import SMALL
 
     rollouts = write_rollouts(size=16)
-    pvr = pretrain_autoencoder(rollouts, tmp_path / "pvr", PretrainConfig(**{**vars(SMALL), "updates": 2})).pvr
+    pvr = pretrain_autoencoder(
+        rollouts, tmp_path / "pvr", PretrainConfig(**{**vars(SMALL), "updates": 2})
+    ).pvr
     work = functools.partial(embed_once, rollouts, str(pvr))
     run_killed_at_random(work, str(tmp_path / "embeddings"), RANDOM_KILLS, ENCODING)

@@ -131,7 +131,9 @@ def keep(folder: Path, data: bytes, error: BaseException) -> str:
     )
     if not (folder / f"{name}.txt").exists():
         (folder / f"{name}.bin").write_bytes(data)
-        (folder / f"{name}.txt").write_text("".join(traceback.format_exception(error)), errors="backslashreplace")
+        (folder / f"{name}.txt").write_text(
+            "".join(traceback.format_exception(error)), errors="backslashreplace"
+        )
     return f"finding {name}"
 
 
