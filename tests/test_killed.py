@@ -18,7 +18,7 @@ from .test_store import same_bytes
 
 RANDOM_KILLS = 50
 #: What takes seconds to import, and is no part of what is to be interrupted.
-RENDERING = ("pvrpipe.rollouts.collect", "pvrpipe.rollouts.dmc", "dm_control.suite")
+RENDERING = ("pvrpipe.rollouts.collect", "tests.rendering")
 ENCODING = ("pvrpipe.pipeline.embed", "pvrpipe.pipeline.autoencoder", "timm")
 
 
