@@ -14,7 +14,7 @@ from pvrpipe.schemas.errors import CorruptStoreError, StoreError, one_line
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest
 from pvrpipe.store.files import FILES_OPEN
 from pvrpipe.store.mapping import map_file
-from pvrpipe.store.pages import decoded_bytes
+from pvrpipe.store.pages import decoded_bytes, read_chunks
 
 TABLE_LIMIT = 1 << 30  # bytes once decompressed; a hundred bytes an episode is usual
 EPISODE_BYTES = 64  # of one, at least
@@ -76,8 +76,7 @@ def _read(path: Path, manifest: Manifest) -> dict[str, pa.ChunkedArray]:
     for name, kinds in COLUMNS.items():
         if schema.field(name).type not in kinds:
             raise ValueError(f"'{name}' is {schema.field(name).type}")
-    groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
-    size = sum(decoded_bytes(data, group.column(i)) for group in groups for i in range(group.num_columns))
+    size = sum(decoded_bytes(data, chunk) for group in read_chunks(data) for chunk in group.values())
     if size > TABLE_LIMIT:
         raise ValueError(f"its pages claim {size} bytes")
     table = file.read(use_threads=False)

@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from pvrpipe.schemas.manifest import Column
 from pvrpipe.store.files import read_errors
-from pvrpipe.store.pages import is_one_plain_page
+from pvrpipe.store.pages import UNCOMPRESSED, Chunk, is_one_plain_page
 
 HEADER_LIMIT = 256  # bytes; a page header with a checksum has about 30
 PHYSICAL = {"float32": "FLOAT", "float64": "DOUBLE", "int32": "INT32"}
@@ -41,26 +42,24 @@ class Span:
 
 
 def proven_spans(
-    data: NDArray[np.uint8], metadata: pq.FileMetaData, column: Column
+    data: NDArray[np.uint8], schema: pq.ParquetSchema, groups: Sequence[Mapping[str, Chunk]], column: Column
 ) -> tuple[Span, ...] | None:
     """The spans of a column, or None if any row group is not one plain page."""
-    index = next(
-        (i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column.name), None
-    )
-    if index is None or not _physically_plain(metadata.schema.column(index), column):
+    index = next((i for i in range(len(schema)) if schema.column(i).path == column.name), None)
+    if index is None or not _physically_plain(schema.column(index), column):
         return None
     spans = []
-    for group in range(metadata.num_row_groups):
-        chunk = metadata.row_group(group).column(index)
-        payload = chunk.num_values * column.width
-        header = chunk.total_compressed_size - payload
-        page = chunk.data_page_offset
+    for group in groups:
+        if (chunk := group.get(column.name)) is None:
+            return None
+        payload = chunk.values * column.width
+        header, page = chunk.size - payload, chunk.page
         fits = 0 < header <= HEADER_LIMIT and page >= 0 and page + header + payload <= len(data)
-        if not fits or chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+        if not fits or chunk.codec != UNCOMPRESSED or chunk.dictionary is not None:
             return None
-        if not is_one_plain_page(data[page : page + header].tobytes(), chunk.num_values, payload):
+        if not is_one_plain_page(data[page : page + header].tobytes(), chunk.values, payload):
             return None
-        spans.append(Span(page + header, chunk.num_values))
+        spans.append(Span(page + header, chunk.values))
     return tuple(spans)
 
 

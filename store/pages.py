@@ -1,33 +1,97 @@
-"""Parquet page headers, parsed here: what a page holds is known before anything of it is decompressed.
+"""Parquet's footers and page headers, parsed here.
 
-They are structs of Thrift's compact protocol. A footer may say anything of a column's size; a decoder allocates what
-the page headers say.
+What a page holds is known before anything of it is decompressed: a footer may say anything of a column's size, a
+decoder allocates what the page headers say. And pyarrow cannot be asked for a column chunk of a stranger's footer: what
+it finds wrong there is a C++ exception that nobody catches, and the process dies (docs/LOG.md).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pvrpipe.store.thrift import Fields, read_struct
+
 HEADER_LIMIT = 64 << 10  # bytes; statistics in a page header make it longer than the usual 30
-NESTED_LIMIT = 8
+FOOTER_LIMIT = 64 << 20  # bytes; ours have some thousands
+UNCOMPRESSED = 0
 _DATA_PAGE, _PLAIN = 0, 0
 
 
-def decoded_bytes(data: NDArray[np.uint8], chunk: pq.ColumnChunkMetaData) -> int:
+@dataclass(frozen=True)
+class Chunk:
+    """A column's values of one row group, as the footer describes them."""
+
+    path: str
+    codec: int
+    values: int
+    size: int
+    """bytes in the file, page headers included"""
+    page: int
+    """offset of the first data page"""
+    dictionary: int | None
+    """offset of the dictionary page, if there is one"""
+
+    @property
+    def begin(self) -> int:
+        """Where the first page lies."""
+        return self.dictionary if self.dictionary and 0 < self.dictionary < self.page else self.page
+
+
+def read_chunks(data: NDArray[np.uint8]) -> list[dict[str, Chunk]]:
+    """The column chunks of every row group, by path.
+
+    Raises:
+        ValueError: the file does not end with such a footer.
+    """
+    size = int.from_bytes(data[-8:-4].tobytes(), "little")
+    if not 0 < size <= min(len(data) - 8, FOOTER_LIMIT):
+        raise ValueError("a footer without an end")
+    try:
+        footer, _ = read_struct(data[-8 - size : -8].tobytes(), 0)
+    except IndexError:
+        raise ValueError("a footer without an end") from None
+    return [
+        {chunk.path: chunk for chunk in (_chunk(_of(column, 3, dict)) for column in _of(group, 1, list))}
+        for group in _of(footer, 4, list)
+    ]
+
+
+def _chunk(fields: Fields) -> Chunk:
+    numbers = [_of(fields, number, int) for number in (4, 5, 7, 9)]
+    dictionary = _of(fields, 11, int) if 11 in fields else None
+    path = ".".join(part.decode() for part in _of(fields, 3, list) if isinstance(part, bytes))
+    return Chunk(path, *numbers, dictionary)
+
+
+def _of(fields: object, number: int, kind: type) -> Any:
+    """A field of a struct that must be there.
+
+    Raises:
+        ValueError: it is not, or of another type.
+    """
+    value = fields.get(number) if isinstance(fields, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"a footer without field {number}")
+    return value
+
+
+def decoded_bytes(data: NDArray[np.uint8], chunk: Chunk) -> int:
     """Bytes of all pages of a column chunk once they are decompressed, as their headers say.
 
     Raises:
         ValueError: they are no pages that follow one another within the file.
     """
-    at, total = _begin(chunk), 0
-    end = at + chunk.total_compressed_size
+    at, total = chunk.begin, 0
+    end = at + chunk.size
     if not 0 <= at <= end <= len(data):
         raise ValueError("a column chunk lies outside the file")
     while at < end:
         try:
-            fields, length = _struct(data[at : at + HEADER_LIMIT].tobytes(), 0)
+            fields, length = read_struct(data[at : at + HEADER_LIMIT].tobytes(), 0)
         except IndexError:
             raise ValueError("a page header without an end") from None
         plain, packed = fields.get(2), fields.get(3)
@@ -37,17 +101,10 @@ def decoded_bytes(data: NDArray[np.uint8], chunk: pq.ColumnChunkMetaData) -> int
     return total
 
 
-def _begin(chunk: pq.ColumnChunkMetaData) -> int:
-    """Where the first page lies: that of the dictionary, if there is one."""
-    first: int = chunk.data_page_offset
-    dictionary = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
-    return dictionary if dictionary and 0 < dictionary < first else first
-
-
 def is_one_plain_page(header: bytes, rows: int, payload: int) -> bool:
     """Parse a Parquet ``PageHeader`` and see that it announces exactly the payload and ends with it."""
     try:
-        fields, end = _struct(header, 0)
+        fields, end = read_struct(header, 0)
     except (IndexError, ValueError):
         return False
     page = fields.get(5)
@@ -60,46 +117,3 @@ def is_one_plain_page(header: bytes, rows: int, payload: int) -> bool:
         and page.get(1) == rows
         and page.get(2) == _PLAIN
     )
-
-
-def _struct(data: bytes, at: int, nested: int = 0) -> tuple[dict[int, object], int]:
-    """A struct of Thrift's compact protocol, as far as page headers use it: field number → value."""
-    if nested > NESTED_LIMIT:
-        raise ValueError("structs within structs")
-    fields: dict[int, object] = {}
-    number = 0
-    while data[at]:
-        delta, kind = data[at] >> 4, data[at] & 15
-        at += 1
-        if delta:
-            number += delta
-        else:
-            number, at = _zigzag(data, at)
-        if kind in (1, 2):  # a boolean is its own type
-            fields[number] = kind == 1
-        elif kind in (3, 4, 5, 6):
-            fields[number], at = _zigzag(data, at)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            at += length
-        elif kind == 12:
-            fields[number], at = _struct(data, at, nested + 1)
-        else:
-            raise ValueError(f"type {kind} does not occur in a page header")
-    return fields, at + 1
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while shift < 64:
-        value |= (data[at] & 127) << shift
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-        shift += 7
-    raise ValueError("a number without an end")
-
-
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at

@@ -13,7 +13,7 @@ from pvrpipe.schemas.errors import one_line
 from pvrpipe.schemas.manifest import Column, Manifest
 from pvrpipe.store.columns import arrow_field, arrow_schema, decode, encode
 from pvrpipe.store.mapping import Span, proven_spans
-from pvrpipe.store.pages import decoded_bytes
+from pvrpipe.store.pages import decoded_bytes, read_chunks
 from pvrpipe.store.shards import Rows, Shard
 
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
@@ -29,6 +29,7 @@ class ParquetShard(Shard):
     def __init__(self, folder: Path, manifest: Manifest, index: int) -> None:
         super().__init__(folder, manifest, index)
         try:
+            self._chunks = read_chunks(self.data)
             self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self.data)))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self.corrupt(f"cannot be read ({one_line(error)[:200]})") from None
@@ -52,7 +53,7 @@ class ParquetShard(Shard):
                 yield column.name, "cannot be mapped; someone has rewritten its pages"
 
     def _spans(self, column: Column) -> tuple[Span, ...] | None:
-        return proven_spans(self.data, self._parquet.metadata, column)
+        return proven_spans(self.data, self._parquet.metadata.schema, self._chunks, column)
 
     def _read_group(self, name: str, group: int) -> Rows:
         """Ordinary Parquet: decompress and decode one row group of one column."""
@@ -78,9 +79,7 @@ class ParquetShard(Shard):
         found, expected = self._parquet.schema_arrow.field(column.name).type, arrow_field(column).type
         if found != expected:
             raise ValueError(f"it holds {found}, not {expected}")
-        chunks = self._parquet.metadata.row_group(group)
-        index = next(i for i in range(chunks.num_columns) if chunks.column(i).path_in_schema == column.name)
-        size = decoded_bytes(self.data, chunks.column(index))
+        size = decoded_bytes(self.data, self._chunks[group][column.name])
         # values, a dictionary of them, and indices; Parquet stores a uint8 in four bytes
         if size > (2 * column.width + 8) * self.groups[group] + SLACK:
             raise ValueError(f"its pages claim {size} bytes for {self.groups[group]} rows")

@@ -103,7 +103,8 @@ def fuzz(out: Path, seconds: int, seed: int) -> None:
 
         options = [
             f"-max_total_time={seconds}", f"-timeout={SECONDS_AN_INPUT}", "-rss_limit_mb=4096", f"-max_len={INPUT_LIMIT}",
-            f"-artifact_prefix={out}/fatal-", f"-seed={seed}", "-print_final_stats=1", "-len_control=0", str(out / "corpus"),
+            f"-artifact_prefix={out}/fatal-", f"-seed={seed}", "-print_final_stats=1", "-len_control=0",
+            f"-report_slow_units={SECONDS_AN_INPUT}", str(out / "corpus"),
         ]  # fmt: skip
         atheris.Setup([sys.argv[0], *options], one)
         atheris.Fuzz()
