@@ -61,10 +61,10 @@ def read_chunks(data: NDArray[np.uint8]) -> list[dict[str, Chunk]]:
 
 
 def _chunk(fields: Fields) -> Chunk:
-    numbers = [_of(fields, number, int) for number in (4, 5, 7, 9)]
+    codec, values, size, page = (_of(fields, number, int) for number in (4, 5, 7, 9))
     dictionary = _of(fields, 11, int) if 11 in fields else None
     path = ".".join(part.decode() for part in _of(fields, 3, list) if isinstance(part, bytes))
-    return Chunk(path, *numbers, dictionary)
+    return Chunk(path, codec, values, size, page, dictionary)
 
 
 def _of(fields: object, number: int, kind: type) -> Any:

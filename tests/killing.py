@@ -1,4 +1,4 @@
-"""Run functions in processes of their own that are killed: at their n-th write, fsync or rename, or at random moments."""
+"""Functions in processes of their own that are killed: at the n-th write, fsync or rename, or at random moments."""
 
 from __future__ import annotations
 

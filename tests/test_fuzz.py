@@ -1,4 +1,4 @@
-"""What the fuzz run found, kept; and inputs of the same kind, too few to find much, so that the run itself keeps working."""
+"""What the fuzz run found, kept; and a few random inputs, so that the run itself keeps working."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operating system refuses: permission, a read-only folder, another open file. One line, and nothing is lost."""
+"""What the operating system refuses: permission, read-only folders, open files. One line, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A coverage-guided fuzz run over everything that a stranger's store goes through: ``make fuzz``.
 
-libFuzzer, by way of ``atheris``, with the coverage of pvrpipe, of tarfile and of NumPy's header reader. It goes on after
-a finding: each kind is kept once, input and traceback, in ``OUT/findings``. What kills the process (a crash of native
-code, 20 s for one input, too much memory) is kept by libFuzzer as ``OUT/fatal-*``, and the run is started again. Exits 1
-where anything was found. An input is replayed with ``python -m tests.fuzz.run --replay FILE``.
+libFuzzer, by way of ``atheris``, with the coverage of pvrpipe, of tarfile and of NumPy's header reader. It goes on
+after a finding: each kind is kept once, input and traceback, in ``OUT/findings``. What kills the process (a crash of
+native code, 20 s for one input, too much memory) is kept by libFuzzer as ``OUT/fatal-*``, and the run is started again.
+Exits 1 where anything was found. An input is replayed with ``python -m tests.fuzz.run --replay FILE``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def fuzz(out: Path, seconds: int, seed: int) -> None:
                 (out / "told.json").write_text(json.dumps(told.most_common()))
 
         options = [
-            f"-max_total_time={seconds}", f"-timeout={SECONDS_AN_INPUT}", "-rss_limit_mb=4096", f"-max_len={INPUT_LIMIT}",
+            f"-max_total_time={seconds}",
+            f"-timeout={SECONDS_AN_INPUT}", f"-max_len={INPUT_LIMIT}", "-rss_limit_mb=4096",
             f"-artifact_prefix={out}/fatal-", f"-seed={seed}", "-print_final_stats=1", "-len_control=0",
             f"-report_slow_units={SECONDS_AN_INPUT}", str(out / "corpus"),
         ]  # fmt: skip
