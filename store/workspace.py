@@ -102,7 +102,7 @@ class Workspace:
 
 def slug(name: str) -> str:
     """A name as a folder: ``dmc:pendulum-swingup`` is ``dmc-pendulum-swingup``."""
-    return re.sub(r"[^\w.+-]", "-", name)
+    return re.sub(r"[:/?=&,~@]", "-", name)
 
 
 def latest_first(files: Iterable[Path]) -> list[Path]:
