@@ -28,6 +28,7 @@ from pvrpipe.rollouts.import_source import (
     Array,
     Source,
     Trajectory,
+    flat,
     kept_transitions,
     names_of,
     picked,
@@ -156,11 +157,8 @@ def _trajectory(layout: _Layout, row: Row, lengths: dict[Path, int]) -> Trajecto
         told = {key: _array(table[key]) for key in wanted}
     same_length(name, rows, **told)
     length, cut = kept_transitions(name, rows, rows)
-    action = told["action"]
-    if not np.issubdtype(action.dtype, np.integer) or layout.features["action"]["shape"] != [1]:
-        action = action.reshape(rows, -1)
-    else:
-        action = action.reshape(rows)
+    one_of_several = told["action"].dtype.kind in "iu" and list(layout.features["action"]["shape"]) == [1]
+    action = told["action"].reshape(rows) if one_of_several else flat(told["action"])
     if layout.is_video:
         video = layout.file(layout.info["video_path"], row, f"videos/{layout.camera}")
         start, rate = float(row[f"videos/{layout.camera}/from_timestamp"]), float(layout.info["fps"])
@@ -178,9 +176,7 @@ def _trajectory(layout: _Layout, row: Row, lengths: dict[Path, int]) -> Trajecto
         action=action[:length],
         reward=told[REWARD].reshape(-1)[:length] if REWARD in told else np.zeros(length, np.float32),
         frames=frames,
-        state=np.concatenate([told[k].reshape(rows, -1) for k in layout.states], axis=1)
-        if layout.states
-        else None,
+        state=np.concatenate([flat(told[k]) for k in layout.states], axis=1) if layout.states else None,
         success=np.concatenate([[False], told[SUCCESS].reshape(-1)[:length]]) if SUCCESS in told else None,
         cut=cut,
     )

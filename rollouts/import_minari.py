@@ -24,6 +24,7 @@ from pvrpipe.rollouts.import_source import (
     Array,
     Source,
     Trajectory,
+    flat,
     in_order,
     is_picture,
     names_of,
@@ -154,14 +155,14 @@ def _trajectory(group: Any, name: str, layout: _Layout, has_success: bool) -> Tr
     if np.issubdtype(action.dtype, np.integer) and action.ndim == 1:
         action = action - layout.start
     else:
-        action = action.reshape(len(action), -1)
+        action = flat(action)
     length = len(action)
     seen = len(group[layout.picture])
     if seen != length + 1 and (length or seen > 1):
         raise SourceError(
             f"{name} has {length} actions and {seen} observations; there must be one more; get it again"
         )
-    vectors = [group[key][:].reshape(length + 1, -1) for key in layout.vectors] if length else []
+    vectors = [flat(group[key][:]) for key in layout.vectors] if length else []
     return Trajectory(
         name=name,
         action=action,

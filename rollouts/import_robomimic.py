@@ -21,6 +21,7 @@ from pvrpipe.rollouts.import_source import (
     Array,
     Source,
     Trajectory,
+    flat,
     in_order,
     is_picture,
     kept_transitions,
@@ -85,7 +86,7 @@ def _trajectory(demo: Any, name: str, picture: str, vectors: tuple[str, ...]) ->
     reward = demo["rewards"][:length]
     return Trajectory(
         name=name,
-        action=demo["actions"][:length].reshape(length, -1),
+        action=flat(demo["actions"][:length]),
         reward=reward,
         frames=partial(_observed, demo, picture, last),
         state=_states(demo, vectors, last) if vectors else None,
@@ -95,7 +96,7 @@ def _trajectory(demo: Any, name: str, picture: str, vectors: tuple[str, ...]) ->
 
 
 def _states(demo: Any, vectors: tuple[str, ...], last: bool) -> Array:
-    return np.concatenate([(a := _observed(demo, key, last)).reshape(len(a), -1) for key in vectors], axis=1)
+    return np.concatenate([flat(_observed(demo, key, last)) for key in vectors], axis=1)
 
 
 def _observed(demo: Any, key: str, last: bool) -> Array:

@@ -7,6 +7,7 @@ observations. ``rollouts/import_<format>.py`` brings its format to this form, wh
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence, Sized
@@ -198,6 +199,11 @@ def is_picture(shape: Sequence[int], dtype: Any) -> bool:
     if np.dtype(dtype) != np.uint8 or len(shape) not in (2, 3):
         return False
     return len(shape) == 2 or shape[2] in (1, 3, 4) or shape[0] in (1, 3)
+
+
+def flat(values: Array) -> Array:
+    """Rows (n, ...) as vectors (n, A), also where there are none."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def names_of(key: str, width: int) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pvrpipe.rollouts.import_source import Array, Source, Trajectory, opened_hdf5, reading, same_length
+from pvrpipe.rollouts.import_source import Array, Source, Trajectory, flat, opened_hdf5, reading, same_length
 from pvrpipe.schemas.errors import SourceError
 
 SUFFIXES = (".npz", ".hdf5")
@@ -124,7 +124,7 @@ def _trajectory(
         )
     return Trajectory(
         name=name,
-        action=action[1:].reshape(max(0, len(action) - 1), -1),
+        action=flat(action[1:]),
         reward=reward[1:],
         frames=frames,
         terminated=bool(len(terminal) and np.any(terminal[-1])),
