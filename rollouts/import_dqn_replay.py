@@ -67,8 +67,8 @@ def _of_file(folder: Path, number: int) -> Iterator[Trajectory]:
     columns = {}
     for what in ("action", "reward", "terminal"):
         file = folder / FILE.format(what=what, number=number)
-        with reading(file), gzip.open(file) as stream:
-            columns[what] = np.load(io.BytesIO(stream.read()), allow_pickle=False)
+        with reading(file), gzip.open(file) as opened:
+            columns[what] = np.load(io.BytesIO(opened.read()), allow_pickle=False)
     stream = FrameStream(path)
     same_length(f"file {number}", stream.rows, **columns)
     for first, end in _episodes(columns["terminal"]):
@@ -132,6 +132,7 @@ class FrameStream:
         """Rows (end - first, H, W)."""
         begins = self._at - len(self._peeked)
         if first < begins:
+            self._file.close()
             self._open()
             begins = 0
         known = self._peeked[first - begins : end - begins]
@@ -145,6 +146,7 @@ class FrameStream:
         with reading(self._path):
             if self._file.read(1):
                 raise ValueError("it is longer than it says")
+        self._file.close()
 
     def _skip_to(self, row: int) -> None:
         while self._at < row:

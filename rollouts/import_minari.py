@@ -151,11 +151,9 @@ def _trajectories(layout: _Layout, has_success: bool) -> Iterator[Trajectory]:
 
 
 def _trajectory(group: Any, name: str, layout: _Layout, has_success: bool) -> Trajectory:
-    action = group["actions"][:]
-    if np.issubdtype(action.dtype, np.integer) and action.ndim == 1:
-        action = action - layout.start
-    else:
-        action = flat(action)
+    taken = group["actions"][:]
+    one_of_several = taken.dtype.kind in "iu" and taken.ndim == 1
+    action = taken - layout.start if one_of_several else flat(taken)
     length = len(action)
     seen = len(group[layout.picture])
     if seen != length + 1 and (length or seen > 1):

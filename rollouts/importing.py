@@ -19,7 +19,7 @@ import numpy as np
 
 import pvrpipe
 from pvrpipe.rollouts.environments import SIZES
-from pvrpipe.rollouts.import_source import Array, Source, Trajectory, all_of, as_rgb, reading
+from pvrpipe.rollouts.import_source import Array, Frames, Source, Trajectory, all_of, as_rgb, reading
 from pvrpipe.rollouts.import_survey import Survey, bounds_of, look_through
 from pvrpipe.rollouts.pixels import squared
 from pvrpipe.schemas.addresses import refuse_url
@@ -195,9 +195,8 @@ def _fill(source: Source, pending: PendingStore, discrete: bool, total: int, pro
     for plan in pending.todo:
         with ShardWriter(pending.folder, pending.manifest, plan) as writer:
             for number, found in _planned(trajectories, plan):
-                episode = _episode(number, found, pending.manifest.rollouts, discrete)
-                writer.write_episode(episode)
-                rows += len(episode)
+                writer.write_episode(_episode(number, found, pending.manifest.rollouts, discrete))
+                rows += len(found.action) + 1
                 progress(rows, total, f"episode {number}")
             writer.commit()
 
@@ -228,7 +227,7 @@ def _episode(number: int, found: Trajectory, made: RolloutSpecification, discret
     reward = np.zeros(length + 1, np.float32)
     reward[1:] = found.reward
     arrays: dict[str, Array] = {
-        "frame": np.stack([squared(frame, made.size) for frame in frames]),
+        "frame": _fitted(frames, made.size),
         "action": action,
         "reward": reward,
     }
@@ -246,3 +245,10 @@ def _episode(number: int, found: Trajectory, made: RolloutSpecification, discret
         values={} if found.success is None else {"success": float(np.any(found.success))},
     )
     return Episode(info, arrays)
+
+
+def _fitted(frames: Frames, size: int) -> Frames:
+    """Frames (n, H, W, 3) as squares of ``size`` pixels."""
+    if frames.shape[1:3] == (size, size):
+        return np.ascontiguousarray(frames)
+    return np.stack([squared(frame, size) for frame in frames])

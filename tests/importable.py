@@ -15,6 +15,8 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from pvrpipe.rollouts.importing import ImportConfig, ImportResult, import_store, open_source
+
 LENGTHS = (5, 1, 7)
 SIDE = 32
 
@@ -32,6 +34,11 @@ def truth(episode: int, length: int, side: int = SIDE) -> Arrays:
         "action": action.astype(np.float32),
         "reward": (1000 * action[:, 0] + 10 * episode).astype(np.float32),
     }
+
+
+def imported(format_: str, source: Path | str, out: Path, **options: Any) -> ImportResult:
+    config = ImportConfig(format_, str(source), **options)
+    return import_store(config, open_source(config), out)
 
 
 def write_minari(home: Path, *, jpeg: bool, discrete: bool = False) -> str:
