@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -124,10 +123,54 @@ def _element_names(key: str, feature: Info) -> list[str]:
     return names_of(_short(key), width)
 
 
+class _Files:
+    """The files of a data set, read forwards: the row group that was read last is kept, for many episodes share one."""
+
+    def __init__(self) -> None:
+        self._frames: dict[Path, int] = {}
+        self._groups: dict[tuple[str, ...], tuple[Path, int, pa.Table]] = {}  # of some columns, the last one
+        self._spans: tuple[Path, list[tuple[int, int]]] = (Path(), [])
+
+    def frames_in(self, video: Path) -> int:
+        """Frames of a video."""
+        if video not in self._frames:
+            self._frames[video] = frames_in(video)
+        return self._frames[video]
+
+    def rows(self, path: Path, episode: int, columns: list[str]) -> pa.Table:
+        """Rows of an episode, in order."""
+        wanted = (*columns, "episode_index", "frame_index")
+        with reading(path):
+            if self._spans[0] != path:
+                self._spans = path, _spans(path)
+            held = [i for i, (low, high) in enumerate(self._spans[1]) if low <= episode <= high]
+            parts = [self._group(path, index, wanted) for index in held]
+            if not parts:
+                raise ValueError(f"episode {episode} is not in it")
+            chosen = [part.filter(pc.equal(part["episode_index"], episode)) for part in parts]
+            return pa.concat_tables(chosen).sort_by("frame_index")
+
+    def _group(self, path: Path, index: int, columns: tuple[str, ...]) -> pa.Table:
+        kept = self._groups.get(columns)
+        if kept is None or kept[:2] != (path, index):
+            self._groups.pop(columns, None)
+            kept = path, index, pq.ParquetFile(path).read_row_group(index, list(columns))
+            self._groups[columns] = kept
+        return kept[2]
+
+
+def _spans(path: Path) -> list[tuple[int, int]]:
+    """First and last episode of each row group; any, where the file does not say."""
+    metadata = pq.ParquetFile(path).metadata
+    column = metadata.schema.names.index("episode_index")
+    found = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
+    return [(told.min, told.max) if told is not None and told.has_min_max else (0, 1 << 62) for told in found]
+
+
 def _trajectories(layout: _Layout) -> Iterator[Trajectory]:
-    lengths: dict[Path, int] = {}  # frames of each video
+    files = _Files()
     for row in _episodes(layout.folder):
-        yield _trajectory(layout, row, lengths)
+        yield _trajectory(layout, row, files)
 
 
 def _episodes(folder: Path) -> Iterator[Row]:
@@ -147,13 +190,13 @@ def _episodes(folder: Path) -> Iterator[Row]:
         yield from rows
 
 
-def _trajectory(layout: _Layout, row: Row, lengths: dict[Path, int]) -> Trajectory:
+def _trajectory(layout: _Layout, row: Row, files: _Files) -> Trajectory:
     number, rows = int(row["episode_index"]), int(row["length"])
     name = f"episode {number}"
     path = layout.file(layout.info["data_path"], row, "data")
     wanted = [k for k in ("action", *layout.states, REWARD, SUCCESS) if k in layout.features]
+    table = files.rows(path, number, wanted)
     with reading(path):
-        table = _rows(path, number, wanted)
         told = {key: _array(table[key]) for key in wanted}
     same_length(name, rows, **told)
     length, cut = kept_transitions(name, rows, rows)
@@ -162,15 +205,13 @@ def _trajectory(layout: _Layout, row: Row, lengths: dict[Path, int]) -> Trajecto
     if layout.is_video:
         video = layout.file(layout.info["video_path"], row, f"videos/{layout.camera}")
         start, rate = float(row[f"videos/{layout.camera}/from_timestamp"]), float(layout.info["fps"])
-        if video not in lengths:
-            lengths[video] = frames_in(video)
-        if round(start * rate) + rows > lengths[video]:
+        if round(start * rate) + rows > files.frames_in(video):
             raise SourceError(
-                f"{video} has {lengths[video]} frames, but {name} ends behind them; get it again"
+                f"{video} has {files.frames_in(video)} frames, but {name} ends behind them; get it again"
             )
         frames = partial(frames_of, video, rows, start, rate)
     else:
-        frames = partial(_images, path, number, layout.camera)
+        frames = partial(_images, files, path, number, layout.camera)
     return Trajectory(
         name=name,
         action=action[:length],
@@ -182,20 +223,12 @@ def _trajectory(layout: _Layout, row: Row, lengths: dict[Path, int]) -> Trajecto
     )
 
 
-def _rows(path: Path, episode: int, columns: list[str]) -> pa.Table:
-    """Rows of an episode, from the row groups that can hold it."""
-    found = ds.dataset(path, format="parquet").to_table(
-        columns=[*columns, "frame_index"], filter=pc.field("episode_index") == episode
-    )
-    return found.sort_by("frame_index")
-
-
 def _array(column: pa.ChunkedArray) -> Array:
     """Numbers, or lists of numbers of one length."""
     return np.asarray(column.to_pylist()) if pa.types.is_nested(column.type) else column.to_numpy()
 
 
-def _images(path: Path, episode: int, camera: str) -> Array:
+def _images(files: _Files, path: Path, episode: int, camera: str) -> Array:
     """Pictures (L, H, W, C), stored as the bytes of files."""
-    pictures = _rows(path, episode, [camera])[camera].to_pylist()
+    pictures = files.rows(path, episode, [camera])[camera].to_pylist()
     return np.stack([np.asarray(Image.open(io.BytesIO(p["bytes"])).convert("RGB")) for p in pictures])
