@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GL_PACKAGES := libegl1 libgl1 libopengl0 libgl1-mesa-dri
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || { sudo -n true 2>/dev/null && echo sudo -n || echo no; })
 
-.PHONY: help setup demo test test-slow lint bench bench-peers clean
+.PHONY: help setup demo test test-slow fuzz lint bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -48,6 +48,11 @@ test: setup  ## everything that is not marked slow
 
 test-slow: setup  ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
+
+FUZZ_MINUTES ?= 30
+fuzz: setup  ## coverage-guided fuzzing of all that a stranger's store goes through; FUZZ_MINUTES=30
+	@$(BIN)/uv pip install -q --python $(BIN)/python atheris==3.0.0
+	@$(BIN)/python -m tests.fuzz.run --minutes $(FUZZ_MINUTES)
 
 lint: setup  ## ruff, and mypy on the package as it installs
 	@$(BIN)/ruff check .

@@ -30,6 +30,7 @@ app.add_typer(pretrain, name="pretrain")
 pretrain.command("autoencoder")(embeddings.pretrain_autoencoder)
 for command in (
     stores.inspect,
+    stores.preview,
     stores.verify,
     stores.push,
     stores.pull,
@@ -47,8 +48,7 @@ for command in (
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 1, a stop leaves what is finished."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own log files keep the rest
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # Ray's own log files keep the rest
     try:
         status = app(standalone_mode=False)
     except PvrpipeError as error:

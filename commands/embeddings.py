@@ -73,8 +73,9 @@ def embed(
         )
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     environment = environment_of(rollouts)
+    label = Workspace(root).label_of(rollouts) or environment
     asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
-    folders = [out or Workspace(root).embeddings(environment, pvr_label(*each)) for each in asked]
+    folders = [out or Workspace(root).embeddings(label, pvr_label(*each)) for each in asked]
 
     from pvrpipe.pipeline.embed import EmbedConfig  # torch takes seconds to import: after the mistakes
     from pvrpipe.pipeline.embed import embed as run
@@ -129,7 +130,8 @@ def pretrain_autoencoder(
     from pvrpipe.store.workspace import Workspace
 
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
-    out = out or Workspace(root).pvr(environment_of(rollouts), "autoencoder")
+    environment = environment_of(rollouts)
+    out = out or Workspace(root).pvr(Workspace(root).label_of(rollouts) or environment, "autoencoder")
     config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
     note(f"training an autoencoder into {out}")
     with watching("pretrain", "updates") as progress:

@@ -60,7 +60,8 @@ def train_model(
 
     from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
 
-    name = f"{environment_of(store)}-{place_of(store).name}-{model}-{size}-s{seed}".removeprefix("dmc:")
+    label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
+    name = f"{label.removeprefix('dmc-').removeprefix('dmc:')}-{model}-{size}-s{seed}"
     run = run or Workspace(root).run(name)
     config = TrainConfig(
         model=model,

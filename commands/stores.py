@@ -45,9 +45,49 @@ def inspect(
         print("RANDOM WEIGHTS: nobody trained this encoder")
     columns = [{**c, "mapped": found["mapped"].get(c["name"], "")} for c in found["columns"]]
     show(columns, ("name", "dtype", "shape", "layout", "mapped"))
-    return show(
-        found["returns"], ("policy", "split", "episodes", "mean_return", "best_return", "mean_length")
+    show(
+        found["returns"],
+        ("policy", "variation", "split", "episodes", "mean_return", "best_return", "mean_length"),
     )
+    show(found["coverage"], ("of", "minimum", "mean", "maximum", "deviation", "bins_reached"))
+    return show(found["failed"], ("episode", "seed", "policy", "reason"))
+
+
+def preview(
+    store: Annotated[str, typer.Argument(help="A rollout store, or its URL.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="A name without ending, for OUT.png and OUT.mp4; default: preview-<store>."),
+    ] = None,
+    episode: Annotated[
+        list[int], typer.Option(help="Which; repeatable. Default: best, middle and worst by return.")
+    ] = [],
+    beside: Annotated[str | None, typer.Option(help="A replay of the store, shown beside it.")] = None,
+    film: Annotated[
+        Literal["mp4", "gif"] | None, typer.Option(help="Default: mp4 where PyAV is installed.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, help="Frames per second; default: as it happened, 30 at most.")
+    ] = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a sheet of frames and a film of some episodes, with reward and actions under them.
+
+    Example: pvrpipe preview data/rollouts/dmc-walker-walk --beside data/rollouts/dmc-walker-walk-fov=0.5
+    """
+    from pvrpipe.store.filming import can_write_mp4
+    from pvrpipe.store.places import place_of
+    from pvrpipe.store.previewing import preview as draw
+    from pvrpipe.store.reading import Store
+
+    opened = Store.open(store, kind="rollouts")
+    base = out or Path(f"preview-{place_of(store).name}")
+    kind = film or ("mp4" if can_write_mp4() else "gif")
+    sheet, moving = (base.with_name(f"{base.name}.{ending}") for ending in ("png", kind))
+    pair = Store.open(beside, kind="rollouts") if beside is not None else None
+    result = draw(opened, sheet, moving, episode, pair, rate)
+    tell(json_, result, [result], ("sheet", "film", "episodes", "frames"))
 
 
 def verify(

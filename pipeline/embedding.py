@@ -52,7 +52,7 @@ class ShardEmbedder:
     """Embeds shards of one rollout store for several targets, decoding every frame once."""
 
     def __init__(self, rollouts: Place | str, targets: Sequence[Target]) -> None:
-        self.store = Store.open(rollouts, kind="rollouts")
+        self.store = Store.open(rollouts, kind="rollouts", prove=True)
         self.targets = targets
         self.encoders = [Encoder(target.request) for target in targets]
         compute_deterministically(self.encoders[0].device)

@@ -11,7 +11,14 @@ from collections.abc import Iterable
 
 
 class PvrpipeError(Exception):
-    """Something the user can mend; the message says what is wrong and what to do."""
+    """Something the user can mend; the message says what is wrong and what to do.
+
+    It may quote names of a stranger's store: whatever is no printable character becomes a space, so that the
+    message stays one line and tells a terminal nothing else.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else " " for c in super().__str__())
 
 
 class UnknownNameError(PvrpipeError):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from pvrpipe.schemas.records import ArraySpec
 
@@ -26,6 +26,10 @@ Axis = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ValueName = Annotated[str, Field(pattern=r"^(success|factor_[a-z][a-z0-9_]{0,55})$")]
+
+
+#: Of a list that is wrong everywhere one error is enough: a million of them take hundreds of megabytes.
+First = FailFast()
 
 
 class Frozen(BaseModel):
@@ -250,8 +254,8 @@ class ShardCommit(Frozen):
     rows: Count
     bytes: Count
     sha256: Sha256
-    row_groups: tuple[Count, ...]  # rows of each; in a tar, of each episode
-    episodes: tuple[EpisodeRecord, ...]
+    row_groups: Annotated[tuple[Count, ...], First]  # rows of each; in a tar, of each episode
+    episodes: Annotated[tuple[EpisodeRecord, ...], First]
     moments: dict[str, Moments]
     failed: tuple[Failed, ...] = ()
 
@@ -264,7 +268,14 @@ class ShardEntry(Frozen):
     episodes: Count
     bytes: Count
     sha256: Sha256
-    row_groups: tuple[Count, ...]
+    row_groups: Annotated[tuple[Count, ...], First]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> ShardEntry:
+        """Readers find a row by its group, and a row group without rows is nobody's."""
+        if sum(self.row_groups) != self.rows or 0 in self.row_groups:
+            raise ValueError(f"the row groups of {self.file} do not hold its {self.rows} rows")
+        return self
 
 
 class ColumnStatistics(Frozen):
@@ -295,16 +306,16 @@ class Manifest(Frozen):
     state: Literal["writing", "sealed"]
     id: Sha256 | None = None
     specification: Specification
-    columns: tuple[Column, ...]
-    plan: tuple[ShardPlan, ...]
-    parts: tuple[Part, ...] = ()
-    earlier: tuple[EarlierRevision, ...] = ()
+    columns: Annotated[tuple[Column, ...], First]
+    plan: Annotated[tuple[ShardPlan, ...], First]
+    parts: Annotated[tuple[Part, ...], First] = ()
+    earlier: Annotated[tuple[EarlierRevision, ...], First] = ()
     splits: Literal["hash", "recorded"] = "hash"
-    taken: tuple[Taken, ...] = ()
+    taken: Annotated[tuple[Taken, ...], First] = ()
     rows: Count = 0
     episodes: Count = 0
     bytes: Count = 0
-    shards: tuple[ShardEntry, ...] = ()
+    shards: Annotated[tuple[ShardEntry, ...], First] = ()
     files: dict[str, Sha256] = {}
     statistics: dict[str, ColumnStatistics] = {}
     failed: tuple[Failed, ...] = ()
@@ -322,6 +333,11 @@ class Manifest(Frozen):
                 raise ValueError("its shards are not those that were planned")
             if self.episodes_file not in self.files:
                 raise ValueError(f"{self.episodes_file} is not among its files")
+            for field in ("rows", "episodes"):
+                if getattr(self, field) != sum(getattr(entry, field) for entry in self.shards):
+                    raise ValueError(f"'{field}' is not what its shards have together")
+        if len({column.name for column in self.columns}) != len(self.columns):
+            raise ValueError("two columns have one name")
         return self
 
     @property

@@ -51,6 +51,7 @@ from pvrpipe.store.layout import (
     REVISIONS,
     SHARDS,
     SUFFIXES,
+    commit_file,
     read_commit,
     read_manifest,
     read_manifest_file,
@@ -58,7 +59,7 @@ from pvrpipe.store.layout import (
     shard_file,
 )
 from pvrpipe.store.moments import merged, statistics_of
-from pvrpipe.store.writing import ShardWriter
+from pvrpipe.store.writing import COUNTED, ShardWriter
 
 __all__ = ["PendingStore", "ShardWriter"]
 
@@ -170,6 +171,12 @@ class PendingStore:
             raise UnfinishedStoreError(
                 f"{self.folder}: {len(commits)} of {len(self.manifest.plan)} shards are there; run it again"
             )
+        counted = {c.name: c.shape[-1] for c in self.manifest.columns if c.name in COUNTED and c.shape}
+        for shard, commit in commits.items():
+            if {name: len(moments.mean) for name, moments in commit.moments.items()} != counted:
+                raise CorruptStoreError(
+                    f"{self.folder / commit_file(shard)} has statistics of other columns; get the store again"
+                )
         return [commits[plan.shard] for plan in self.manifest.plan]
 
     def _sealed(self, commits: list[ShardCommit], files: dict[str, str]) -> Manifest:

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pvrpipe.schemas.errors import CorruptStoreError
 from pvrpipe.schemas.manifest import Column, Manifest
 from pvrpipe.store.files import sha256_of
 from pvrpipe.store.layout import MANIFEST, files_of
@@ -112,6 +113,10 @@ def _files(folder: Path, manifest: Manifest, url: str | None) -> list[dict[str, 
         if file.entry is not None or file.optional:
             continue
         path = folder / file.name
+        if not path.is_file():
+            raise CorruptStoreError(
+                f"{path} is missing; run `pvrpipe verify {folder}`, or get the store again"
+            )
         found.append(
             {
                 "@type": "cr:FileObject",

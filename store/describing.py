@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from pvrpipe.store.reading import Store
+
+LOOKED_AT = 40  # episodes whose actions and states are read
+SHOWN = 40  # numbers of a state, at most
+BINS, RARE = 20, 1e-3
 
 
 def describe(store: Store) -> dict[str, Any]:
     """Kind, size, columns, provenance, and returns per policy and split."""
     manifest = store.manifest
     returns = (
-        store.episodes.group_by("policy", "split")
+        store.episodes.group_by("policy", "variation", "split")
         .agg(
             episodes=pl.len(),
             mean_return=pl.col("episode_return").mean(),
             best_return=pl.col("episode_return").max(),
             mean_length=pl.col("length").mean(),
         )
-        .sort("policy", "split")
+        .sort("policy", "variation", "split")
     )
     return {
         "store": str(store.path),
@@ -42,4 +49,49 @@ def describe(store: Store) -> dict[str, Any]:
         and manifest.embeddings.encoder.weights.random_seed is not None,
         "specification": manifest.specification.model_dump(mode="json"),
         "returns": returns.to_dicts(),
+        "coverage": [asdict(found) for found in coverage(store)],
+        "failed": [failure.model_dump() for failure in manifest.failed],
     }
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of its range one number of the actions or states reaches."""
+
+    of: str
+    minimum: float
+    mean: float
+    maximum: float
+    deviation: float
+    bins_reached: float
+    """share of twenty equal bins of its range that hold at least one in a thousand of its values; of an
+    action the range it may have, of a state the one it has"""
+
+
+def coverage(store: Store) -> list[Coverage]:
+    """Coverage of actions and states, over evenly spaced episodes."""
+    picked = np.unique(np.linspace(0, store.manifest.episodes - 1, LOOKED_AT).astype(int)).tolist()
+    made = store.manifest.rollouts
+    found = []
+    for name in ("action", "state"):
+        column = store.manifest.column(name)
+        if column is None:
+            continue
+        episodes = [store.read_episode(e, [name])[name] for e in picked]
+        rows = np.concatenate([rows[:-1] if name == "action" else rows for rows in episodes])
+        values = np.asarray(rows, np.float64).reshape(len(rows), -1)
+        names = made.state_names if name == "state" else [f"action[{i}]" for i in range(values.shape[1])]
+        for number, label in enumerate(names[:SHOWN]):
+            own = values[:, number]
+            span = (float(own.min()), float(own.max()))
+            if name == "action" and np.isfinite([made.action_low[number], made.action_high[number]]).all():
+                span = (made.action_low[number], made.action_high[number])
+            found.append(_covered(label, own, span))
+    return found
+
+
+def _covered(label: str, values: NDArray[np.float64], span: tuple[float, float]) -> Coverage:
+    counts = np.histogram(values, BINS, span)[0] if span[0] < span[1] else np.array([len(values)])
+    reached = float(np.mean(counts >= max(1, RARE * len(values))))
+    spread = (float(values.min()), float(values.mean()), float(values.max()), float(values.std()))
+    return Coverage(label, *spread, bins_reached=reached)

@@ -63,6 +63,11 @@ class Destination:
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files."""
+        if isinstance(self.place, Path):
+            for name in names:
+                with disk_errors(self.place / name):
+                    (self.place / name).unlink(missing_ok=True)
+            return
         driver, root = filesystem(str(self.place))
         for name in names:
             with reaching(self.place):

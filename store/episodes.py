@@ -8,17 +8,30 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pvrpipe.schemas.errors import CorruptStoreError, one_line
+from pvrpipe.schemas.errors import CorruptStoreError, StoreError, one_line
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, is_value
+from pvrpipe.store.files import FILES_OPEN
+from pvrpipe.store.mapping import map_file
+from pvrpipe.store.pages import decoded_bytes, read_chunks
 
 TABLE_LIMIT = 1 << 30  # bytes once decompressed; a hundred bytes an episode is usual
-KINDS: dict[Any, tuple[pl.DataType, ...]] = {
-    int: (pl.Int64(), pl.Int32(), pl.UInt32(), pl.UInt64()),
-    float: (pl.Float64(),),
-    str: (pl.String(),),
-    bool: (pl.Boolean(),),
+EPISODE_BYTES = 64  # of one, at least
+TEXT = tuple(
+    pa.dictionary(pa.int32(), kind) for kind in (pa.string(), pa.large_string())
+)  # as it is read here
+KINDS: dict[Any, tuple[pa.DataType, ...]] = {
+    int: (pa.int64(), pa.int32(), pa.uint32(), pa.uint64()),
+    float: (pa.float64(),),
+    bool: (pa.bool_(),),
+}
+#: What each column of the table may be; a Literal is text.
+COLUMNS = {
+    name: KINDS.get(field.annotation, TEXT)
+    for name, field in EpisodeRecord.model_fields.items()
+    if name != "values"
 }
 
 
@@ -34,26 +47,18 @@ def read_episodes(path: Path, manifest: Manifest, where: object) -> pl.DataFrame
         CorruptStoreError: it cannot be read, or lists rows that the shards do not have.
     """
     try:
-        footer = pq.read_metadata(path)
-        size = sum(footer.row_group(g).total_byte_size for g in range(footer.num_row_groups))
-        if footer.num_rows != manifest.episodes or size > TABLE_LIMIT:
-            raise _corrupt(where, f"has {footer.num_rows} episodes in {size} bytes, not {manifest.episodes}")
-        table = pl.DataFrame(
-            pq.read_table(path, use_threads=False)
-        )  # polars' own reader panics on forged pages
-    except (OSError, ValueError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        raise _corrupt(where, f"cannot be read ({one_line(error)[:100]})") from None
-    expected = {n: _kinds(f.annotation) for n, f in EpisodeRecord.model_fields.items() if n != "values"}
-    expected |= {name: KINDS[float] for name in table.columns if is_value(name)}
-    wrong = sorted(
-        name
-        for name in expected.keys() | set(table.columns)
-        if name not in expected or name not in table.columns or table.schema[name] not in expected[name]
-    )
-    if wrong or any(table.null_count().row(0)):
-        raise _corrupt(where, f"has other columns than episodes have ({', '.join(wrong[:3]) or 'nulls'})")
-    table = table.with_columns(row_first=pl.col("rows").cum_sum() - pl.col("rows"))
-    if problem := _problem(table, manifest):
+        found = _read(path, manifest)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise _corrupt(where, f"cannot be read ({one_line(error)[:200]})") from None
+    # polars' own reader panics on forged pages, and its import on names that are no text
+    try:
+        table = pl.DataFrame({name: pl.from_arrow(column) for name, column in found.items()})
+        table = table.with_columns(row_first=pl.col("rows").cum_sum() - pl.col("rows"))
+        problem = _problem(table, manifest)
+    except pl.exceptions.PanicException as error:  # it cannot even begin where no file can be opened
+        cause = FILES_OPEN if "TooManyOpenFiles" in str(error) else f"polars fails ({one_line(error)[:200]})"
+        raise StoreError(f"cannot read {where}: {cause}, then run the same command again") from error
+    if problem:
         raise _corrupt(where, problem)
     return table
 
@@ -62,6 +67,43 @@ def episode_rows(records: Sequence[EpisodeRecord]) -> list[dict[str, Any]]:
     """The rows of the table: every value that any episode has is a column of all, 0 where one has it not."""
     names = dict.fromkeys(name for record in records for name in sorted(record.values))
     return [{**record.row(), **{n: record.values.get(n, 0.0) for n in names}} for record in records]
+
+
+def _read(path: Path, manifest: Manifest) -> dict[str, pa.ChunkedArray]:
+    """The columns of the table, none of which takes more memory than such a table may.
+
+    Raises:
+        ValueError, KeyError, OSError, ArrowException: it is no such table.
+    """
+    data, texts = map_file(path), [name for name, kinds in COLUMNS.items() if kinds is TEXT]
+    file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), read_dictionary=texts)
+    footer, schema = file.metadata, file.schema_arrow
+    if footer.num_rows != manifest.episodes or footer.num_rows * EPISODE_BYTES > TABLE_LIMIT:
+        raise ValueError(f"it has {footer.num_rows} episodes, not {manifest.episodes}")
+    columns = COLUMNS | {name: KINDS[float] for name in schema.names if is_value(name)}
+    if sorted(schema.names) != sorted(columns):
+        raise ValueError(
+            f"it has other columns than episodes have: {sorted(set(schema.names) ^ set(columns))[:3]}"
+        )
+    for name, kinds in columns.items():
+        if schema.field(name).type not in kinds:
+            raise ValueError(f"'{name}' is {schema.field(name).type}")
+    size = sum(decoded_bytes(data, chunk) for group in read_chunks(data) for chunk in group.values())
+    if size > TABLE_LIMIT:
+        raise ValueError(f"its pages claim {size} bytes")
+    table = file.read(use_threads=False)
+    table.validate(full=True)  # text is UTF-8, indices are within their dictionary
+    if len(table) != footer.num_rows or any(column.null_count for column in table.columns):
+        raise ValueError("it has nulls, or other rows than its footer says")
+    return {name: _text(table[name]) if name in texts else table[name] for name in columns}
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text out of its dictionary, of which one long entry may stand for every episode."""
+    size = sum(pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in column.chunks)
+    if size > TABLE_LIMIT:
+        raise ValueError(f"its text takes {size} bytes")
+    return column.cast(pa.string())
 
 
 def _problem(table: pl.DataFrame, manifest: Manifest) -> str | None:
@@ -86,11 +128,6 @@ def _problem(table: pl.DataFrame, manifest: Manifest) -> str | None:
         held=pl.col("rows").sum().cast(pl.Int64), count=pl.len().cast(pl.Int64)
     )
     return None if found.equals(shards) else "does not list the rows that the shards hold"
-
-
-def _kinds(annotation: Any) -> tuple[pl.DataType, ...]:
-    """What a column of the table may be; a Literal is text."""
-    return KINDS.get(annotation, KINDS[str])
 
 
 def _corrupt(where: object, what: str) -> CorruptStoreError:

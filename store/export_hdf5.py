@@ -45,7 +45,7 @@ def write_hdf5(selection: Selection, path: Path, progress: Progress) -> None:
         file["provenance"] = canonical_json(selection.store.manifest.model_dump(mode="json"))
         for number, record in enumerate(selection.records):
             group = file.create_group(f"episodes/{number:09d}")
-            group.attrs.update(record.model_dump(exclude=PLACE))
+            group.attrs.update({k: v for k, v in record.row().items() if k not in PLACE})
             for name, rows in selection.rows(number).items():
                 group.create_dataset(name, data=rows)
             done += record.rows

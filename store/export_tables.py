@@ -12,6 +12,7 @@ from PIL import Image
 
 from pvrpipe.schemas.manifest import Column
 from pvrpipe.store.columns import SCALARS
+from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.selection import Selection
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.webdataset import PLACE
@@ -21,7 +22,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as the Hug
 
 def write_episode_table(selection: Selection, path: Path) -> None:
     """One row per episode, with the first of its rows among all that are exported."""
-    table = pl.DataFrame([record.model_dump(exclude=PLACE) for record in selection.records])
+    table = pl.DataFrame(episode_rows(selection.records)).drop(PLACE)
     table.with_columns(row_first=pl.col("rows").cum_sum() - pl.col("rows")).write_parquet(path)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import StoreBusyError, StoreError
 
+FILES_OPEN = "too many files are open; raise the limit with `ulimit -n 4096`"
 TEMPORARY = ".tmp-"  # marks files that a crash may leave behind; the next writer removes them
 
 
@@ -52,7 +53,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """Sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -105,10 +106,29 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EEXIST: "a file of that name is in the way; choose another output",
             errno.ENOTDIR: "a file is in the way of its folder; choose another output",
             errno.ENOENT: "its folder cannot be made there; choose another output",
-            errno.EMFILE: "too many files are open; raise the limit with `ulimit -n 4096`",
+            errno.EMFILE: FILES_OPEN,
+            errno.ENFILE: FILES_OPEN,
         }.get(error.errno or 0)
         if advice is None:
             raise
         raise StoreError(
             f"cannot write {path}: {advice}, then run the same command again to go on"
         ) from error
+
+
+@contextmanager
+def read_errors(path: object) -> Iterator[None]:
+    """The same for a file that is there and cannot be read; nothing is said of its content."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.EACCES: "permission denied; make it readable",
+            errno.EPERM: "permission denied; make it readable",
+            errno.EMFILE: FILES_OPEN,
+            errno.ENFILE: FILES_OPEN,
+            errno.EIO: "the disk fails to read it; get it again from another",
+        }.get(error.errno or 0)
+        if advice is None:
+            raise
+        raise StoreError(f"cannot read {path}: {advice}, then run the same command again") from error

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NewerFormatError, NotAStoreError
 from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit, ShardEntry
+from pvrpipe.store.files import read_errors
 
 MANIFEST = "store.json"
 EPISODES = "episodes.parquet"
@@ -39,6 +40,9 @@ APPENDING = "appending.json"  # the manifest of a revision that is being written
 PULLING = "pull.json"  # the manifest of the store that a folder is being filled with
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
+VALUES_LIMIT = (
+    8 << 20
+)  # values in a manifest, a shard has about a dozen: what is parsed takes far more than its text
 COMMITTED = ("file", "rows", "bytes", "sha256", "row_groups")  # what commit record and manifest both say
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}")
 
@@ -134,7 +138,9 @@ def read_manifest_file(path: Path) -> Manifest:
     """
     if path.stat().st_size > MANIFEST_LIMIT:
         raise CorruptStoreError(f"{path} is larger than {MANIFEST_LIMIT >> 20} MiB; it is not read")
-    return parse_manifest(path.read_bytes(), path)
+    with read_errors(path):
+        text = path.read_bytes()
+    return parse_manifest(text, path)
 
 
 def parse_manifest(text: bytes, path: object) -> Manifest:
@@ -144,14 +150,20 @@ def parse_manifest(text: bytes, path: object) -> Manifest:
         NewerFormatError: it was written by a newer pvrpipe.
         CorruptStoreError: it is not a valid manifest.
     """
-    _refuse_newer(path, text)
+    raw = _parsed(path, text)
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:  # a newer manifest need not fit our models
+        raise NewerFormatError(
+            f"{path} has format version {version}, this pvrpipe reads up to {FORMAT_VERSION}; upgrade pvrpipe"
+        )
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # not model_validate_json: each of its errors brings a copy of the whole document
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise CorruptStoreError(
-            f"{path} is not a valid manifest: {where}: {first['msg']}; get the store again"
+            f"{path} is not a valid manifest: {where[:200]}: {first['msg']}; get the store again"
         ) from None
 
 
@@ -160,20 +172,24 @@ def read_commit(folder: Path, shard: int) -> ShardCommit | None:
     path = folder / commit_file(shard)
     if not path.is_file() or path.stat().st_size > MANIFEST_LIMIT:
         return None
+    with read_errors(path):
+        return parse_commit(path.read_bytes())
+
+
+def parse_commit(text: bytes) -> ShardCommit | None:
+    """The commit record in the bytes of its file, or None if it is not a valid one."""
     try:
-        return ShardCommit.model_validate_json(path.read_bytes())
-    except ValidationError:
+        return ShardCommit.model_validate(_parsed("commit record", text))
+    except (ValidationError, CorruptStoreError):
         return None
 
 
-def _refuse_newer(path: object, text: bytes) -> None:
-    """Look at the version before anything else, for a newer manifest need not fit our models."""
+def _parsed(path: object, text: bytes) -> object:
+    """The JSON of a manifest that is not too much of it."""
+    values = text.count(b",") + text.count(b"[") + text.count(b"{")
+    if values > VALUES_LIMIT:
+        raise CorruptStoreError(f"{path} has more than {VALUES_LIMIT} values; it is not read")
     try:
-        raw = pydantic_core.from_json(text)
+        return pydantic_core.from_json(text)
     except ValueError as error:
         raise CorruptStoreError(f"{path} is not JSON ({error}); get the store again") from None
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise NewerFormatError(
-            f"{path} has format version {version}, this pvrpipe reads up to {FORMAT_VERSION}; upgrade pvrpipe"
-        )

@@ -9,14 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pvrpipe.schemas.errors import one_line
 from pvrpipe.schemas.manifest import Column, Manifest
-from pvrpipe.store.columns import arrow_schema, decode, encode
+from pvrpipe.store.columns import arrow_field, arrow_schema, decode, encode
 from pvrpipe.store.mapping import Span, proven_spans, zstd_page
+from pvrpipe.store.pages import decoded_bytes, read_chunks
 from pvrpipe.store.shards import Decoded, Rows, Shard
 
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
 PACKED_GROUP_BYTES = 4 << 20  # what a reader must decompress to see one frame
 DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 4 MiB
+SLACK = 1 << 20  # bytes that pages may hold beyond the values that they should
 ZSTD = pa.Codec("zstd")
 PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
 
@@ -27,9 +30,10 @@ class ParquetShard(Shard):
     def __init__(self, folder: Path, manifest: Manifest, index: int, decoded: Decoded | None = None) -> None:
         super().__init__(folder, manifest, index, decoded)
         try:
+            self._chunks = read_chunks(self.data)
             self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self.data)))
-        except (OSError, pa.ArrowException) as error:
-            raise self.corrupt(f"cannot be read ({error})") from None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise self.corrupt(f"cannot be read ({one_line(error)[:200]})") from None
         footer = self._parquet.metadata
         if tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) != self.groups:
             raise self.corrupt("has other row groups than the manifest says")
@@ -50,25 +54,41 @@ class ParquetShard(Shard):
                 yield column.name, "cannot be mapped; someone has rewritten its pages"
 
     def _spans(self, column: Column) -> tuple[Span, ...] | None:
-        return proven_spans(self.data, self._parquet.metadata, column)
+        return proven_spans(self.data, self._parquet.metadata.schema, self._chunks, column)
 
     def _read_group(self, name: str, group: int) -> Rows:
         """Decompress the page of one row group of one column; ordinary Parquet where it is not one page."""
-        column = self.column(name)
-        if column.width * self.groups[group] > DECODED_LIMIT:
+        column, count = self.column(name), self.groups[group]
+        if column.width * count > DECODED_LIMIT:
             raise self.corrupt(f"column '{name}' has a row group of more than {DECODED_LIMIT >> 20} MiB")
-        page = zstd_page(self.data, self._parquet.metadata, column, group)
         try:
+            chunk = self._chunks[group][name]
+            page = zstd_page(self.data, self._parquet.metadata.schema, chunk, column)
             if page is not None:
-                values = ZSTD.decompress(pa.py_buffer(page), column.width * self.groups[group])
-                return np.frombuffer(values, column.dtype).reshape(self.groups[group], *column.shape)
+                values = ZSTD.decompress(pa.py_buffer(page), column.width * count)
+                return np.frombuffer(values, column.dtype).reshape(count, *column.shape)
+            self._refuse_bomb(column, group)
             table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
             rows = decode(column, table.column(name))
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise self.corrupt(f"column '{name}' cannot be read ({error})") from None
-        if len(rows) != self.groups[group]:
-            raise self.corrupt(f"column '{name}' has {len(rows)} rows in a group of {self.groups[group]}")
+            raise self.corrupt(f"column '{name}' cannot be read ({one_line(error)[:200]})") from None
+        if len(rows) != count:
+            raise self.corrupt(f"column '{name}' has {len(rows)} rows in a group of {count}")
         return rows
+
+    def _refuse_bomb(self, column: Column, group: int) -> None:
+        """Before anything is decompressed: the type is the column's, and the pages hold about its rows.
+
+        Raises:
+            ValueError, KeyError: they do not.
+        """
+        found, expected = self._parquet.schema_arrow.field(column.name).type, arrow_field(column).type
+        if found != expected:
+            raise ValueError(f"it holds {found}, not {expected}")
+        size = decoded_bytes(self.data, self._chunks[group][column.name])
+        # values, a dictionary of them, and indices; Parquet stores a uint8 in four bytes
+        if size > (2 * column.width + 8) * self.groups[group] + SLACK:
+            raise ValueError(f"its pages claim {size} bytes for {self.groups[group]} rows")
 
 
 class ParquetShardWriter:

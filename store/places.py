@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from typing import Any, TypeVar
 from pvrpipe.schemas.errors import (
     MissingDriverError,
     PvrpipeError,
+    StoreError,
     UnknownNameError,
     UnreachableError,
     one_line,
 )
+from pvrpipe.store.files import FILES_OPEN
 
 _LOCAL = ("file://", "local://")
 #: Schemes whose driver is an extra of this package; fsspec's own message names the others.
@@ -118,6 +121,8 @@ def reaching(url: object) -> Iterator[None]:
             raise
         raise UnreachableError(f"{url} cannot be used ({one_line(error)}); check the address") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise StoreError(f"{url} cannot be reached: {FILES_OPEN}, then run it again") from error
         raise UnreachableError(
             f"{url} cannot be reached ({one_line(error)[:200]}); check the address and the credentials, "
             "then run it again"

@@ -10,10 +10,11 @@ from typing import Literal
 
 import polars as pl
 
-from pvrpipe.schemas.errors import NotAStoreError, UnfinishedStoreError, UnknownNameError
+from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError, UnknownNameError
 from pvrpipe.schemas.manifest import Column, EpisodeRecord, Manifest
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.episodes import read_episodes
+from pvrpipe.store.files import sha256_of
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.parquet import ParquetShard
 from pvrpipe.store.places import Place, Url, place_of
@@ -28,10 +29,16 @@ class Store:
     """A sealed store. Opening it reads the manifest and the episode table, no rows."""
 
     def __init__(
-        self, path: Place, manifest: Manifest, episodes: pl.DataFrame, mirror: Mirror | None = None
+        self,
+        path: Place,
+        manifest: Manifest,
+        episodes: pl.DataFrame,
+        mirror: Mirror | None = None,
+        prove: bool = False,
     ) -> None:
         self.path, self.manifest, self.episodes, self._mirror = path, manifest, episodes, mirror
         self._decoded = Decoded()
+        self._prove, self._proven = prove and mirror is None, set[int]()  # what was fetched was proven then
         self.shard = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
 
     @classmethod
@@ -41,6 +48,7 @@ class Store:
         kind: Literal["rollouts", "embeddings"] | None = None,
         revision: int | None = None,
         cache: Cache | None = None,
+        prove: bool = False,
     ) -> Store:
         """Open a store, of a given kind where only that will do.
 
@@ -49,6 +57,8 @@ class Store:
             kind: refuse the other kind.
             revision: the newest, or an earlier one as it was.
             cache: where they are fetched to; default: what ``PVRPIPE_CACHE`` says.
+            prove: refuse a local shard whose sha256 is not the manifest's, when it is opened for the first time.
+                Behind a URL that is always done.
 
         Raises:
             NotAStoreError: there is none, or it is of the other kind.
@@ -76,7 +86,7 @@ class Store:
             )
         name = manifest.episodes_file
         episodes = mirror.fetch(name) if mirror is not None else Path(str(path), name)
-        return cls(path, manifest, read_episodes(episodes, manifest, f"{path}/{name}"), mirror)
+        return cls(path, manifest, read_episodes(episodes, manifest, f"{path}/{name}"), mirror, prove)
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -107,7 +117,23 @@ class Store:
         """One shard; kept open while it is among those used last."""
         kind = ParquetShard if self.manifest.shard_format == "parquet" else WebDatasetShard
         with self.file(self.manifest.shards[index].file) as file:  # it may go from its cache, its map stays
+            if self._prove and index not in self._proven:
+                self._refuse_another(file, self.manifest.shards[index].sha256)
+                self._proven.add(index)
             return kind(file.parent.parent, self.manifest, index, self._decoded)
+
+    def _refuse_another(self, file: Path, promised: str) -> None:
+        """Nobody is to compute with bytes that are not those of the store.
+
+        Raises:
+            CorruptStoreError: the file is missing, or has another sha256.
+        """
+        found = sha256_of(file) if file.is_file() else "no bytes at all"
+        if found != promised:
+            raise CorruptStoreError(
+                f"{file} has sha256 {found[:12]}…, not {promised[:12]}…; run `pvrpipe verify {self.path}`, "
+                "then get the shard again"
+            )
 
     def records(self, shard: int) -> tuple[EpisodeRecord, ...]:
         """The episodes of one shard."""
@@ -122,7 +148,7 @@ class Store:
 
     def __reduce__(self) -> tuple[object, ...]:
         """For a process of its own: it opens the store itself, at the same revision."""
-        return Store.open, (self.path, self.manifest.kind, self.manifest.revision)
+        return Store.open, (self.path, self.manifest.kind, self.manifest.revision, None, self._prove)
 
     def __repr__(self) -> str:
         """Kind, size and place."""

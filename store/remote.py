@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError
-from pvrpipe.schemas.manifest import Manifest, ShardCommit, store_id
+from pvrpipe.schemas.manifest import Manifest, store_id
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.files import (
     disk_errors,
@@ -31,6 +31,7 @@ from pvrpipe.store.layout import (
     MANIFEST_LIMIT,
     StoreFile,
     files_of,
+    parse_commit,
     parse_manifest,
     read_manifest,
     revision_file,
@@ -220,9 +221,8 @@ def _problem_of_commit(file: StoreFile, path: Path) -> str | None:
     """A commit record has no hash of its own: it must be valid, and say what the manifest says."""
     if path.stat().st_size > MANIFEST_LIMIT:
         return f"is larger than {MANIFEST_LIMIT} bytes"
-    try:
-        commit = ShardCommit.model_validate_json(path.read_bytes())
-    except ValueError:
+    commit = parse_commit(path.read_bytes())
+    if commit is None:
         return "is no valid commit record"
     differ = [field for field in COMMITTED if getattr(commit, field) != getattr(file.entry, field)]
     return f"does not say what the manifest says ({', '.join(differ)})" if differ else None

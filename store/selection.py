@@ -146,8 +146,8 @@ class Selection:
         if (store, shard) in self._proven:
             return
         entry = store.manifest.shards[shard]
-        if isinstance(store.path, Path) and sha256_of(store.path / entry.file) != entry.sha256:
-            raise CorruptStoreError(
-                f"{store.path / entry.file} is not what its manifest promises; get the store again"
-            )
+        if isinstance(store.path, Path):
+            path = store.path / entry.file
+            if not path.is_file() or sha256_of(path) != entry.sha256:
+                raise CorruptStoreError(f"{path} is not what its manifest promises; get the store again")
         self._proven.add((store, shard))

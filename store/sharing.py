@@ -18,7 +18,7 @@ from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, OutputE
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.destination import Destination, published, what_is_there
-from pvrpipe.store.episodes import read_episodes
+from pvrpipe.store.episodes import episode_rows, read_episodes
 from pvrpipe.store.files import disk_errors, locked, remove_temporaries, write_whole
 from pvrpipe.store.hub import is_hub, push_to_hub
 from pvrpipe.store.layout import (
@@ -268,7 +268,7 @@ def _grows_into(folder: Path, text: bytes) -> bool:
 def _refuse_other_episodes(source: Source, folder: Path, manifest: Manifest) -> None:
     """Commit records have no hash of their own: their episodes must be those of the episode table."""
     commits = [read_commit(folder, shard) for shard in range(len(manifest.shards))]
-    records = [record.model_dump() for commit in commits if commit for record in commit.episodes]
+    records = episode_rows([record for commit in commits if commit for record in commit.episodes])
     path = folder / manifest.episodes_file
     table = read_episodes(path, manifest, f"{source.place}: {path.name}").drop("row_first").to_dicts()
     if table != records:

@@ -101,15 +101,16 @@ def _rows(store: Store, path: Path, progress: Progress, chosen: Container[int]) 
             continue
         commits[index] = commit
         try:
-            failures += _commit(manifest, index, commit)
-            failures += _shard(store, manifest, index, commit) if index in chosen else ()
+            wrong = list(_commit(manifest, index, commit))
+            # by a commit record that lies, no row is to be found
+            failures += wrong or (_shard(store, manifest, index, commit) if index in chosen else ())
         except PvrpipeError as error:
             failures.append(Failure(entry.file, one_line(error)))
     progress(len(manifest.shards), len(manifest.shards))
     if len(commits) < len(manifest.shards):
         return failures
-    statistics = _statistics(store, commits) if all(i in chosen for i in commits) else ()
-    return [*failures, *_whole(store, manifest, commits), *statistics]
+    whole = not failures and all(i in chosen for i in commits)
+    return [*failures, *_whole(store, manifest, commits), *(_statistics(store, commits) if whole else ())]
 
 
 def _files(path: Path, manifest: Manifest, chosen: Container[int]) -> Iterator[Failure]:
@@ -155,7 +156,11 @@ def _commit(manifest: Manifest, index: int, commit: ShardCommit) -> Iterator[Fai
     for record in commit.episodes:
         if record.row_start != row:
             yield Failure(where, f"episode {record.episode} does not begin at row {row}")
+        if record.shard != index:
+            yield Failure(where, f"says that episode {record.episode} is in shard {record.shard}")
         row += record.rows
+    if row != entry.rows:
+        yield Failure(where, f"lists episodes of {row} rows, but the shard has {entry.rows}")
 
 
 def _shard(store: Store, manifest: Manifest, index: int, commit: ShardCommit) -> Iterator[Failure]:
@@ -220,14 +225,15 @@ def _statistics(store: Store, commits: dict[int, ShardCommit]) -> Iterator[Failu
     """Mean and standard deviation, from the rows themselves."""
     records = [r for i in sorted(commits) for r in commits[i].episodes]
     for name, promised in store.manifest.statistics.items():
-        parts = []
+        parts = [moments_of(store.shard(0).rows(name, 0, 0))]  # there may be no training rows
         for record in records:
             if record.split == "train":
                 rows = store.shard(record.shard).rows(name, record.row_start, record.rows)
                 parts.append(moments_of(rows[:-1] if name == "action" else rows))
         found = statistics_of(merged(parts))
         for field in ("mean", "std"):
-            if not np.allclose(getattr(found, field), getattr(promised, field), rtol=1e-6, atol=1e-9):
+            values = getattr(found, field), getattr(promised, field)
+            if len(values[0]) != len(values[1]) or not np.allclose(*values, rtol=1e-6, atol=1e-9):
                 yield Failure("store.json", f"the {field} of '{name}' is not that of the training rows")
 
 

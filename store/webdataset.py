@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -80,7 +81,14 @@ class WebDatasetShard(Shard):
             major, _ = npy.read_magic(head)
             reader = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
             shape, fortran, dtype = reader(head, max_header_size=NPY_HEADER_LIMIT)
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        except (
+            ValueError,
+            SyntaxError,
+            TypeError,
+            RecursionError,
+            MemoryError,
+            tokenize.TokenError,
+        ) as error:
             raise self.corrupt(f"member {name} is no .npy file ({error})") from None
         promised = ((rows, *column.shape), np.dtype(column.dtype), head.tell() + rows * column.width)
         if (shape, dtype, size) != promised or (fortran and len(shape) > 1):

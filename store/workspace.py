@@ -33,6 +33,14 @@ class Workspace:
         """Where rollouts of an environment go."""
         return self.root / "rollouts" / slug(environment)
 
+    def label_of(self, store: str) -> str | None:
+        """What a store of this workspace is called by its folders, which may say more than its environment does."""
+        for stage in ("rollouts", "embeddings"):
+            home = (self.root / stage).absolute()
+            if Path(store).absolute().is_relative_to(home):
+                return "-".join(Path(store).absolute().relative_to(home).parts)
+        return None
+
     def pvr(self, environment: str, name: str) -> Path:
         """Where an encoder trained on an environment's frames goes."""
         return self.root / "pvrs" / f"{slug(environment)}-{slug(name)}"
@@ -94,7 +102,7 @@ class Workspace:
 
 def slug(name: str) -> str:
     """A name as a folder: ``dmc:pendulum-swingup`` is ``dmc-pendulum-swingup``."""
-    return re.sub(r"[^\w.+-]", "-", name)
+    return re.sub(r"[:/?=&,~@]", "-", name)
 
 
 def latest_first(files: Iterable[Path]) -> list[Path]:

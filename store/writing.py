@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -143,7 +144,10 @@ class ShardWriter:
             if error is None:
                 raise  # otherwise the first failure is the one to report
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # what keeps it there is told by the first failure, or by the next writer
+                self._temporary.unlink(missing_ok=True)
 
     def _add(self, record: EpisodeRecord) -> None:
         """An episode that this shard holds, behind those before it."""

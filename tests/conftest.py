@@ -79,6 +79,28 @@ def draft(
     return new_manifest(specification, columns, plan, shard_format)
 
 
+def write_store(
+    folder: Path,
+    lengths: Sequence[int],
+    *,
+    seed: int = 0,
+    size: int = 8,
+    shard_rows: int | None = None,
+    shard_format: Literal["parquet", "webdataset"] = "parquet",
+) -> Path:
+    """Write a rollout store of random episodes; returns its folder."""
+    episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
+    manifest = draft(episodes, seed, shard_rows, shard_format)
+    with PendingStore.begin(folder, manifest) as pending:
+        for plan in pending.todo:
+            with ShardWriter(pending.folder, manifest, plan) as writer:
+                for episode in episodes[plan.first_episode : plan.first_episode + plan.episodes]:
+                    writer.write_episode(episode)
+                writer.commit()
+        pending.seal()
+    return folder
+
+
 @pytest.fixture
 def shard_format() -> str:
     """The format of stores that a test writes; the tests of storage run over both."""
@@ -98,16 +120,9 @@ def write_rollouts(tmp_path: Path, shard_format: Any) -> WriteStore:
         shard_rows: int | None = None,
         shard_format: Any = shard_format,
     ) -> Path:
-        episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
-        manifest = draft(episodes, seed, shard_rows, shard_format)
-        with PendingStore.begin(tmp_path / name, manifest) as pending:
-            for plan in pending.todo:
-                with ShardWriter(pending.folder, manifest, plan) as writer:
-                    for episode in episodes[plan.first_episode : plan.first_episode + plan.episodes]:
-                        writer.write_episode(episode)
-                    writer.commit()
-            pending.seal()
-        return tmp_path / name
+        return write_store(
+            tmp_path / name, lengths, seed=seed, size=size, shard_rows=shard_rows, shard_format=shard_format
+        )
 
     return write
 

@@ -223,11 +223,9 @@ def shard_format(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("shards", ["parquet", "webdataset"])
 def test_a_thousand_flips_truncations_and_swaps_are_all_found(
-    write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, shards: str
+    write_rollouts: WriteStore, shards: str
 ) -> None:
-    folder = write_rollouts()
-    if shards == "webdataset":
-        pytest.skip("covered by the parametrised store tests")
+    folder = write_rollouts(shard_format=shards)
     random = np.random.default_rng(0)
     hashed = [entry.file for entry in Store.open(folder).manifest.shards]
     for _ in range(1000):

@@ -32,7 +32,7 @@ def collected(lab: Path, episodes: int, seed: int = 0, append: bool = False) -> 
 
 
 def embedded(lab: Path, append: bool = False) -> Path:
-    config = EmbedConfig(Engine("inline"), append=append)
+    config = EmbedConfig(engine="inline", append=append)
     return embed(lab / "rollouts", [(ENCODER, lab / "embeddings")], config)[0].store
 
 

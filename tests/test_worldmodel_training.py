@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pvrpipe.schemas.errors import (
+    CorruptStoreError,
     InvalidValueError,
     NotAStoreError,
     OutputExistsError,
@@ -320,6 +321,20 @@ def test_a_killed_run_ends_with_the_same_bytes(
     train(config, store, run)
     for name in (checkpoints.CHECKPOINT, runs.METRICS):
         assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_training_refuses_a_shard_that_is_not_the_stores(
+    write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    """One bit of a value, which no footer shows."""
+    store = write_embeddings()
+    shards = sorted((store / "shards").glob("*.parquet"))
+    for shard in shards:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 3] ^= 1
+        shard.write_bytes(data)
+    with pytest.raises(CorruptStoreError, match=r"has sha256 .*pvrpipe verify"):
+        train(QUICK["tdmpc2"], store, tmp_path / "run")
 
 
 def test_a_finished_run_is_returned_at_once_and_another_configuration_refused(

@@ -29,7 +29,7 @@ def open_embeddings(path: Path | str) -> Store:
         NotAStoreError: nothing there, or a rollout store.
         InvalidValueError: its rows are too wide to be taken as one vector.
     """
-    store = Store.open(path)
+    store = Store.open(path, prove=True)
     if store.manifest.kind != "embeddings":
         raise NotAStoreError(
             f"{path} holds frames, not embeddings; first run `pvrpipe embed {path} --pvr NAME`"
