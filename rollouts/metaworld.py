@@ -66,7 +66,8 @@ class TableEnvironment:
         _weld_as_this_mujoco_does()
         self.name, self.size, self.action_repeat = name, size, action_repeat
         self._env = env = _with_visible_goal(ALL_V3_ENVIRONMENTS[task])
-        self._new_script: Any = ENV_POLICY_MAP[task]  # a policy of its own for each task
+        scripts: dict[str, Any] = ENV_POLICY_MAP
+        self._new_script = scripts[task]
         self._script = self._new_script()
         self.max_steps = max_steps or max(1, LIMIT // action_repeat)
         env.max_path_length = 1 << 62  # how long an episode lasts is the collector's to say

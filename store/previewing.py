@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.store.drawing import FAINT, GREY, INK, PAPER, Range, colour_of, font
+from pvrpipe.store.drawing import FAINT, GREY, INK, PAPER, Range, Values, colour_of, font
 from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.store.filming import write_film
 from pvrpipe.store.reading import Store
@@ -181,7 +181,7 @@ def _curves(width: int, rows: dict[str, Rows]) -> Image.Image:
     return picture
 
 
-def _chart(picture: Image.Image, top: int, label: str, lines: Sequence[Rows], values: Range) -> None:
+def _chart(picture: Image.Image, top: int, label: str, lines: Sequence[Values], values: Range) -> None:
     """Lines within a frame, below what they are."""
     page, right = ImageDraw.Draw(picture), picture.width - 1
     page.text((0, top), f"{label}, {values.low:.3g} to {values.high:.3g}", GREY, font(12))
