@@ -20,6 +20,7 @@ import pyarrow as pa
 import pvrpipe
 from pvrpipe.rollouts.environments import DEFAULT_ENVIRONMENT, Environment, Restorable, make_environment
 from pvrpipe.rollouts.episodes import CollectShard, Trying, episode_columns, too_many
+from pvrpipe.rollouts.importing import PREFIX
 from pvrpipe.rollouts.policies import check_playable, parse_policy
 from pvrpipe.rollouts.presets import expanded
 from pvrpipe.rollouts.replay import ReplayShard
@@ -263,6 +264,11 @@ def draft_manifest(config: CollectConfig) -> Manifest:
 def replay_manifest(source: Store, size: int | None, camera: int | str | None, variation: str) -> Manifest:
     """What a replayed store will be; its shards hold the episodes that those of its source hold."""
     made, looks = source.manifest.rollouts, parse_variation(variation)
+    if made.environment.startswith(PREFIX):
+        raise InvalidValueError(
+            f"{source.path} holds {made.environment}, which was imported: nothing here simulates it, so it cannot be "
+            "seen anew; embed it as it is, or import it again with another --size or --camera"
+        )
     camera = made.camera if camera is None else camera
     environment = make_environment(
         made.environment, size or made.size, camera, made.action_repeat, made.max_steps

@@ -88,6 +88,10 @@ class MissingExtraError(PvrpipeError):
     """An optional dependency that is not installed."""
 
 
+class SourceError(PvrpipeError):
+    """Data to be imported that is not what its format promises."""
+
+
 class ClusterError(PvrpipeError):
     """A Ray cluster that cannot be reached."""
 

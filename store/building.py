@@ -111,6 +111,15 @@ class PendingStore:
                 f"{self.folder} has lost shard {self.todo[0].shard} of an earlier revision; get it again"
             )
 
+    def abandon(self) -> None:
+        """Leave nothing of a store that was never sealed, nor of its folder if there is nothing else in it."""
+        _clear(self.folder, self.manifest)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        remove_temporaries(self.folder / SHARDS)
+        for folder in (self.folder / SHARDS, self.folder):
+            with contextlib.suppress(OSError):  # something else lies in it
+                folder.rmdir()
+
     def commits(self) -> dict[int, ShardCommit]:
         """The shards that exist: those whose commit record and bytes are both there."""
         found = {}

@@ -1,0 +1,139 @@
+"""Sources that are damaged, or of another format than was said: one line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from pvrpipe.schemas.errors import MissingExtraError, PvrpipeError, SourceError
+
+from .importable import (
+    imported,
+    truth,
+    write_dqn_replay,
+    write_frames,
+    write_robomimic,
+    write_vd4rl_npz,
+    write_video,
+)
+
+
+def cut_short(path: Path, share: float = 0.7) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def damaged(kind: str, folder: Path) -> tuple[str, Path, str]:
+    """Format, source and what must be said of it."""
+    if kind == "npz cut short":
+        file = sorted(write_vd4rl_npz(folder).glob("*.npz"))[1]
+        cut_short(file)
+        return "vd4rl", folder, f"{file.name} cannot be read"
+    if kind == "pickle":
+        folder.mkdir()
+        rows = {"action": np.array([None, {}], object), "reward": np.zeros(2), "discount": np.ones(2)}
+        np.savez(folder / "a.npz", image=np.zeros((2, 4, 4, 3), np.uint8), **rows)  # type: ignore[arg-type]
+        return "vd4rl", folder, "allow_pickle"
+    if kind == "other alignment":
+        folder.mkdir()
+        real = truth(0, 3)
+        rows = {"action": real["action"], "reward": real["reward"], "discount": np.ones(3)}
+        np.savez(folder / "a.npz", image=real["frame"][1:], **rows)  # type: ignore[arg-type]
+        return "vd4rl", folder, "not aligned as V-D4RL"
+    if kind in ("nan", "rows missing", "wider actions", "hdf5 cut short"):
+        path = write_robomimic(folder.with_suffix(".hdf5"), next_obs=True)
+        if kind == "hdf5 cut short":
+            cut_short(path)
+            return "robomimic", path, "cannot be read"
+        with h5py.File(path, "r+") as file:
+            demo = file["data/demo_2"]
+            if kind == "nan":
+                demo["rewards"][0] = np.nan
+                return "robomimic", path, "demo_2 of Lift has a reward that is not finite at step 0"
+            real = demo["actions"][:]
+            del demo["actions"]
+            demo["actions"] = real[:0] if kind == "rows missing" else np.ones((1, 3))
+        return "robomimic", path, "demo_2 has 0 actions" if kind == "rows missing" else "actions of 3 numbers"
+    if kind in ("gzip cut short", "terminal missing"):
+        write_dqn_replay(folder)
+        if kind == "gzip cut short":
+            cut_short(folder / "$store$_observation_ckpt.3.gz")
+            return "dqn-replay", folder, "cannot be read"
+        (folder / "$store$_terminal_ckpt.3.gz").unlink()
+        return "dqn-replay", folder, r"has no \$store\$_terminal_ckpt.3.gz; get it too"
+    write_frames(folder, "video", rows_less=1)
+    if kind == "video cut short":
+        write_video(folder / "e2.mp4", truth(2, 4)["frame"])
+        return "frames", folder, "episode e2 has 5 observations and 7 actions"
+    if kind == "no frames":
+        (folder / "e2.mp4").unlink()
+        return "frames", folder, "there are no frames in"
+    if kind == "outside":
+        (folder / "table.csv").write_text("episode,action,reward\n../e2,1,1\n")
+        return "frames", folder, "which is not in"
+    (folder / "table.csv").write_text("episode,action,reward\n" + "e2,1.5,bad\n" * 7)
+    return "frames", folder, "column 'reward' of episode e2 cannot be read"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "npz cut short",
+        "pickle",
+        "other alignment",
+        "nan",
+        "rows missing",
+        "wider actions",
+        "hdf5 cut short",
+        "gzip cut short",
+        "terminal missing",
+        "video cut short",
+        "no frames",
+        "outside",
+        "words",
+    ],
+)
+def test_damage_is_one_line_before_anything_is_written(tmp_path: Path, kind: str) -> None:
+    format_, source, said = damaged(kind, tmp_path / "data")
+    options = {"camera": "agentview"} if format_ == "robomimic" else {}
+    with pytest.raises(SourceError, match=said) as caught:
+        imported(format_, source, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pixels_that_cannot_be_decoded_leave_nothing_behind(tmp_path: Path) -> None:
+    """Such damage is only met while writing, behind shards that are committed."""
+    folder = write_frames(tmp_path / "mine", "images", rows_less=1)
+    (folder / "e0" / "frame_3.png").write_bytes(b"no picture")
+    with pytest.raises(SourceError, match=r"frame_3\.png cannot be read"):
+        imported("frames", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format_", ["minari", "lerobot", "vd4rl", "robomimic", "dqn-replay", "frames"])
+def test_the_wrong_format_is_one_line(tmp_path: Path, format_: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("nothing")
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["x"] = np.arange(3)
+    for source in (tmp_path / "folder", tmp_path / "other.hdf5", tmp_path / "nowhere"):
+        with pytest.raises(PvrpipeError) as caught:
+            imported(format_, source, tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_library_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_robomimic(tmp_path / "image.hdf5", next_obs=False)
+    folder = write_frames(tmp_path / "mine", "video")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pvrpipe\[convert\]'"):
+        imported("robomimic", path, tmp_path / "out")
+    with pytest.raises(MissingExtraError, match=r"pip install 'pvrpipe\[video\]'"):
+        imported("frames", folder, tmp_path / "out")
