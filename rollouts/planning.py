@@ -1,11 +1,4 @@
-"""``mpc``: an expert that needs no training, for it plans inside the simulator.
-
-Predictive sampling (Howell et al. 2022, arXiv 2212.00541, §3): perturb the current plan with Gaussian
-noise on a few knots, look ahead along each candidate, keep the best, the unperturbed plan among them.
-Two things are added. The candidates' noise ranges over several sizes and knot spacings, so that one
-setting serves every task. And where no candidate sees any difference in reward (a pendulum hanging under
-a sparse one), the candidate that ends with the most mechanical energy is kept: that swings things up.
-"""
+"""``mpc``: an expert that needs no training, for it plans inside the simulator."""
 
 from __future__ import annotations
 
@@ -35,6 +28,10 @@ class PlannerConfig:
     noise: tuple[float, float] = (0.05, 2.0)
     """Smallest and largest standard deviation of the noise, as fractions of half the action range; the
     largest is clipped to bang-bang control more often than not, which a weak motor needs."""
+    elites: int = 1
+    temperature: float = 1.0
+    reward_interval: int = 1
+    coarseness: int = 1
 
 
 def planner_of_quality(quality: float) -> PlannerConfig:
@@ -54,32 +51,46 @@ def planned_actions(
     config = config or PlannerConfig()
     middle = (environment.action_low + environment.action_high) / 2
     plan: Actions = np.tile(middle, (config.horizon, 1)).astype(np.float32)
+    best = plan
     while True:
-        plan = improved(plan, environment, rng, config)
+        plan, best = improved(plan, best, environment, rng, config)
         yield from plan[: config.interval]
-        plan = np.concatenate([plan[config.interval :], np.repeat(plan[-1:], config.interval, axis=0)])
+        plan, best = shifted(plan, config.interval), shifted(best, config.interval)
+
+
+def shifted(plan: Actions, count: int) -> Actions:
+    return np.concatenate([plan[count:], np.repeat(plan[-1:], count, axis=0)])
 
 
 def improved(
-    plan: Actions, environment: Environment, rng: np.random.Generator, config: PlannerConfig
-) -> Actions:
-    """The best of the plan (H, A) and its perturbations; on equal returns, the plan itself."""
+    plan: Actions, best: Actions, environment: Environment, rng: np.random.Generator, config: PlannerConfig
+) -> tuple[Actions, Actions]:
     low, high = environment.action_low, environment.action_high
-    noise = perturbations(rng, config, plan.shape[1]) * (high - low) / 2
-    candidates = np.clip(np.concatenate([plan[None], plan + noise]), low, high).astype(np.float32)
+    first = np.stack([plan, best]) if config.elites > 1 else plan[None]
+    noise = perturbations(rng, config, config.candidates - len(first), plan.shape[1]) * (high - low) / 2
+    candidates = np.clip(np.concatenate([first, plan + noise]), low, high).astype(np.float32)
     assert isinstance(environment, Foreseeing)
-    returns, energies = environment.evaluate(candidates)
-    best = int(np.argmax(returns if np.ptp(returns) > 0 else energies))
-    chosen: Actions = candidates[best]
-    return chosen
+    returns, energies = environment.evaluate(candidates, config.reward_interval, config.coarseness)
+    worth = returns if np.ptp(returns) > 0 else energies
+    order = np.argsort(-worth, kind="stable")
+    chosen = candidates[order[0]]
+    if config.elites == 1 or np.ptp(returns) == 0:
+        return chosen, chosen
+    elite = worth[order[: config.elites]]
+    weights = np.exp((elite - elite[0]) / (config.temperature * (elite.std() + 1e-9)))
+    mean = np.tensordot(weights / weights.sum(), candidates[order[: config.elites]], 1)
+    return mean.astype(np.float32), chosen
 
 
-def perturbations(rng: np.random.Generator, config: PlannerConfig, width: int) -> NDArray[np.float64]:
-    """Noise (N - 1, H, A) in units of half the action range, linear between its knots."""
-    count, times = config.candidates - 1, np.arange(config.horizon)
+def perturbations(
+    rng: np.random.Generator, config: PlannerConfig, count: int, width: int
+) -> NDArray[np.float64]:
+    """Noise (N, H, A) in units of half the action range, linear between its knots."""
+    times = np.arange(config.horizon)
     noise = np.empty((count, config.horizon, width))
     for n, scale in enumerate(np.geomspace(*config.noise, count)):
-        knots = np.arange(0, config.horizon + config.spacings[-1], config.spacings[n % len(config.spacings)])
+        spacing = config.spacings[n % len(config.spacings)]
+        knots = np.arange(0, config.horizon + config.spacings[-1], spacing)
         values = rng.standard_normal((len(knots), width))
         for a in range(width):
             noise[n, :, a] = scale * np.interp(times, knots, values[:, a])
