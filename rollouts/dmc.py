@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from numpy.typing import NDArray
 
+from pvrpipe.rollouts.aims import AIMS
 from pvrpipe.rollouts.environments import Forecast, pick_camera
 from pvrpipe.rollouts.pixels import seen
 from pvrpipe.rollouts.variation import PLAIN, Look
@@ -70,6 +71,7 @@ class SuiteEnvironment:
         env = _load(domain, task)
         self.name, self.size, self.action_repeat = name, size, action_repeat
         self._env, self._task, self._physics = env, env.task, env.physics
+        self._aim = AIMS.get(name)
         self._substeps = round(env.control_timestep() / self._physics.timestep())
         self._scratch = self._physics.copy(
             share_model=True
@@ -159,7 +161,10 @@ class SuiteEnvironment:
     def evaluate(
         self, actions: NDArray[np.float32], reward_interval: int = 1, coarseness: int = 1
     ) -> Forecast:
-        """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode."""
+        """Look ahead along ``actions`` (N, H, A); see :class:`pvrpipe.rollouts.environments.Foreseeing`.
+
+        The physics of all plans are one call of MuJoCo's; only where a reward is read is Python in the loop.
+        """
         actions = np.clip(actions, self.action_low, self.action_high)
         steps = max(1, self._substeps * self.action_repeat // coarseness)
         states = self._foreseen(actions, steps)
@@ -169,7 +174,7 @@ class SuiteEnvironment:
         for n, trajectory in enumerate(states):
             for h, weight in zip(read, weights, strict=True):
                 self._go_to(trajectory[h * steps - 1], actions[n, h - 1])
-                returns[n] += weight * float(self._task.get_reward(self._scratch))
+                returns[n] += weight * self._worth()
             energies[n] = self._energy()
         return Forecast(returns, energies)
 
@@ -213,6 +218,11 @@ class SuiteEnvironment:
         mujoco.mj_setState(self._model, data, state, MOVING)
         data.ctrl[:] = action
         mujoco.mj_step1(self._model, data)
+
+    def _worth(self) -> float:
+        """What a planner is told that the scratch simulation's state is worth."""
+        reward = float(self._task.get_reward(self._scratch))
+        return reward + self._aim(self._scratch) if self._aim else reward
 
     def _energy(self) -> float:
         """Potential plus kinetic energy of the scratch simulation, in joule."""
