@@ -3,7 +3,8 @@
     python benchmarks/returns.py [--tasks dmc:pendulum-swingup,...] [--policies random,medium,expert]
                                  [--seeds 100,101,102,103] [--steps N]
 
-Nothing is drawn: frames are blank, which changes no physics, no reward and no action, and saves the larger part of the time.
+Nothing is drawn: frames are blank, which changes no physics, no reward and no action, and saves most of
+the time.
 A mixture plays each seed with one of its members, shared out as `collect` shares them. Seconds are of the processor.
 """
 
@@ -93,7 +94,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    print("| task | policy | episodes | return, mean ± sd | of published | success | seconds |\n" + "|---" * 7 + "|")
+    print(
+        "| task | policy | episodes | return, mean ± sd | of published | success | seconds |\n"
+        + "|---" * 7
+        + "|"
+    )
     everything = []
     for task in arguments.tasks.split(","):
         for policy in arguments.policies.split(","):

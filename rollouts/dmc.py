@@ -28,9 +28,9 @@ MEND_GL = (
 
 try:
     import mujoco
-    from mujoco import rollout
     from dm_control import suite
     from dm_control.mujoco.engine import Camera
+    from mujoco import rollout
 
     from pvrpipe.rollouts.scene import Dresser
 except (ImportError, AttributeError, RuntimeError) as error:  # what a broken EGL raises while it is imported
