@@ -192,7 +192,7 @@ class SuiteEnvironment:
         mujoco.mj_setState(self._model, physics.data.ptr, state, EVERYTHING)
         mujoco.mj_step1(self._model, physics.data.ptr)
 
-    def _foreseen(self, actions: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
+    def _foreseen(self, actions: NDArray[np.float32], steps: int) -> NDArray[np.float64]:
         """States (N, H × steps, P') along actions (N, H, A), each taken for so many steps of the physics."""
         model, physics, scratch = self._model, self._physics.data.ptr, self._scratch.data.ptr
         mujoco.mj_setState(model, scratch, self.snapshot(), EVERYTHING)
@@ -201,13 +201,13 @@ class SuiteEnvironment:
         timestep = model.opt.timestep
         model.opt.timestep = timestep * self._substeps * self.action_repeat / steps
         try:
-            states, _ = rollout.rollout(
+            states: NDArray[np.float64] = rollout.rollout(
                 model,
                 scratch,
                 np.repeat(start[None], len(actions), 0),
                 np.repeat(actions.astype(np.float64), steps, 1),
                 initial_warmstart=np.repeat(physics.qacc_warmstart[None], len(actions), 0),
-            )
+            )[0]
         finally:
             model.opt.timestep = timestep
         return states
