@@ -44,7 +44,7 @@ class PlannerConfig:
     """How many times longer the steps of the physics are in the look-ahead."""
 
 
-#: Of tasks that do better with another planner than the usual one; chosen on seeds 0 to 3 (docs/LOG.md).
+#: Of tasks that do better with another planner than the usual one; chosen on seeds 0 and 1 (docs/LOG.md).
 PLANNERS = {
     "dmc:cartpole-swingup": PlannerConfig(horizon=50, spacings=(5, 10, 20), reward_interval=4),
     "dmc:cheetah-run": PlannerConfig(
