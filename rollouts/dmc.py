@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from numpy.typing import NDArray
 
+from pvrpipe.rollouts.aims import AIMS
 from pvrpipe.rollouts.environments import Forecast, pick_camera
 from pvrpipe.rollouts.pixels import seen
 from pvrpipe.rollouts.variation import PLAIN, Look
@@ -29,6 +30,7 @@ try:
     import mujoco
     from dm_control import suite
     from dm_control.mujoco.engine import Camera
+    from mujoco import rollout
 
     from pvrpipe.rollouts.scene import Dresser
 except (ImportError, AttributeError, RuntimeError) as error:  # what a broken EGL raises while it is imported
@@ -37,6 +39,7 @@ except (ImportError, AttributeError, RuntimeError) as error:  # what a broken EG
 EVERYTHING = (
     mujoco.mjtState.mjSTATE_INTEGRATION
 )  # all that a step depends on, the solver's warm start included
+MOVING = mujoco.mjtState.mjSTATE_FULLPHYSICS  # what a step changes, its warm start aside
 UNENDING = 1000  # control steps of an episode where the task has no time limit of its own (lqr)
 UNLIMITED = 1e9  # MuJoCo's bounds for an actuator without a range are ±1e10
 ACTION_REPEAT = 2  # as the study and most work on pixels have it
@@ -68,6 +71,7 @@ class SuiteEnvironment:
         env = _load(domain, task)
         self.name, self.size, self.action_repeat = name, size, action_repeat
         self._env, self._task, self._physics = env, env.task, env.physics
+        self._aim = AIMS.get(name)
         self._substeps = round(env.control_timestep() / self._physics.timestep())
         self._scratch = self._physics.copy(
             share_model=True
@@ -154,14 +158,23 @@ class SuiteEnvironment:
         """The row as it is now; its reward is 0."""
         return self._row(self._task.get_observation(self._physics), reward=0.0, terminal=False)
 
-    def evaluate(self, actions: NDArray[np.float32]) -> Forecast:
-        """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode."""
-        start = self.snapshot()
+    def evaluate(
+        self, actions: NDArray[np.float32], reward_interval: int = 1, coarseness: int = 1
+    ) -> Forecast:
+        """Look ahead along ``actions`` (N, H, A); see :class:`pvrpipe.rollouts.environments.Foreseeing`.
+
+        The physics of all plans are one call of MuJoCo's; only where a reward is read is Python in the loop.
+        """
         actions = np.clip(actions, self.action_low, self.action_high)
+        steps = max(1, self._substeps * self.action_repeat // coarseness)
+        states = self._foreseen(actions, steps)
+        read = [*range(reward_interval, actions.shape[1], reward_interval), actions.shape[1]]
+        weights = self.action_repeat * np.diff([0, *read])
         returns, energies = np.zeros(len(actions)), np.zeros(len(actions))
-        for n, sequence in enumerate(actions):
-            self._settle(self._scratch, start)
-            returns[n] = sum(map(self._try_action, sequence))
+        for n, trajectory in enumerate(states):
+            for h, weight in zip(read, weights, strict=True):
+                self._go_to(trajectory[h * steps - 1], actions[n, h - 1])
+                returns[n] += weight * self._worth()
             energies[n] = self._energy()
         return Forecast(returns, energies)
 
@@ -179,11 +192,37 @@ class SuiteEnvironment:
         mujoco.mj_setState(self._model, physics.data.ptr, state, EVERYTHING)
         mujoco.mj_step1(self._model, physics.data.ptr)
 
-    def _try_action(self, action: NDArray[np.float32]) -> float:
-        """Reward of an action in the scratch simulation; the one where it ends stands for its repeats."""
-        self._task.before_step(action, self._scratch)
-        self._scratch._step_with_up_to_date_position_velocity(self._substeps * self.action_repeat)
-        return self.action_repeat * float(self._task.get_reward(self._scratch))
+    def _foreseen(self, actions: NDArray[np.float32], steps: int) -> NDArray[np.float64]:
+        """States (N, H × steps, P') along actions (N, H, A), each taken for so many steps of the physics."""
+        model, physics, scratch = self._model, self._physics.data.ptr, self._scratch.data.ptr
+        mujoco.mj_setState(model, scratch, self.snapshot(), EVERYTHING)
+        start = np.empty(mujoco.mj_stateSize(model, MOVING), np.float64)
+        mujoco.mj_getState(model, physics, start, MOVING)
+        timestep = model.opt.timestep
+        model.opt.timestep = timestep * self._substeps * self.action_repeat / steps
+        try:
+            states: NDArray[np.float64] = rollout.rollout(
+                model,
+                scratch,
+                np.repeat(start[None], len(actions), 0),
+                np.repeat(actions.astype(np.float64), steps, 1),
+                initial_warmstart=np.repeat(physics.qacc_warmstart[None], len(actions), 0),
+            )[0]
+        finally:
+            model.opt.timestep = timestep
+        return states
+
+    def _go_to(self, state: NDArray[np.float64], action: NDArray[np.float32]) -> None:
+        """Where the scratch simulation would be, had it come by itself."""
+        data = self._scratch.data.ptr
+        mujoco.mj_setState(self._model, data, state, MOVING)
+        data.ctrl[:] = action
+        mujoco.mj_step1(self._model, data)
+
+    def _worth(self) -> float:
+        """What a planner is told that the scratch simulation's state is worth."""
+        reward = float(self._task.get_reward(self._scratch))
+        return reward + self._aim(self._scratch) if self._aim else reward
 
     def _energy(self) -> float:
         """Potential plus kinetic energy of the scratch simulation, in joule."""

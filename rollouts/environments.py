@@ -37,7 +37,7 @@ SIZES = (16, 2048)  # pixels
 class Forecast(NamedTuple):
     """What N sequences of actions would lead to, had they been taken from here."""
 
-    returns: NDArray[np.float64]  # (N,) sum of rewards, one per action
+    returns: NDArray[np.float64]  # (N,) sum of rewards, and of what else the planner is to aim at
     energies: NDArray[np.float64]  # (N,) mechanical energy in joule where each sequence ends
 
 
@@ -98,8 +98,16 @@ class Restorable(Protocol):
 class Foreseeing(Protocol):
     """An environment that can look ahead."""
 
-    def evaluate(self, actions: NDArray[np.float32]) -> Forecast:
-        """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode."""
+    def evaluate(
+        self, actions: NDArray[np.float32], reward_interval: int = 1, coarseness: int = 1
+    ) -> Forecast:
+        """Look ahead along ``actions`` (N, H, A) without rendering and without moving the episode.
+
+        Args:
+            actions: N plans of H actions.
+            reward_interval: actions from one reading of the reward to the next, which stands for all of them.
+            coarseness: how many times fewer, and longer, the steps of the physics may be.
+        """
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from pvrpipe.rollouts.environments import Environment, Foreseeing, Scripted
 from pvrpipe.rollouts.mixtures import Mixture, number_above_zero, parse_mixture
-from pvrpipe.rollouts.planning import planned_actions, planner_of_quality
+from pvrpipe.rollouts.planning import planned_actions
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 
 OU_SECONDS = 0.3  # in which the process forgets 63 % of what it was
@@ -80,7 +80,7 @@ class Member:
 
     def _policy(self) -> Policy:
         if self.name == "mpc":
-            return partial(planned_actions, config=planner_of_quality(self.quality))
+            return partial(planned_actions, quality=self.quality)
         return POLICIES[self.name] if self.name in POLICIES else _others()[self.name]()
 
 
