@@ -19,6 +19,7 @@ from pvrpipe.pipeline.pvrs import PVRS
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.schemas.errors import WeightsError, one_line
+from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.workspace import Workspace
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import updates_done
@@ -131,7 +132,8 @@ def _ray(engine: str) -> Iterator[None]:
         return
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with quiet_start():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pvrpipe.schemas.errors import one_line
+from pvrpipe.schemas.quiet import quiet_start
 
 GIB = 2**30
 DISK_WANTED = 5 * GIB
@@ -79,7 +80,8 @@ def _renderer() -> str:
 def _ray() -> str:
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with quiet_start():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         ray.get(ray.remote(lambda: 0).remote())
         return f"{ray.__version__} with {ray.cluster_resources()['CPU']:.0f} processors"

@@ -81,10 +81,10 @@ def embed(
     from pvrpipe.pipeline.embed import embed as run
     from pvrpipe.pipeline.encoders import EncoderRequest
 
-    outputs = []
+    outputs, about = [], []
     for (name, source), folder in zip(asked, folders, strict=True):
         outputs.append((EncoderRequest(name, source, precision, device, batch), folder))
-        note(f"embedding with {name} into {folder}")
+        about.append(f"embedding with {name} into {folder}")
     config = EmbedConfig(
         dtype=dtype,
         engine=engine,
@@ -94,7 +94,7 @@ def embed(
         append=append,
         shard_format=format_,
     )
-    with watching("embed", "frames") as progress:
+    with watching("embed", "frames", *about) as progress:
         results = run(rollouts, outputs, config, progress)
     for result in results:
         if result.random_weights:
@@ -133,8 +133,7 @@ def pretrain_autoencoder(
     environment = environment_of(rollouts)
     out = out or Workspace(root).pvr(Workspace(root).label_of(rollouts) or environment, "autoencoder")
     config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
-    note(f"training an autoencoder into {out}")
-    with watching("pretrain", "updates") as progress:
+    with watching("pretrain", "updates", f"training an autoencoder into {out}") as progress:
         result = train(rollouts, out, config, overwrite, progress)
     tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "reused"))
 

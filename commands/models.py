@@ -73,8 +73,7 @@ def train_model(
         learning_rate=learning_rate,
         warmup=warmup,
     )
-    note(f"training {model} {size} into {run}")
-    with watching("train", "updates") as progress:
+    with watching("train", "updates", f"training {model} {size} into {run}") as progress:
         result = train(
             config,
             store,
@@ -124,4 +123,6 @@ def probe(
             device=pick_device(device),
             progress=progress,
         )
+    if metrics["random_weights"]:
+        note(f"{metrics['pvr']}: RANDOM WEIGHTS, nobody trained this encoder")
     tell(json_, metrics, error_rows(metrics), ERROR_COLUMNS)

@@ -98,8 +98,7 @@ def collect(
         )
         source, env, out = replayed(replay, env, out)
         out = out or Workspace(root).rollouts(env + replay_label(size, camera, variation))
-        note(f"seeing {replay} anew in {out}")
-        with watching("replay", "frames") as progress:
+        with watching("replay", "frames", f"seeing {replay} anew in {out}") as progress:
             result = stage.replay(
                 source,
                 out,
@@ -126,8 +125,7 @@ def collect(
             shard_rows=shard_rows,
             shard_format=format_,
         )
-        note(f"collecting {env} into {out}")
-        with watching("collect", "frames") as progress:
+        with watching("collect", "frames", f"collecting {env} into {out}") as progress:
             result = stage.collect(
                 config, out, running, overwrite=overwrite, append=append, progress=progress
             )

@@ -128,7 +128,7 @@ def verify(
     if not report["ok"]:
         raise typer.Exit(1)
     if not json_:
-        print(f"{store}: every byte and number{' of the sample' if sample else ''} holds")
+        print(f"{store}: every byte and number{f' of a sample of {sample} shards' if sample else ''} holds")
 
 
 def push(

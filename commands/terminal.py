@@ -18,9 +18,12 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+WHOLE = "{task.completed:,.0f}/{task.total:,.0f}"
+
+
 @contextmanager
-def watching(what: str, unit: str) -> Iterator[Progress]:
-    """A progress bar on stderr with rate and time left."""
+def watching(what: str, unit: str, *about: str) -> Iterator[Progress]:
+    """A progress bar on stderr with rate and time left; what it is ``about`` is said once there is progress."""
     from rich.console import Console
     from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -33,7 +36,7 @@ def watching(what: str, unit: str) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.completed:,.1f}/{task.total:,.1f}" if unit == "MiB" else WHOLE),
     )
     bar = Bar(
         *columns,
@@ -45,7 +48,10 @@ def watching(what: str, unit: str) -> Iterator[Progress]:
     task = bar.add_task(what, total=1, note="")
 
     def progress(done: float, total: float, note: str = "") -> None:
-        bar.start()  # nothing is shown until there is progress, so that a mistake is one line
+        if not bar.live.is_started:  # nothing is shown until there is progress, so that a mistake is one line
+            for line in about:
+                print(line, file=sys.stderr)
+            bar.start()
         bar.update(task, completed=done, total=total, note=note)
 
     try:
@@ -71,7 +77,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def show(rows: Iterable[Any], columns: Sequence[str], title: str | None = None) -> None:

@@ -14,6 +14,7 @@ import ray.data
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardTimes, Target
 from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import PvrpipeError
+from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.places import Place, place_of
 
 
@@ -44,7 +45,10 @@ def run_on_ray(
     if started:
         if address:
             check_answers(address)
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with quiet_start():
+            ray.init(
+                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
     try:
         yield from _run(rollouts, targets, todo, workers)
     finally:

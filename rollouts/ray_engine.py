@@ -25,6 +25,7 @@ from pvrpipe.rollouts.episodes import Trying
 from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
+from pvrpipe.schemas.quiet import quiet_start
 
 DEATHS = 3  # of workers, without a shard committed in between, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
@@ -230,16 +231,16 @@ def _start_ray(address: str | None, workers: int | None) -> bool:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         check_answers(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(
-            address=address,
-            num_cpus=None if address else workers,  # a running cluster has its own
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            ignore_reinit_error=True,
-        )
+        with quiet_start():
+            ray.init(
+                address=address,
+                num_cpus=None if address else workers,  # a running cluster has its own
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                ignore_reinit_error=True,
+            )
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise SimulationError(
             f"Ray does not start ({one_line(error)[:200]}); "

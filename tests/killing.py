@@ -21,7 +21,15 @@ from pvrpipe.store.verifying import verify
 # Forked from a server that has imported everything once: a fresh interpreter takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["pandas", "tests.test_store", "tests.test_store_growing", "tests.fuzz.surface"]
+    [
+        "pandas",
+        "tests.test_store",
+        "tests.test_store_growing",
+        "tests.fuzz.surface",
+        "pvrpipe.cli",
+        "pvrpipe.pipeline.embed",
+        "pvrpipe.worldmodel.probe",
+    ]
 )
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from pvrpipe.cli import app
 from pvrpipe.store.verifying import verify
 
+from .commands import run
 from .conftest import WriteStore
 
 PVRPIPE = str(Path(sys.executable).parent / "pvrpipe")
@@ -26,11 +27,6 @@ PVRPIPE = str(Path(sys.executable).parent / "pvrpipe")
 def commands() -> list[str]:
     group = get_command(app)
     return [*(n for n, c in group.commands.items() if not hasattr(c, "commands")), "pretrain autoencoder"]
-
-
-def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [PVRPIPE, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict:

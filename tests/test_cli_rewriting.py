@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .commands import run
 from .conftest import WriteStore
 from .embedded import write_embeddings
-from .test_cli import last_json, run
+from .test_cli import last_json
 
 REWRITTEN = {
     "store",

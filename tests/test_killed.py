@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from pvrpipe.store.converting import convert
+from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.sharing import pull, push
+from pvrpipe.store.verifying import verify
 
 from .conftest import WriteStore
 from .killing import run_killed, run_killed_at_random
@@ -41,9 +45,15 @@ def convert_once(store: Path, place: str) -> None:
 
 
 def collect_once(place: str) -> None:
-    from pvrpipe.rollouts.collect import CollectConfig, collect
+    from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 
-    collect(CollectConfig(size=16, episodes=4, max_steps=6, seed=3), Path(place), engine="inline")
+    collect(CollectConfig(size=16, episodes=4, max_steps=6, seed=3), Path(place), Engine("inline"))
+
+
+def collect_as_rendered(place: str) -> None:
+    """In a process that was forked before it rendered anything."""
+    importlib.import_module("tests.rendering")
+    collect_once(place)
 
 
 def embed_once(rollouts: Path, pvr: str, place: str) -> None:
@@ -132,13 +142,46 @@ def test_collect_killed_at_random_moments_ends_with_the_same_store(tmp_path: Pat
 def test_embed_killed_at_random_moments_ends_with_the_same_store(
     write_rollouts: WriteStore, tmp_path: Path
 ) -> None:
+    rollouts = write_rollouts(size=16)
+    work = functools.partial(embed_once, rollouts, str(own_encoder(rollouts, tmp_path)))
+    run_killed_at_random(work, str(tmp_path / "embeddings"), RANDOM_KILLS, ENCODING)
+
+
+def own_encoder(rollouts: Path, folder: Path) -> Path:
+    """A small autoencoder, for there are no weights here."""
     from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
 
     from .test_pipeline_embed import SMALL
 
-    rollouts = write_rollouts(size=16)
-    pvr = pretrain_autoencoder(
-        rollouts, tmp_path / "pvr", PretrainConfig(**{**vars(SMALL), "updates": 2})
-    ).pvr
-    work = functools.partial(embed_once, rollouts, str(pvr))
-    run_killed_at_random(work, str(tmp_path / "embeddings"), RANDOM_KILLS, ENCODING)
+    config = PretrainConfig(**{**vars(SMALL), "updates": 2})
+    return pretrain_autoencoder(rollouts, folder / "pvr", config).pvr
+
+
+def check_every_write(work: Callable[[str], None], place: Path, most: int = 200) -> None:
+    """Killed at each write, fsync and rename in turn, each time in a fresh place, and run again."""
+    work(str(place / "whole"))
+    expected = read_manifest(place / "whole").id
+    for stop in range(1, most):
+        folder = place / str(stop)
+        if not run_killed(work, str(folder), stop=stop):
+            break
+        run_killed(work, str(folder))
+        assert read_manifest(folder).id == expected, f"killed at {stop}"
+        assert verify(folder) == []
+    else:
+        raise AssertionError("it was killed every time; raise `most`")
+    assert stop > 10, "it writes more often than that"
+
+
+@pytest.mark.slow
+def test_collect_killed_at_every_write_ends_with_the_same_store(tmp_path: Path) -> None:
+    check_every_write(collect_as_rendered, tmp_path)
+
+
+@pytest.mark.slow
+def test_embed_killed_at_every_write_ends_with_the_same_store(
+    write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    rollouts = write_rollouts((6, 8), size=16)
+    work = functools.partial(embed_once, rollouts, str(own_encoder(rollouts, tmp_path)))
+    check_every_write(work, tmp_path / "embeddings")

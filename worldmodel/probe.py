@@ -131,6 +131,7 @@ def probe(
         "model": record.config["model"],
         "size": record.config["size"],
         "pvr": record.encoder.name,
+        "random_weights": record.encoder.weights.random_seed is not None,
         "store": str(embeddings.path),
         "store_id": embeddings.manifest.id,
         "split": split,
