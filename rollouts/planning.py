@@ -50,12 +50,8 @@ PLANNERS = {
     "dmc:cheetah-run": PlannerConfig(
         horizon=24, candidates=100, spacings=(4, 6), noise=(0.3, 3.0), elites=4, reward_interval=2
     ),
-    "dmc:ball_in_cup-catch": PlannerConfig(reward_interval=2, coarseness=2),
     "dmc:finger-spin": PlannerConfig(
         horizon=10, candidates=80, interval=1, spacings=(1, 2), noise=(0.3, 3.0), reward_interval=2
-    ),
-    "dmc:walker-walk": PlannerConfig(
-        horizon=40, candidates=32, spacings=(4, 8, 12), reward_interval=4, coarseness=3
     ),
 }
 
