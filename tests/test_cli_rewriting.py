@@ -47,7 +47,7 @@ def test_card_and_picture(tmp_path: Path) -> None:
     done = last_json(
         run("card", "e", "--creator", "Lab", "--url", "https://lab.example/e", "--json", cwd=tmp_path)
     )
-    assert (done["licence"], done["croissant"]) == ("MIT", "e/croissant.json")
+    assert (done["licence"], done["croissant"]) == ("MIT", str(tmp_path / "e" / "croissant.json"))
     assert "https://lab.example/e/shards/00000.parquet" in (tmp_path / "e" / "croissant.json").read_text()
     shown = run("inspect", "e", "--picture", "e.png", "--json", cwd=tmp_path)
     assert last_json(shown)["rows"] == 193

@@ -606,5 +606,5 @@ def test_the_command_line_pushes_pulls_and_reads_urls(
     }  # fmt: skip
     assert json.loads(run("inspect", url, "--json").stdout)["store"] == url
     pulled = json.loads(run("pull", url, "--json").stdout)
-    assert pulled["store"] == "data/rollouts/test-walk"
+    assert pulled["store"] == str(tmp_path / "data" / "rollouts" / "test-walk")
     assert same_bytes(folder, Workspace(tmp_path / "data").rollouts("test:walk"))
