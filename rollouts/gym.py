@@ -202,7 +202,7 @@ def _bounds(name: str, space: spaces.Space[Any]) -> tuple[NDArray[np.float32], N
     low, high = (np.ravel(bound).astype(np.float32) for bound in (space.low, space.high))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise InvalidValueError(
-            f"{name} has actions without bounds; wrap it with gymnasium.wrappers.RescaleAction, "
+            f"{name} has actions without bounds; wrap it with gymnasium.wrappers.TransformAction, "
             "see docs/environments.md"
         )
     return low, high, False
