@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import math
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
+from pvrpipe.store.paging import PageRequests, available_memory
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 
@@ -18,7 +21,10 @@ Backing = Literal["auto", "mapped", "ram"]
 BACKINGS = ("auto", "mapped", "ram")
 NARROW = 64  # bytes; below this a row is not worth a copy of its own,
 RESIDENT_LIMIT = 64 << 20  # and a whole column of this size is kept in memory and gathered in one call
-RAM_SHARE = 0.5  # of the memory that is free, which columns that cannot be mapped may take
+LARGE = 32 << 20  # bytes; a batch from this size on is written into memory that was used before
+KEPT_LARGE = 6  # such batches: three read ahead, one being read, one with the consumer and one to spare
+RAM_SHARE = 0.5  # of the available memory, which columns that cannot be mapped may take
+CACHED_SHARE = 0.5  # of it, in which pages asked for are taken to be still there
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,28 @@ def gather_runs(addresses: NDArray[np.int64], size: int) -> NDArray[np.void]:
     return runs[addresses - first]
 
 
+class LargeBatches:
+    """Memory for large batches, used again once nobody holds the batch that lay there.
+
+    The C library gives blocks of this size back to the kernel when they are freed; getting the next one page by page
+    costs as much as the copy itself.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._choosing = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Rows:
+        """An array that nobody else holds, its content undefined."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        with self._choosing:
+            for block in self._blocks:
+                if block.nbytes == size and sys.getrefcount(block) == 3:  # the list, the loop, the call
+                    return block.view(dtype).reshape(shape)
+            self._blocks = [*self._blocks[1 - KEPT_LARGE :], np.empty(size, np.uint8)]
+            return self._blocks[-1].view(dtype).reshape(shape)
+
+
 class RowReader:
     """Windows of columns, from the mapped files or from memory.
 
@@ -110,6 +138,9 @@ class RowReader:
         self._resident: dict[str, Rows] = {}
         self._pieces: dict[str, dict[int, Rows]] = {}
         self._addresses: dict[str, NDArray[np.int64]] = {}
+        self._requests: dict[str, PageRequests] = {}
+        self._available = available_memory()
+        self._large = LargeBatches()
         self._kept = frozenset(self._to_keep(columns, backing))
         self.backing = self._said(columns, backing)
 
@@ -121,15 +152,21 @@ class RowReader:
         width = column.width
         if width <= NARROW and width * self._store.manifest.rows <= RESIDENT_LIMIT:
             return self._whole(name)[pieces.rows]
+        shape = (pieces.batch, pieces.length, *column.shape)
+        large = pieces.batch * pieces.length * width >= LARGE
+        if name in self._kept:
+            out = self._empty(shape, column.dtype, large)
+            return np.take(self._whole(name), pieces.rows, axis=0, out=out, mode="clip")
         groups = np.searchsorted(self._group_first, pieces.start, "right") - 1
         at = pieces.start - self._group_first[groups]
-        addresses = None if name in self._kept else self._run_addresses(name, pieces, groups)
+        addresses = self._mapped_at(name, groups)
         if addresses is not None:
-            runs = gather_runs(addresses + at * width, pieces.length * width)
-            return runs.view(column.dtype).reshape(pieces.batch, pieces.length, *column.shape)
-        out = np.empty((pieces.batch, pieces.length, *column.shape), column.dtype)
-        if name in self._kept:
-            return np.take(self._whole(name), pieces.rows, axis=0, out=out, mode="clip")
+            self._requests[name].ask(groups, addresses, at * width, pieces.count * width)
+            within = bool((pieces.start + pieces.count <= self._group_first[groups + 1]).all())
+            if pieces.whole and within and not large:
+                runs = gather_runs(addresses + at * width, pieces.length * width)
+                return runs.view(column.dtype).reshape(shape)
+        out = self._empty(shape, column.dtype, large)
         mapped = self._pieces.setdefault(name, {})
         targets: Iterable[Rows] = out if pieces.whole else pieces.views(out)
         for target, group, first in zip(targets, groups.tolist(), at.tolist(), strict=True):
@@ -143,13 +180,17 @@ class RowReader:
                 self._across(name, group, first, target)
         return out
 
-    def _run_addresses(
-        self, name: str, pieces: Pieces, groups: NDArray[np.int64]
-    ) -> NDArray[np.int64] | None:
-        """Where the row groups of windows are mapped; None unless each window lies whole in a mapped one."""
-        if not pieces.whole or bool((pieces.start + pieces.length > self._group_first[groups + 1]).any()):
-            return None
-        known = self._addresses.setdefault(name, np.zeros(len(self._group), np.int64))
+    def _empty(self, shape: tuple[int, ...], dtype: str, large: bool) -> Rows:
+        """Memory for a batch."""
+        return self._large.empty(shape, dtype) if large else np.empty(shape, dtype)
+
+    def _mapped_at(self, name: str, groups: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Where row groups are mapped; None unless each of them is."""
+        known = self._addresses.get(name)
+        if known is None:
+            known = self._addresses[name] = np.zeros(len(self._group), np.int64)
+            sizes = np.diff(self._group_first) * self._store.column(name).width
+            self._requests[name] = PageRequests(sizes, int(CACHED_SHARE * self._available))
         for group in set(groups[known[groups] == 0].tolist()):
             index, _ = self._group[group]
             if self._store.shard(index).mapped(name) is None:
@@ -169,11 +210,11 @@ class RowReader:
         if backing == "auto":
             wide = [c for c in wide if c.layout == "packed"]
         wanted = sum(c.width for c in wide) * self._store.manifest.rows
-        fits = wanted <= RAM_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        fits = wanted <= RAM_SHARE * self._available
         if not fits and backing == "ram":
             raise InvalidValueError(
                 f"{', '.join(c.name for c in wide)} of {self._store.path} take {wanted >> 20} MiB, more than half "
-                "of the free memory; read them mapped"
+                "of the available memory; read them mapped"
             )
         return [c.name for c in wide] if fits else []
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +17,8 @@ import pytest
 from pvrpipe.schemas.records import Episode, EpisodeInfo
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.mapping import map_file
+from pvrpipe.store.paging import BLOCK, PageRequests, available_memory
 from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import DECODED_BYTES, Decoded
@@ -92,3 +100,63 @@ def anonymous() -> int:
     """Bytes of this process that are no pages of files."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon:"))
     return int(line.split()[1]) << 10
+
+
+def resident(data: np.ndarray) -> np.ndarray:
+    """Which pages of a mapped file the page cache holds."""
+    pages = np.zeros(-(-data.nbytes // mmap.PAGESIZE), np.uint8)
+    mincore = ctypes.CDLL(None).mincore
+    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    assert mincore(data.ctypes.data, data.nbytes, pages.ctypes.data) == 0
+    return pages % 2 == 1
+
+
+@pytest.fixture
+def cold_file(tmp_path: Path) -> np.ndarray:
+    """Sixty-four blocks on disk, none of them in the page cache."""
+    path = tmp_path / "cold"
+    with path.open("wb") as file:
+        file.write(os.urandom(64 * BLOCK))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    data = map_file(path)
+    if resident(data).any():
+        pytest.skip("this file system keeps files in memory")
+    return data
+
+
+def one(value: int) -> np.ndarray:
+    return np.array([value])
+
+
+def test_runs_that_are_asked_for_are_read_and_nothing_else(cold_file: np.ndarray) -> None:
+    requests = PageRequests(np.array([cold_file.nbytes]), cached=cold_file.nbytes)
+    address, length = one(cold_file.ctypes.data), one(BLOCK)
+    requests.ask(one(0), address, one(3 * BLOCK + 5), length)  # lies in blocks 3 and 4
+    requests.ask(one(0), address, one(63 * BLOCK), 2 * length)  # ends behind the array
+    wanted = np.repeat(np.isin(np.arange(64), (3, 4, 63)), BLOCK // mmap.PAGESIZE)
+    until = time.monotonic() + 20
+    while not resident(cold_file)[wanted].all() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert resident(cold_file)[wanted].all()
+    assert not resident(cold_file)[~wanted].any()
+
+
+def test_memory_is_what_the_control_group_leaves() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory() <= total
+    group = Path(f"/sys/fs/cgroup/memory/pvrpipe-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(2 << 30))
+    except OSError as error:
+        pytest.skip(f"no control group can be made: {error}")
+    try:
+        join = f"open('{group}/cgroup.procs', 'w').write('0')"
+        ask = "from pvrpipe.store.paging import available_memory; print(available_memory())"
+        command = [sys.executable, "-c", f"{join}; {ask}"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert (1 << 30) < int(told) < (2 << 30)
+    finally:
+        time.sleep(0.2)
+        group.rmdir()

@@ -26,12 +26,17 @@ def shard_format(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("group_bytes", [1 << 24, 3000], ids=["one row group", "many row groups"])
-@pytest.mark.parametrize("narrow", [64, 0], ids=["narrow columns resident", "all mapped"])
+@pytest.mark.parametrize(
+    ("narrow", "large"),
+    [(64, 1 << 25), (0, 1 << 25), (0, 1)],
+    ids=["narrow columns resident", "all mapped", "all mapped, into memory used before"],
+)
 def test_windows_are_the_rows_of_one_episode(
-    write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch, group_bytes: int, narrow: int
+    write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch, group_bytes: int, narrow: int, large: int
 ) -> None:
     monkeypatch.setattr("pvrpipe.store.parquet.PACKED_GROUP_BYTES", group_bytes)
     monkeypatch.setattr("pvrpipe.store.gathering.NARROW", narrow)
+    monkeypatch.setattr("pvrpipe.store.gathering.LARGE", large)
     store = Store.open(write_rollouts((30, 41, 25, 30, 33, 28), shard_rows=60))
     episodes = {e: store.read_episode(e) for e in range(6)}
     sampler = WindowSampler(store, COLUMNS, batch=8, length=20, seed=3)
@@ -44,6 +49,21 @@ def test_windows_are_the_rows_of_one_episode(
                 np.testing.assert_array_equal(
                     batch[name][window], episodes[episode][name][first : first + 20], err_msg=name
                 )
+
+
+def test_memory_of_a_large_batch_is_used_again_only_once_nobody_holds_it(
+    write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pvrpipe.store.gathering.LARGE", 1)
+    windows = WindowSampler(Store.open(write_rollouts()), ["frame"], batch=4, length=10, seed=1)
+    held = [windows.batch(k)["frame"] for k in range(8)]  # more than are kept
+    copies = [batch.copy() for batch in held]
+    part = windows.batch(8)["frame"][2, 3:5]  # a view holds its batch
+    copy = part.copy()
+    seen = {windows.batch(k)["frame"].ctypes.data for k in range(9, 20)}
+    assert len(seen) == 1
+    assert all(np.array_equal(batch, was) for batch, was in zip(held, copies, strict=True))
+    np.testing.assert_array_equal(part, copy)
 
 
 def test_a_batch_is_a_function_of_the_seed_and_its_number(write_rollouts: WriteStore) -> None:
