@@ -110,7 +110,7 @@ def milliseconds(work: Callable[[], object], times: int) -> float:
 def ray_session(workers: int) -> Iterator[float]:
     """Ray for the whole benchmark; the seconds it took to start."""
     began = time.perf_counter()
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
     yield time.perf_counter() - began
     ray.shutdown()
 

@@ -1,8 +1,8 @@
-"""Collection of frames against Minari's DataCollector, on the same Gymnasium environment; a table and one line of JSON.
+"""Collection of frames against Minari's DataCollector and stable-worldmodel; a table and one line of JSON.
 
     python benchmarks/collect_peers.py [--frames 200] [--repeats 3] [--size 128]
 
-HalfCheetah-v5 renders offscreen by MuJoCo; random actions, one process each, until the data set is on disk. All take
+All on the same Gymnasium environment. HalfCheetah-v5 renders offscreen by MuJoCo; random actions, one process each, until the data set is on disk. All take
 turns within each repeat, in random order. What counts is the share of the bare loop (``env.step``, ``env.render``,
 nothing kept) that is left.
 """
@@ -72,10 +72,31 @@ def minari(frames: int, size: int) -> None:
         collector.close()
 
 
+def stable_worldmodel(frames: int, size: int) -> None:
+    """stable-worldmodel's World.collect with its default format, Lance."""
+    from stable_worldmodel import World
+    from stable_worldmodel.policy import RandomPolicy
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(
+            "HalfCheetah-v5",
+            num_envs=1,
+            image_shape=(size, size),
+            max_episode_steps=EPISODE,
+            goal_conditioned=False,
+            width=size,
+            height=size,
+        )
+        world.set_policy(RandomPolicy())
+        world.collect(Path(folder) / "peer.lance", episodes=frames // (EPISODE + 1), seed=0, progress=False)
+        world.close()
+
+
 WAYS: dict[str, Callable[[int, int], None]] = {
     "bare loop": bare,
     "pvrpipe": ours,
     "Minari DataCollector": minari,
+    "stable-worldmodel World": stable_worldmodel,
 }
 
 
@@ -89,7 +110,7 @@ def measure(frames: int, repeats: int, size: int) -> dict[str, float]:
             if turn:  # the first is for caches
                 rates[name].append(frames / (time.perf_counter() - began))
     found = {f"{name}, frames/s": statistics.median(values) for name, values in rates.items()}
-    for name in ("pvrpipe", "Minari DataCollector"):
+    for name in list(WAYS)[1:]:
         found[f"{name} ÷ bare loop"] = found[f"{name}, frames/s"] / found["bare loop, frames/s"]
     return found
 

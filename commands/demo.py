@@ -133,7 +133,7 @@ def _ray(engine: str) -> Iterator[None]:
     import ray
 
     with quiet_start():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ def _ray() -> str:
     import ray
 
     with quiet_start():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         ray.get(ray.remote(lambda: 0).remote())
         return f"{ray.__version__} with {ray.cluster_resources()['CPU']:.0f} processors"

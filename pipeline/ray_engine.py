@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,12 +43,16 @@ def run_on_ray(
     not, so nothing is written twice.
     """
     started = not ray.is_initialized()
+    address = address or os.environ.get("RAY_ADDRESS")
     if started:
         if address:
             check_answers(address)
         with quiet_start():
             ray.init(
-                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+                address=address or "local",  # None would join whatever cluster somebody runs on this machine
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
     try:
         yield from _run(rollouts, targets, todo, workers)

@@ -234,7 +234,7 @@ def _start_ray(address: str | None, workers: int | None) -> bool:
     try:
         with quiet_start():
             ray.init(
-                address=address,
+                address=address or "local",  # None would join whatever cluster somebody runs on this machine
                 num_cpus=None if address else workers,  # a running cluster has its own
                 include_dashboard=False,
                 log_to_driver=False,

@@ -42,7 +42,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, CollectR
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """Ray, initialised by the caller; collect must use it and leave it up."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     assert ray.is_initialized()
     ray.shutdown()
