@@ -2,9 +2,9 @@
 
     python benchmarks/collect_peers.py [--frames 200] [--repeats 3] [--size 128]
 
-All on the same Gymnasium environment. HalfCheetah-v5 renders offscreen by MuJoCo; random actions, one process each, until the data set is on disk. All take
-turns within each repeat, in random order. What counts is the share of the bare loop (``env.step``, ``env.render``,
-nothing kept) that is left.
+All on the same Gymnasium environment, HalfCheetah-v5, rendered offscreen by MuJoCo; random actions, one process each,
+until the data set is on disk. All take turns within each repeat, in random order. What counts is the share of the bare
+loop (``env.step``, ``env.render``, nothing kept) that is left.
 """
 
 from __future__ import annotations
