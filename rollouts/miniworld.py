@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from miniworld.entity import Agent, Box, Entity, MeshEnt  # noqa: E402
 from miniworld.objmesh import ObjMesh  # noqa: E402
 
 from pvrpipe.rollouts.colours import paint_of  # noqa: E402
-from pvrpipe.rollouts.gym import GymEnvironment, made, options_of  # noqa: E402
+from pvrpipe.rollouts.gym import UNENDING, GymEnvironment, made, options_of  # noqa: E402
 from pvrpipe.rollouts.pixels import IMAGE_FACTORS  # noqa: E402
 from pvrpipe.schemas.errors import SimulationError, UnknownNameError, one_line  # noqa: E402
 
@@ -66,7 +67,8 @@ class RoomEnvironment(GymEnvironment):
     ) -> None:
         world: Any = env.unwrapped
         self._world = world
-        steps = max_steps or max(1, round(world.max_episode_steps / action_repeat))
+        usual = world.max_episode_steps if math.isfinite(world.max_episode_steps) else UNENDING
+        steps = max_steps or max(1, round(usual / action_repeat))
         super().__init__(name, env, size, camera, action_repeat, steps)
         self.factors = FACTORS
         self.state_names = ("agent_x", "agent_z", "agent_cos", "agent_sin", "things_left", "carrying")
@@ -96,7 +98,7 @@ class RoomEnvironment(GymEnvironment):
 
     def picture(self, observation: Any) -> NDArray[np.uint8]:
         """What the agent sees."""
-        picture: NDArray[np.uint8] = observation
+        picture: NDArray[np.uint8] = observation["obs"] if isinstance(observation, dict) else observation
         return picture
 
     def dressed(self, observation: Any) -> Any:

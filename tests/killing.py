@@ -35,7 +35,7 @@ PROCESSES.set_forkserver_preload(
 
 def run_killed(work: Callable[..., Any], *arguments: Any, stop: int = 0) -> bool:
     """Whether it was killed; with ``stop`` 0 it is not. Any other failure fails the test."""
-    process = PROCESSES.Process(target=_run, args=(work, arguments, stop))
+    process = PROCESSES.Process(target=_run, args=(dict(os.environ), work, arguments, stop))
     process.start()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -50,13 +50,16 @@ def run_killed_at_random(
     What the whole run leaves must verify, and have the id that an undisturbed run gives. ``imports`` are modules
     that the work would otherwise spend its time importing.
     """
-    process = PROCESSES.Process(target=_kill_at_random, args=(work, where, kills, imports, seed))
+    process = PROCESSES.Process(
+        target=_kill_at_random, args=(dict(os.environ), work, where, kills, imports, seed)
+    )
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-def _run(work: Callable[..., None], arguments: tuple[Any, ...], stop: int) -> None:
+def _run(environ: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...], stop: int) -> None:
+    os.environ.update(environ)  # the server's own is that of the test that needed it first
     calls = 0
 
     def dies() -> bool:
@@ -108,9 +111,15 @@ def _run(work: Callable[..., None], arguments: tuple[Any, ...], stop: int) -> No
 
 
 def _kill_at_random(
-    work: Callable[[str], Any], where: str, kills: int, imports: Sequence[str], seed: int
+    environ: dict[str, str],
+    work: Callable[[str], Any],
+    where: str,
+    kills: int,
+    imports: Sequence[str],
+    seed: int,
 ) -> None:
     """In a process that only forks, one for each attempt: a fork of one with threads may wait for them for ever."""
+    os.environ.update(environ)
     for name in imports:
         importlib.import_module(name)
     moments, whole = random.Random(seed), f"{where}-0"

@@ -13,6 +13,7 @@ import pytest
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, draft_manifest, replay
 from pvrpipe.rollouts.environments import (
     Restorable,
+    choose_backend,
     list_environments,
     make_environment,
     missing_families,
@@ -20,6 +21,8 @@ from pvrpipe.rollouts.environments import (
 from pvrpipe.schemas.errors import InvalidValueError, MissingExtraError, SimulationError, UnknownNameError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
+
+from .killing import run_killed
 
 INLINE = Engine("inline")
 #: Environment, policy, a variation it can do, and the width of its actions.
@@ -95,6 +98,12 @@ def test_all_fifty_tasks_and_the_names_of_the_literature() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*list_environments("metaworld"), *list_environments("miniworld")])
 def test_every_task_runs(name: str) -> None:
+    """Each in a process of its own, as in collection: OpenGL contexts of two libraries get into each other's way."""
+    assert not run_killed(runs, name)
+
+
+def runs(name: str) -> None:
+    choose_backend()
     environment = make_environment(name, size=32)
     first = environment.reset(3)
     again = make_environment(name, size=32).reset(3)
