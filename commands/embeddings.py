@@ -42,7 +42,7 @@ def embed(
     ] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
+        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, on a GPU what fits.")
     ] = None,
     format_: Format = "parquet",
     append: Annotated[
@@ -53,6 +53,9 @@ def embed(
     address: Address = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would write and how long it would take.")
+    ] = False,
     root: Root = DATA,
     json_: Json = False,
     debug: Debug = False,
@@ -77,7 +80,7 @@ def embed(
     asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
     folders = [out or Workspace(root).embeddings(label, pvr_label(*each)) for each in asked]
 
-    from pvrpipe.pipeline.embed import EmbedConfig  # torch takes seconds to import: after the mistakes
+    from pvrpipe.pipeline.embed import EmbedConfig, estimate  # torch takes seconds: after the mistakes
     from pvrpipe.pipeline.embed import embed as run
     from pvrpipe.pipeline.encoders import EncoderRequest
 
@@ -94,14 +97,23 @@ def embed(
         append=append,
         shard_format=format_,
     )
+    if dry_run:
+        estimates = estimate(rollouts, outputs, config)
+        columns = ("store", "pvr", "shape", "shards", "rows", "bytes", "batch", "frames_per_second", "hours")
+        return tell(json_, {"dry_run": True, "stores": estimates}, estimates, columns)
     with watching("embed", "frames", *about) as progress:
         results = run(rollouts, outputs, config, progress)
     for result in results:
+        if result.smaller_batches:
+            note(
+                f"{result.pvr}: memory did not suffice for batches of {result.batch} in {result.smaller_batches} "
+                "shards; they had smaller ones, and the store says so"
+            )
         if result.random_weights:
             note(
                 f"{result.pvr}: RANDOM WEIGHTS, nobody trained this encoder; its store and all that follows say so"
             )
-    tell(
+    return tell(
         json_,
         {"stores": results},
         results,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,9 @@ Axis = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ValueName = Annotated[str, Field(pattern=r"^(success|factor_[a-z][a-z0-9_]{0,55})$")]
+
+#: Frames per batch of a shard, where the device's memory forced fewer than :attr:`Computation.batch`.
+Batch = Annotated[Annotated[int, Field(ge=1, lt=1 << 31)] | None, Field(exclude_if=operator.not_)]
 
 
 #: Of a list that is wrong everywhere one error is enough: a million of them take hundreds of megabytes.
@@ -145,7 +149,8 @@ class Computation(Frozen):
     precision: Literal["fp32", "bf16"]
     device: str
     threads: int | None  # of one worker, on a CPU
-    batch: int
+    batch: int  # frames; a shard for which memory did not suffice says of its own (ShardEntry)
+    compiled: Annotated[bool, Field(exclude_if=operator.not_)] = False  # by torch.compile
 
 
 class EmbeddingSpecification(Frozen):
@@ -258,6 +263,7 @@ class ShardCommit(Frozen):
     episodes: Annotated[tuple[EpisodeRecord, ...], First]
     moments: dict[str, Moments]
     failed: tuple[Failed, ...] = ()
+    batch: Batch = None
 
 
 class ShardEntry(Frozen):
@@ -269,6 +275,7 @@ class ShardEntry(Frozen):
     bytes: Count
     sha256: Sha256
     row_groups: Annotated[tuple[Count, ...], First]
+    batch: Batch = None
 
     @model_validator(mode="after")
     def _adds_up(self) -> ShardEntry:

@@ -111,6 +111,19 @@ class PendingStore:
                 f"{self.folder} has lost shard {self.todo[0].shard} of an earlier revision; get it again"
             )
 
+    @classmethod
+    def peek(cls, folder: Path, draft: Manifest, overwrite: bool = False) -> tuple[ShardPlan, ...]:
+        """The shards that are missing; nothing is written or held.
+
+        Raises:
+            OutputExistsError: as :meth:`begin`.
+        """
+        existing = _existing(folder, draft, overwrite) if folder.is_dir() else None
+        if existing is None or overwrite:
+            return draft.plan[draft.earlier[-1].shards if draft.earlier else 0 :]
+        _refuse_other(folder, existing, draft)
+        return cls(folder, existing, contextlib.ExitStack()).todo
+
     def abandon(self) -> None:
         """Leave nothing of a store that was never sealed, nor of its folder if there is nothing else in it."""
         _clear(self.folder, self.manifest)
@@ -196,6 +209,7 @@ class PendingStore:
                         bytes=c.bytes,
                         sha256=c.sha256,
                         row_groups=c.row_groups,
+                        batch=c.batch,
                     )
                     for c in commits
                 ),

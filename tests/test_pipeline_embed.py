@@ -139,28 +139,6 @@ def test_killed_and_run_again_it_ends_with_the_same_store(
     )
 
 
-def test_a_nan_from_an_encoder_names_the_frame_and_the_other_shards_finish(
-    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, target = Encoder.__call__, Store.open(rollouts).read_episode(2)["frame"][5]
-
-    def broken(self: Encoder, frames: np.ndarray) -> np.ndarray:
-        embedding = original(self, frames)
-        embedding[(frames == target).all(axis=(1, 2, 3))] = np.nan
-        return embedding
-
-    monkeypatch.setattr(Encoder, "__call__", broken)
-    with pytest.raises(
-        EncodingError, match=r"autoencoder gives an embedding that is not finite at episode 2, step 5"
-    ):
-        embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    assert len(list((tmp_path / "e" / "shards").glob("*.json"))) == 5
-    monkeypatch.setattr(Encoder, "__call__", original)
-    (mended,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    assert mended.resumed_shards == 5
-    assert verify(tmp_path / "e") == []
-
-
 def test_float16_never_overflows_in_silence() -> None:
     rows = {"episode": np.array([4, 4]), "step": np.array([8, 9])}
     embedding = np.array([[1.0, 2.0], [3.0, 70_000.0]], np.float32)
