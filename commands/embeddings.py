@@ -20,6 +20,7 @@ from pvrpipe.commands.options import (
     Seed,
     Workers,
     environment_of,
+    pick_device,
     pvr_label,
     took,
 )
@@ -121,33 +122,41 @@ def embed(
     )
 
 
-def pretrain_autoencoder(
+def pretrain(
+    method: Annotated[
+        Literal["autoencoder", "mae", "atc", "curl"],
+        typer.Argument(help="Pixels made again; hidden patches; what comes later; another crop."),
+    ],
     rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder of the encoder, for `embed --pvr`.")] = None,
     size: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 64,
-    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Gradient steps; default: 1000 (autoencoder) or 2000.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames per batch.")] = 64,
+    device: Device = "auto",
     seed: Seed = 0,
     overwrite: Overwrite = False,
     root: Root = DATA,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small convolutional autoencoder on a store's own frames.
+    """Train a representation of your own on a store's frames: a small CNN, or with mae a small ViT.
 
     Example: pvrpipe pretrain autoencoder && pvrpipe embed --pvr data/pvrs/dmc-pendulum-swingup-autoencoder
     """
-    from pvrpipe.pipeline.pretraining import PretrainConfig
-    from pvrpipe.pipeline.pretraining import pretrain_autoencoder as train
+    from pvrpipe.pipeline.pretraining import UPDATES, WIDTHS, PretrainConfig
+    from pvrpipe.pipeline.pretraining import pretrain as train
     from pvrpipe.store.workspace import Workspace
 
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
-    environment = environment_of(rollouts)
-    out = out or Workspace(root).pvr(Workspace(root).label_of(rollouts) or environment, "autoencoder")
-    config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
-    with watching("pretrain", "updates", f"training an autoencoder into {out}") as progress:
-        result = train(rollouts, out, config, overwrite, progress)
-    tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "reused"))
+    label = Workspace(root).label_of(rollouts) or environment_of(rollouts)
+    out = out or Workspace(root).pvr(label, method)
+    updates = updates or UPDATES[method]
+    config = PretrainConfig(method, size, width=WIDTHS[method], updates=updates, batch=batch, seed=seed)
+    with watching("pretrain", "updates", f"training by {method} into {out}") as progress:
+        result = train(rollouts, out, config, overwrite, progress, pick_device(device))
+    tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "val_accuracy", "reused"))
 
 
 def pvrs(json_: Json = False, debug: Debug = False) -> None:

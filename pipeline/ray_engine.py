@@ -16,9 +16,11 @@ from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
 from pvrpipe.schemas.addresses import check_answers
 from pvrpipe.schemas.errors import ClusterError, EncodingError, PvrpipeError, one_line
 from pvrpipe.schemas.quiet import quiet_start
+from pvrpipe.store.files import left_behind, marked
+from pvrpipe.store.layout import shard_file
 from pvrpipe.store.places import Place, place_of
 
-DEATHS = 3  # of workers that were at one shard, until that is this shard's failure
+DEATHS = 3  # of workers that had one shard, until that is this shard's failure
 
 
 class _Actor:
@@ -31,12 +33,28 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Not the constructor loads the encoders: Ray buries its errors in a dead actor's story."""
         shard = int(batch["shard"][0])
+        target = next(t for t in self._arguments[1] if shard in t.todo)
+        attempt = (target.folder / shard_file(shard, target.manifest.shard_format)).with_suffix(".attempt")
         try:
+            _refuse_deadly(target, shard, len(left_behind(attempt)))
             self._embedder = self._embedder or ShardEmbedder(*self._arguments)
-            outcome = self._embedder.attempt(shard)
+            with marked(attempt):
+                outcome = self._embedder.attempt(shard)
         except PvrpipeError as error:
             outcome = ShardOutcome(shard, failures=[error])
         return {"outcome": np.array([pickle.dumps(outcome)], object)}
+
+
+def _refuse_deadly(target: Target, shard: int, deaths: int) -> None:
+    """Ray tries again without end; each worker that died at a shard has left a mark."""
+    if deaths < DEATHS:
+        return
+    plan = target.manifest.plan[shard]
+    last = plan.first_episode + plan.episodes - 1
+    raise EncodingError(
+        f"{DEATHS} workers died at shard {shard} (episodes {plan.first_episode} to {last}); give them more memory "
+        "or fewer --workers, or find out with --engine inline, then run the same command again"
+    )
 
 
 def run_on_ray(
@@ -47,9 +65,9 @@ def run_on_ray(
 ) -> Iterator[ShardOutcome]:
     """Embed shards on a Ray cluster, one pass after another; what became of each, as it is done.
 
-    A lost actor is replaced and its shard done again by Ray Data, on another node if need be; nodes that join get
-    actors. A shard either was committed or was not, so nothing is written twice. A shard whose workers die again
-    and again fails, and the others are finished.
+    A lost actor is replaced and its shard done again, on another node if need be; nodes that join get actors. A
+    shard either was committed or was not, so nothing is written twice. A shard whose workers die again and again
+    fails, and the others are finished.
 
     Args:
         rollouts: which workers reach under the same path.
@@ -86,8 +104,6 @@ def _pass(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # a shard that takes its worker along does not stop the others
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told by its outcome
     on_gpu = targets[0].request.resolved_device().type == "cuda"
     now = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
     most = min(workers or len(todo), len(todo))
@@ -101,18 +117,7 @@ def _pass(
         ),
         num_cpus=1,
         num_gpus=1 if on_gpu else 0,
-        ray_remote_args_fn=lambda: {"max_task_retries": DEATHS - 1},
     )
-    lost = set(todo)
     for row in outcomes.iter_rows():
-        outcome = pickle.loads(row["outcome"])
-        lost.discard(outcome.shard)
+        outcome: ShardOutcome = pickle.loads(row["outcome"])
         yield outcome
-    for shard in sorted(lost):
-        plan = targets[0].manifest.plan[shard]
-        last = plan.first_episode + plan.episodes - 1
-        error = EncodingError(
-            f"{DEATHS} workers died at shard {shard} (episodes {plan.first_episode} to {last}); give them more memory "
-            "or fewer --workers, or find out with --engine inline, then run the same command again"
-        )
-        yield ShardOutcome(shard, failures=[error])

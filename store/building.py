@@ -152,6 +152,7 @@ class PendingStore:
         if self.manifest.state == "sealed":
             return self.manifest
         ordered = self._all_commits()
+        remove_temporaries(self.folder / SHARDS)  # of workers that died, and whose shards others made
         files = {self.manifest.episodes_file: _episodes_file(ordered)}
         if golden is not None:
             files[GOLDEN] = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in golden.items()})
