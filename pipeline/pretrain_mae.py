@@ -7,6 +7,8 @@ The encoder is timm's plain ViT, by its names, and loads like any other ViT.
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -23,9 +25,10 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, size: int, patch: int, width: int, depth: int) -> None:
         super().__init__()
         self.patch = patch
-        self.encoder: VisionTransformer = timm.create_model(
-            ARCHITECTURE, num_classes=0, **overrides(size, patch, width, depth)
+        vit: Any = timm.create_model(
+            ARCHITECTURE, num_classes=0, **dict[str, Any](overrides(size, patch, width, depth))
         )
+        self.encoder: VisionTransformer = vit
         patches, half = (size // patch) ** 2, width // 2
         self.enter = nn.Linear(width, half)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, half))
@@ -51,11 +54,12 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """CLS token and tokens of the patches ``visible`` (B, V) → (B, 1 + V, D), normed."""
-        vit = self.encoder
+        vit: Any = self.encoder
         tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
         tokens = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[2]))
         first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        return vit.norm(vit.blocks(torch.cat([first, tokens], dim=1)))
+        encoded: Tensor = vit.norm(vit.blocks(torch.cat([first, tokens], dim=1)))
+        return encoded
 
     def decode(self, seen: Tensor, order: Tensor) -> Tensor:
         """Tokens of the first patches of ``order`` (B, K) → pixels of all patches (B, K, 3 patch²), in place."""

@@ -104,7 +104,3 @@ def brittle(
     )
     (folder / SPEC_FILE).write_text(canonical_json(pvr.model_dump(mode="json")))
     return EncoderRequest(str(folder), f"random:{seed}", device="cpu", batch=batch)
-
-
-def known() -> None:
-    """Called in a worker of Ray when it starts: importing this module is what makes timm know the network."""

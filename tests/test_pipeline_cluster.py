@@ -52,7 +52,7 @@ def connect(cluster: Cluster) -> None:
         log_to_driver=False,
         runtime_env={
             "env_vars": {"PYTHONPATH": str(REPOSITORY)},
-            "worker_process_setup_hook": "tests.brittle.known",
+            "worker_process_setup_hook": "tests.brittle_hook.known",
         },
     )
 
@@ -121,7 +121,7 @@ from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
 import tests.brittle
 ray.init(sys.argv[1], log_to_driver=False, runtime_env={
-    "env_vars": {"PYTHONPATH": sys.argv[2]}, "worker_process_setup_hook": "tests.brittle.known"})
+    "env_vars": {"PYTHONPATH": sys.argv[2]}, "worker_process_setup_hook": "tests.brittle_hook.known"})
 request = EncoderRequest(sys.argv[4], "random:0", device="cpu", batch=16)
 embed(sys.argv[3], [(request, Path(sys.argv[5]))], EmbedConfig())
 """
