@@ -16,7 +16,7 @@ import torch
 
 from pvrpipe.pipeline.embedding import CARRIED
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
-from pvrpipe.pipeline.memory import Need, fit
+from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import Upload, download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
@@ -90,18 +90,13 @@ def draft(
     batch = request.batch or (None if config.overwrite else _recorded_batch(folder))
     device = request.resolved_device()
     compiled = device.type == "cuda" and store.manifest.rows >= COMPILED_FROM
-    request = replace(request, batch=batch, compiled=compiled)
-    try:
-        encoder, need = _loaded(store, request)
-    except Exception as error:
-        if not compiled or isinstance(error, EncodingError):
-            raise
-        request = replace(request, compiled=False)  # there is no compiler here
-        encoder, need = _loaded(store, request)
+    encoder, need = _loaded(store, replace(request, batch=batch, compiled=False))
+    if compiled:
+        encoder = _compiled(encoder, request, store.column("frame").shape)
     manifest = _manifest(store, encoder, folder, config)
     todo = PendingStore.peek(folder, manifest, config.overwrite)
     rate = _rate(store, encoder) if measured else None
-    settled = replace(request, batch=encoder.batch)
+    settled = replace(request, batch=encoder.batch, compiled=encoder.compiled)
     del encoder
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the workers
@@ -172,6 +167,16 @@ def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
         )
     encoder = Encoder(request)
     return encoder, fit(encoder, frame.shape, fixed=request.batch is not None)
+
+
+def _compiled(encoder: Encoder, request: EncoderRequest, frame: tuple[int, ...]) -> Encoder:
+    """The same encoder, compiled, where that is possible: Triton wants a C compiler."""
+    try:
+        made = Encoder(replace(request, batch=encoder.batch, compiled=True))
+        tried_until_it_fits(made, frame, fixed=True)
+    except (RuntimeError, EncodingError):
+        return encoder
+    return made
 
 
 def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig) -> Manifest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +77,9 @@ class Encoder:
         self.network = (
             network.to(memory_format=torch.channels_last).to(self.device).eval().requires_grad_(False)
         )
-        self.compiled = request.compiled
-        self._compute = compiled(self._eager) if request.compiled else self._eager
+        self.compiled, self._compute = False, self._eager
+        if request.compiled:
+            self.compile()
 
     @property
     def computation(self) -> Computation:
@@ -110,17 +110,17 @@ class Encoder:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self._compute(pixels)
 
+    def compile(self) -> None:
+        """Compile, to be replayed as a CUDA graph; what is chosen by timing, and would change bits, is not."""
+        import torch._inductor.config
+
+        torch._inductor.config.deterministic = True
+        self.compiled = True
+        self._compute = torch.compile(self._eager, mode="reduce-overhead", dynamic=False)
+
     def _eager(self, pixels: Tensor) -> Tensor:
         embedding: Tensor = self.network(preprocess(pixels, self.pvr.recipe))
         return embedding
-
-
-def compiled(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Compiled and replayed as one CUDA graph; what is chosen by timing, and would change bits, is not."""
-    import torch._inductor.config
-
-    torch._inductor.config.deterministic = True
-    return torch.compile(compute, mode="reduce-overhead", dynamic=False)
 
 
 def compute_deterministically(device: torch.device) -> None:

@@ -82,6 +82,7 @@ def fit(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -> Need:
         encoder.batch = asked
         return Need(weights, each * asked)
     if not fixed:
+        _tried(encoder, frame, TRIED[0])  # libraries take their workspaces
         few, more = (_tried(encoder, frame, size) for size in TRIED)
         each = max(1, (more - few) // (TRIED[1] - TRIED[0]))
         most = int(SHARE * free_memory(encoder.device)) // each

@@ -99,7 +99,7 @@ class PretrainResult:
 
 
 @dataclass
-class Progressing:
+class Training:
     """A training that can be put down and taken up again."""
 
     model: Any
@@ -191,7 +191,7 @@ def _train(
     return report, resumed
 
 
-def _begun(config: PretrainConfig, device: torch.device) -> Progressing:
+def _begun(config: PretrainConfig, device: torch.device) -> Training:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = objective_of(config).to(device, memory_format=torch.channels_last)
@@ -199,7 +199,7 @@ def _begun(config: PretrainConfig, device: torch.device) -> Progressing:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.updates + 1
     )
-    return Progressing(model, optimizer, schedule, [])
+    return Training(model, optimizer, schedule, [])
 
 
 def objective_of(config: PretrainConfig) -> Any:
@@ -255,7 +255,7 @@ def _held_out(model: Any, val: Frames, recipe: Recipe, device: torch.device) -> 
     }
 
 
-def _put_down(run: Progressing, out: Path, asked: dict[str, Any]) -> None:
+def _put_down(run: Training, out: Path, asked: dict[str, Any]) -> None:
     state = {
         "asked": asked,
         "updates": run.updates,
@@ -269,7 +269,7 @@ def _put_down(run: Progressing, out: Path, asked: dict[str, Any]) -> None:
     write_whole(out / CHECKPOINT_FILE, buffer.getvalue())
 
 
-def _take_up(run: Progressing, out: Path, asked: dict[str, Any], device: torch.device) -> int:
+def _take_up(run: Training, out: Path, asked: dict[str, Any], device: torch.device) -> int:
     """Go on from a checkpoint of this training, if there is one; after how many updates."""
     if not (out / CHECKPOINT_FILE).is_file():
         return 0

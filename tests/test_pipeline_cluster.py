@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
 from .brittle import brittle, number_of
+from .clusters import committed
 from .conftest import WriteStore
 
 LENGTHS = (30,) * 16
@@ -55,14 +55,6 @@ def connect(cluster: Cluster) -> None:
             "worker_process_setup_hook": "tests.brittle_hook.known",
         },
     )
-
-
-def committed(folder: Path, count: int) -> None:
-    """Wait until so many shards are committed."""
-    deadline = time.monotonic() + 240
-    while len(list(folder.glob("shards/*.json"))) < count:
-        assert time.monotonic() < deadline, "too few shards were committed"
-        time.sleep(0.05)
 
 
 def expected(request: EncoderRequest, rollouts: Path, folder: Path) -> str:
