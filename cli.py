@@ -18,16 +18,12 @@ STOPPED = 130  # what typer returns for Ctrl-C
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich"
 )
-pretrain = typer.Typer(
-    no_args_is_help=True, help="Train a representation of your own on the frames of a rollout store."
-)
 app.command()(rollouts.collect)
 app.command("import")(importing.import_)
 app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
 app.command()(models.probe)
-app.add_typer(pretrain, name="pretrain")
-pretrain.command("autoencoder")(embeddings.pretrain_autoencoder)
+app.command()(embeddings.pretrain)
 for command in (
     stores.inspect,
     stores.preview,

@@ -1,32 +1,62 @@
-"""The embedding stage against the bare network on a resident batch: same precision, device and threads.
+"""The embedding stage against the bare network on a resident batch, and against other ways of doing the same job.
 
-    python benchmarks/embed.py --pvr resnet18 --frames 512 --repeats 5 --json embed.json
+    python benchmarks/embed.py --network resnet50 --size 64 224 256 --frames 128 --repeats 3 --json embed.json
 
-The stage reads, decodes, preprocesses, encodes, casts and writes; the bare network sees one preprocessed
-batch again and again. Both take turns in one process; start-up (imports, loading) is its own row.
+One process, one thread on a CPU, float32, frames of a rollout store that this script writes; random weights. All
+take turns; each is timed over whole passes in its steady state (workers started, encoder loaded), medians over repeats.
+
+bare        the network on one preprocessed batch, resident on the device, again and again
+pvrpipe     the stage: read, decode, preprocess, encode, cast, write, hash, fsync, commit
+pvrpipe 3   three encoders (seeds 0, 1, 2) in one pass over the frames; its rate is counted in embeddings
+loader      what clip-retrieval and stable-worldmodel do, written here: a torch DataLoader (2 workers, prefetch 2) whose
+            dataset decodes a PNG of each frame and preprocesses it with PIL and torchvision, read → encode → append in
+            one loop, one np.save (float16) at the end
+ray data    map_batches over the same PNGs, one actor that preprocesses a batch with PIL and encodes it, write_parquet;
+            only from its first batch to its last, without Ray's start and end
+bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import logging
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
+from torchvision import transforms
 
-from pvrpipe.pipeline.embed import EmbedConfig, draft_manifest, made_by
+from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
-from pvrpipe.pipeline.encoders import EncoderRequest, compute_deterministically
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
+from pvrpipe.pipeline.memory import peak_of
 from pvrpipe.pipeline.preprocessing import preprocess
+from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr, WeightsSource
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
+from pvrpipe.schemas.manifest import Recipe, canonical_json
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.reading import Store
+
+ARCHITECTURES = {
+    "vit-s": ("vit_small_patch16_224", 384),
+    "vit-b": ("vit_base_patch16_224", 768),
+    "resnet50": ("resnet50", 2048),
+}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FROM = 256  # pixels of the frames as they are stored
+OTHERS = ("loader", "ray data")
 
 
 def main() -> None:
@@ -34,78 +64,251 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pvr", nargs="+", default=["resnet18"])
-    parser.add_argument("--frames", type=int, default=512)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--batch", type=int)
+    parser.add_argument("--network", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--size", nargs="+", type=int, default=[64, 224, 256], help="pixels the network sees")
+    parser.add_argument("--frames", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without", nargs="*", default=[], choices=["pvrpipe 3", *OTHERS])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rollouts = Path(folder) / "rollouts"
-        config = CollectConfig(size=options.size, episodes=1, max_steps=options.frames - 1, policy="random")
-        collect(config, rollouts, Engine("inline"))
-        results = [measure(name, rollouts, Path(folder), options) for name in options.pvr]
-    print(f"{'PVR':>10} {'stage':>9} {'bare':>9} {'ratio':>7} {'start-up':>9}   (frames/s, s)")
-    for r in results:
-        print(
-            f"{r['pvr']:>10} {r['stage']:>9.1f} {r['bare']:>9.1f} {r['ratio']:>7.3f} {r['startup_seconds']:>9.1f}"
-        )
+    compute_deterministically(EncoderRequest("", device=options.device).resolved_device())
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = CollectConfig(size=FROM, episodes=1, max_steps=options.frames - 1, policy="random")
+        collect(config, folder / "rollouts", Engine("inline"))
+        pngs = [png(f) for f in Store.open(folder / "rollouts").read_episode(0, ["frame"])["frame"]]
+        for network in options.network:
+            for size in options.size:
+                rows += measure(network, size, folder, pngs, options)
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def measure(name: str, rollouts: Path, folder: Path, options: argparse.Namespace) -> dict[str, float | str]:
-    """The stage over one shard, and the bare network over as many frames, in turns."""
-    request = EncoderRequest(name, "random:0", options.precision, options.device, options.batch)
-    store, target_folder = Store.open(rollouts), folder / name
-    manifest = draft_manifest(store, request, EmbedConfig())
-    started = time.perf_counter()
-    with PendingStore.begin(target_folder, manifest):
-        embedder = ShardEmbedder(
-            rollouts, [Target(request, target_folder, manifest, made_by(manifest), frozenset({0}))]
+def measure(
+    network: str, size: int, folder: Path, pngs: list[bytes], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Every way, in turns; a row of each."""
+    own = specification(network, size, folder)
+    with ExitStack() as stack:
+        encoder, one = stage(own, folder, options, (0,), stack)
+        ways: dict[str, Callable[[], object]] = {"bare": bare(encoder, folder, options), "pvrpipe": one}
+        if "pvrpipe 3" not in options.without:
+            ways["pvrpipe 3"] = stage(own, folder, options, (0, 1, 2), stack)[1]
+        if "loader" not in options.without:
+            ways["loader"] = loader(encoder, size, pngs, folder, options)
+        if "ray data" not in options.without:
+            ways["ray data"] = ray_data(own, size, pngs, folder, options)
+        peak = peak_per_frame(encoder)
+        for way in ways.values():
+            way()
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.repeats):
+            for name, way in ways.items():
+                seconds[name].append(timed(way))
+    done = {"pvrpipe 3": 3 * len(pngs), "bare": -(-len(pngs) // options.batch) * options.batch}
+    rates = {name: [done.get(name, len(pngs)) / s for s in taken] for name, taken in seconds.items()}
+    rows = []
+    for name, rate in rates.items():
+        ratio = statistics.median(r / b for r, b in zip(rate, rates["bare"], strict=True))
+        row = {
+            "network": network,
+            "size": size,
+            "way": name,
+            "frames_per_second": statistics.median(rate),
+            "of_bare": ratio,
+            "batch": encoder.batch,
+            "precision": options.precision,
+            "device": str(encoder.device),
+            "kilobytes_per_frame_in_flight": peak,
+        }
+        print(
+            f"{network:>9} {size:>4} px  {name:<10} {row['frames_per_second']:>9.2f} frames/s  {ratio:>6.3f} of bare"
+            f"  {peak:>8.0f} kB a frame in flight",
+            flush=True,
         )
-        startup = time.perf_counter() - started
-        encoder = embedder.encoders[0]
-        compute_deterministically(encoder.device)
-        frames = store.read_episode(0, ["frame"])["frame"]
-        resident = torch.from_numpy(np.ascontiguousarray(frames[: encoder.batch])).to(encoder.device)
-        pixels = preprocess(resident, encoder.pvr.recipe)
-        batches = -(-len(frames) // encoder.batch)
+        rows.append(row)
+    return rows
 
-        def bare() -> None:
-            with (
-                torch.inference_mode(),
-                torch.autocast(encoder.device.type, torch.bfloat16, enabled=options.precision == "bf16"),
-            ):
-                for _ in range(batches):
-                    encoder.network(pixels)
-            if encoder.device.type == "cuda":
-                torch.cuda.synchronize()
 
-        bare()
-        embedder(0)
-        turns = [(timed(lambda: embedder(0)), timed(bare)) for _ in range(options.repeats)]
-    shutil.rmtree(target_folder)
-    return {
-        "pvr": name,
-        "precision": options.precision,
-        "device": str(encoder.device),
-        "batch": encoder.batch,
-        "stage": len(frames) / statistics.median(s for s, _ in turns),
-        "bare": batches * encoder.batch / statistics.median(b for _, b in turns),
-        "ratio": statistics.median((len(frames) / s) / (batches * encoder.batch / b) for s, b in turns),
-        "startup_seconds": startup,
-    }
+def specification(network: str, size: int, folder: Path) -> Path:
+    """An encoder of one's own: the network at this input size, ImageNet's preprocessing."""
+    architecture, width = ARCHITECTURES[network]
+    own = folder / f"{network}-{size}"
+    own.mkdir()
+    pvr = Pvr(
+        name=own.name,
+        title=own.name,
+        source=WeightsSource(file="none"),
+        architecture=architecture,
+        overrides={} if network == "resnet50" else {"img_size": size},
+        recipe=Recipe(resize=size, interpolation="bicubic", antialias=True, crop=size, mean=MEAN, std=STD),
+        pooling="average" if network == "resnet50" else "cls",
+        width=width,
+        licence="none",
+    )
+    (own / SPEC_FILE).write_text(canonical_json(pvr.model_dump(mode="json")))
+    return own
+
+
+def stage(
+    own: Path, folder: Path, options: argparse.Namespace, seeds: tuple[int, ...], stack: ExitStack
+) -> tuple[Encoder, Callable[[], object]]:
+    """Embedding the one shard with an encoder of each seed, its workers' state already there."""
+    store, targets = Store.open(folder / "rollouts"), []
+    for seed in seeds:
+        target = folder / f"out-{len(seeds)}-{seed}"
+        shutil.rmtree(target, ignore_errors=True)
+        request = EncoderRequest(str(own), f"random:{seed}", options.precision, options.device, options.batch)
+        made = draft(store, request, target, EmbedConfig())
+        stack.enter_context(PendingStore.begin(target, made.manifest))
+        targets.append(Target(made.request, target, made.manifest, made_by(made.manifest), frozenset({0})))
+    embedder = ShardEmbedder(folder / "rollouts", targets)
+    return embedder.encoders[0], lambda: embedder(0)
+
+
+def bare(encoder: Encoder, folder: Path, options: argparse.Namespace) -> Callable[[], None]:
+    """The network alone on a resident batch."""
+    frames = Store.open(folder / "rollouts").read_episode(0, ["frame"])["frame"]
+    frames = np.resize(frames, (encoder.batch, *frames.shape[1:]))
+    pixels = preprocess(torch.from_numpy(frames).to(encoder.device), encoder.pvr.recipe)
+
+    def run() -> None:
+        bf16 = options.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+            for _ in range(-(-options.frames // encoder.batch)):
+                encoder.network(pixels)
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+class Pictures(torch.utils.data.Dataset[torch.Tensor]):
+    """Frames decoded and preprocessed one by one with PIL."""
+
+    def __init__(self, pngs: list[bytes], size: int) -> None:
+        self.pngs, self.prepare = pngs, pil_pipeline(size)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.pngs)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One, as (3, size, size)."""
+        found: torch.Tensor = self.prepare(Image.open(io.BytesIO(self.pngs[index])))
+        return found
+
+
+def loader(
+    encoder: Encoder, size: int, pngs: list[bytes], folder: Path, options: argparse.Namespace
+) -> Callable[[], None]:
+    """clip-retrieval's reader, runner and writer in short; its workers stay between passes."""
+    data = torch.utils.data.DataLoader(
+        Pictures(pngs, size), options.batch, num_workers=2, prefetch_factor=2, persistent_workers=True
+    )
+
+    def run() -> None:
+        found = []
+        bf16 = options.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+            for batch in data:
+                found.append(encoder.network(batch.to(encoder.device)).cpu().to(torch.float16).numpy())
+        np.save(folder / "loader.npy", np.concatenate(found))
+
+    return run
+
+
+class Actor:
+    """What the documentation of Ray Data's batch inference shows: preprocess, encode, return."""
+
+    def __init__(self, own: str, size: int, options: argparse.Namespace) -> None:
+        self.encoder = Encoder(
+            EncoderRequest(own, "random:0", options.precision, options.device, options.batch)
+        )
+        compute_deterministically(self.encoder.device)
+        self.prepare, self.bf16 = pil_pipeline(size), options.precision == "bf16"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of PNGs to embeddings."""
+        began = time.perf_counter()
+        pixels = torch.stack([self.prepare(Image.open(io.BytesIO(data))) for data in batch["png"]])
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            embedding = self.encoder.network(pixels.to(self.encoder.device)).cpu().to(torch.float16)
+        times = {"began": began, "ended": time.perf_counter()}
+        return {
+            "embedding": embedding.numpy(),
+            **{name: np.full(len(pixels), value) for name, value in times.items()},
+        }
+
+
+def ray_data(
+    own: Path, size: int, pngs: list[bytes], folder: Path, options: argparse.Namespace
+) -> Callable[[], float]:
+    """One actor over the PNGs; its seconds from the first batch to the last."""
+    import ray.data
+
+    if not ray.is_initialized():
+        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    on_gpu = EncoderRequest("", device=options.device).resolved_device().type == "cuda"
+
+    def run() -> float:
+        shutil.rmtree(folder / "ray-data", ignore_errors=True)
+        ray.data.from_items([{"png": png} for png in pngs], override_num_blocks=2).map_batches(
+            Actor,
+            fn_constructor_args=(str(own), size, options),
+            batch_size=options.batch,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_gpus=1 if on_gpu else 0,
+        ).write_parquet(str(folder / "ray-data"))
+        told = pq.read_table(folder / "ray-data", columns=["began", "ended"])
+        return float(pc.max(told["ended"]).as_py() - pc.min(told["began"]).as_py())
+
+    return run
+
+
+def pil_pipeline(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """The authors' way of preprocessing, on PIL images."""
+    pipeline: Callable[[Image.Image], torch.Tensor] = transforms.Compose(
+        [
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return pipeline
+
+
+def peak_per_frame(encoder: Encoder) -> float:
+    """Kilobytes at most in use for each frame of a batch that is preprocessed and encoded."""
+    pixels = torch.zeros((encoder.batch, FROM, FROM, 3), dtype=torch.uint8, device=encoder.device)
+    encoder.encode(pixels)
+    with peak_of(encoder.device) as peak:
+        encoder.encode(pixels)
+    return peak.bytes / encoder.batch / 1000
+
+
+def png(frame: np.ndarray[Any, Any]) -> bytes:
+    """A frame as others keep it."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Seconds that a call takes, or those that it says."""
     started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    told = work()
+    return told if isinstance(told, float) else time.perf_counter() - started
 
 
 if __name__ == "__main__":

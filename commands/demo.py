@@ -14,7 +14,7 @@ import torch
 from pvrpipe.commands.terminal import error_rows, note, watching
 from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
-from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
+from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.pvrs import PVRS
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
@@ -63,7 +63,7 @@ def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
             collect(collecting, rollouts, Engine(config.engine), progress=progress)
         with watching("pretrain", "updates") as progress:
             pretraining = PretrainConfig(seed=config.seed, updates=config.updates)
-            pretrain_autoencoder(rollouts, autoencoder, pretraining, progress=progress)
+            pretrain(rollouts, autoencoder, pretraining, progress=progress)
         control = EncoderRequest("resnet18", f"random:{config.seed}")
         outputs = [
             (EncoderRequest(str(autoencoder)), workspace.embeddings(ENVIRONMENT, "autoencoder")),

@@ -20,6 +20,7 @@ from pvrpipe.commands.options import (
     Seed,
     Workers,
     environment_of,
+    pick_device,
     pvr_label,
     took,
 )
@@ -42,7 +43,7 @@ def embed(
     ] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, 256 on a GPU.")
+        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, on a GPU what fits.")
     ] = None,
     format_: Format = "parquet",
     append: Annotated[
@@ -53,6 +54,9 @@ def embed(
     address: Address = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would write and how long it would take.")
+    ] = False,
     root: Root = DATA,
     json_: Json = False,
     debug: Debug = False,
@@ -77,7 +81,7 @@ def embed(
     asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
     folders = [out or Workspace(root).embeddings(label, pvr_label(*each)) for each in asked]
 
-    from pvrpipe.pipeline.embed import EmbedConfig  # torch takes seconds to import: after the mistakes
+    from pvrpipe.pipeline.embed import EmbedConfig, estimate  # torch takes seconds: after the mistakes
     from pvrpipe.pipeline.embed import embed as run
     from pvrpipe.pipeline.encoders import EncoderRequest
 
@@ -94,14 +98,23 @@ def embed(
         append=append,
         shard_format=format_,
     )
+    if dry_run:
+        estimates = estimate(rollouts, outputs, config)
+        columns = ("store", "pvr", "shape", "shards", "rows", "bytes", "batch", "frames_per_second", "hours")
+        return tell(json_, {"dry_run": True, "stores": estimates}, estimates, columns)
     with watching("embed", "frames", *about) as progress:
         results = run(rollouts, outputs, config, progress)
     for result in results:
+        if result.smaller_batches:
+            note(
+                f"{result.pvr}: memory did not suffice for batches of {result.batch} in {result.smaller_batches} "
+                "shards; they had smaller ones, and the store says so"
+            )
         if result.random_weights:
             note(
                 f"{result.pvr}: RANDOM WEIGHTS, nobody trained this encoder; its store and all that follows say so"
             )
-    tell(
+    return tell(
         json_,
         {"stores": results},
         results,
@@ -109,33 +122,41 @@ def embed(
     )
 
 
-def pretrain_autoencoder(
+def pretrain(
+    method: Annotated[
+        Literal["autoencoder", "mae", "atc", "curl"],
+        typer.Argument(help="Pixels made again; hidden patches; what comes later; another crop."),
+    ],
     rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder of the encoder, for `embed --pvr`.")] = None,
     size: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 64,
-    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Gradient steps; default: 1000 (autoencoder) or 2000.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames per batch.")] = 64,
+    device: Device = "auto",
     seed: Seed = 0,
     overwrite: Overwrite = False,
     root: Root = DATA,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small convolutional autoencoder on a store's own frames.
+    """Train a representation of your own on a store's frames: a small CNN, or with mae a small ViT.
 
     Example: pvrpipe pretrain autoencoder && pvrpipe embed --pvr data/pvrs/dmc-pendulum-swingup-autoencoder
     """
-    from pvrpipe.pipeline.pretraining import PretrainConfig
-    from pvrpipe.pipeline.pretraining import pretrain_autoencoder as train
+    from pvrpipe.pipeline.pretraining import UPDATES, WIDTHS, PretrainConfig
+    from pvrpipe.pipeline.pretraining import pretrain as train
     from pvrpipe.store.workspace import Workspace
 
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
-    environment = environment_of(rollouts)
-    out = out or Workspace(root).pvr(Workspace(root).label_of(rollouts) or environment, "autoencoder")
-    config = PretrainConfig(size=size, updates=updates, batch=batch, seed=seed)
-    with watching("pretrain", "updates", f"training an autoencoder into {out}") as progress:
-        result = train(rollouts, out, config, overwrite, progress)
-    tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "reused"))
+    label = Workspace(root).label_of(rollouts) or environment_of(rollouts)
+    out = out or Workspace(root).pvr(label, method)
+    updates = updates or UPDATES[method]
+    config = PretrainConfig(method, size, width=WIDTHS[method], updates=updates, batch=batch, seed=seed)
+    with watching("pretrain", "updates", f"training by {method} into {out}") as progress:
+        result = train(rollouts, out, config, overwrite, progress, pick_device(device))
+    tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "val_accuracy", "reused"))
 
 
 def pvrs(json_: Json = False, debug: Debug = False) -> None:

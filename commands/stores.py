@@ -43,6 +43,8 @@ def inspect(
         print(f"{key:12} {found[key]}")
     if found["random_weights"]:
         print("RANDOM WEIGHTS: nobody trained this encoder")
+    if found["smaller_batches"]:
+        print(f"smaller batches than specified in {found['smaller_batches']} shards: memory did not suffice")
     columns = [{**c, "mapped": found["mapped"].get(c["name"], "")} for c in found["columns"]]
     show(columns, ("name", "dtype", "shape", "layout", "mapped"))
     show(

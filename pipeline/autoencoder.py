@@ -7,7 +7,9 @@ latent; the decoder mirrors it. Without norms: on a CPU they cost five times the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 DEPTHS = (1, 2, 3, 4)  # channels of the four stages, as multiples of `channels`
 
@@ -50,3 +52,19 @@ class ConvDecoder(nn.Module):
         """Decode a batch."""
         grid = self.expand(z).unflatten(1, (-1, self.side, self.side))
         return self.stages(grid)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder; the loss is the mean squared error of pixels in [-1, 1]."""
+
+    def __init__(self, size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (part(size, channels, width) for part in (ConvEncoder, ConvDecoder))
+
+    def objective(self, images: Tensor, later: Tensor, draw: torch.Generator) -> tuple[Tensor, None]:
+        """Loss of images (B, 3, size, size)."""
+        del later, draw
+        return F.mse_loss(self.decoder(self.encoder(images)), images), None
+
+    def follow(self) -> None:
+        """Nothing follows by momentum."""

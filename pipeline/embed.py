@@ -6,40 +6,30 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-
-from pvrpipe.pipeline.embedding import CARRIED, ShardEmbedder, ShardTimes, Target
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.drafting import (
+    Draft,
+    EmbedConfig,
+    draft,
+    made_by,
+    readable,
+    refuse_full_disk,
+    workers_of,
+)
+from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
+from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.golden import golden_frames
+from pvrpipe.pipeline.memory import SHARE, free_memory, passes
 from pvrpipe.schemas.addresses import refuse_url
-from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, PvrpipeError
-from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
+from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.store.building import PendingStore, new_manifest
-from pvrpipe.store.columns import column, with_bounds
-from pvrpipe.store.growing import grown
+from pvrpipe.store.building import PendingStore
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 
-VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
-
-
-@dataclass(frozen=True)
-class EmbedConfig:
-    """What decides how the stage runs, and what it stores."""
-
-    dtype: Literal["float16", "float32"] = "float16"
-    engine: Literal["ray", "inline"] = "ray"
-    address: str | None = None
-    workers: int | None = None
-    overwrite: bool = False
-    append: bool = False
-    """Let a finished store grow by the episodes that its rollout store has grown by."""
-    shard_format: Literal["parquet", "webdataset"] = "parquet"
+__all__ = ["EmbedConfig", "EmbedEstimate", "EmbedResult", "embed", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,27 @@ class EmbedResult:
     read_seconds: float
     write_seconds: float
     random_weights: bool
+    batch: int
+    smaller_batches: int
+    """shards for which memory did not suffice"""
+
+
+@dataclass(frozen=True)
+class EmbedEstimate:
+    """One embedding store that is to be made, and what it will cost."""
+
+    store: Path
+    pvr: str
+    shape: tuple[int, ...]
+    shards: int
+    """that are missing"""
+    rows: int
+    bytes: int
+    batch: int
+    frames_per_second: float
+    """of all workers, if they add up"""
+    workers: int
+    hours: float
 
 
 def embed(
@@ -71,141 +82,147 @@ def embed(
     """Embed every frame of a rollout store with each encoder; resumes what was begun.
 
     Raises:
-        NotAStoreError, WeightsError, OutputExistsError: before anything is written.
-        EncodingError: a shard could not be embedded; the others are committed.
+        NotAStoreError, WeightsError, OutputExistsError, StoreError: before anything is written.
+        EncodingError, StoreError: a shard could not be embedded; the others are committed.
     """
     started = time.perf_counter()
+    store, drafts = _drafted(rollouts, outputs, config)
+    refuse_full_disk(store, drafts)
+    with contextlib.ExitStack() as stack:
+        pending = [
+            stack.enter_context(PendingStore.begin(d.folder, d.manifest, config.overwrite)) for d in drafts
+        ]
+        targets = [
+            Target(d.request, p.folder, p.manifest, made_by(p.manifest), frozenset(t.shard for t in p.todo))
+            for d, p in zip(drafts, pending, strict=True)
+        ]
+        size = f"about {readable(sum(d.bytes(store) for d in drafts))} to write"
+        outcomes = _run(rollouts, _passes(drafts, targets, config), config, store, progress, size)
+        sealed = [p.seal(golden_frames(store, p) if p.manifest.revision == 1 else None) for p in pending]
+        seconds = time.perf_counter() - started
+        return [_result(p, manifest, outcomes, seconds) for p, manifest in zip(pending, sealed, strict=True)]
+
+
+def estimate(
+    rollouts: Place | str, outputs: Sequence[tuple[EncoderRequest, Path]], config: EmbedConfig
+) -> list[EmbedEstimate]:
+    """What :func:`embed` would do and take, by a few batches on this machine; nothing is written.
+
+    Raises:
+        the same errors that :func:`embed` raises before it writes anything.
+    """
+    store, drafts = _drafted(rollouts, outputs, config, measured=True)
+    refuse_full_disk(store, drafts)
+    return [_estimate(store, d, config) for d in drafts]
+
+
+def _estimate(store: Store, d: Draft, config: EmbedConfig) -> EmbedEstimate:
+    encoder = made_by(d.manifest).encoder
+    workers = workers_of(config, d.request.resolved_device(), len(d.todo))
+    rate = (d.frames_per_second or 0.0) * workers
+    rows = d.rows(store)
+    return EmbedEstimate(
+        store=d.folder,
+        pvr=encoder.name,
+        shape=encoder.shape,
+        shards=len(d.todo),
+        rows=rows,
+        bytes=d.bytes(store),
+        batch=d.request.batch or 0,
+        frames_per_second=rate,
+        workers=workers,
+        hours=rows / rate / 3600,
+    )
+
+
+def _drafted(
+    rollouts: Place | str,
+    outputs: Sequence[tuple[EncoderRequest, Path]],
+    config: EmbedConfig,
+    measured: bool = False,
+) -> tuple[Store, list[Draft]]:
     store = Store.open(rollouts, kind="rollouts")
     for _, folder in outputs:
         refuse_url(folder)
-    asked = [(request.anywhere(), folder.absolute()) for request, folder in outputs]
-    drafts = [(request, folder, _draft(store, request, folder, config)) for request, folder in asked]
-    if len({folder.resolve() for _, folder, _ in drafts}) < len(drafts):
+    if len({folder.resolve() for _, folder in outputs}) < len(outputs):
         raise InvalidValueError(
             "two of the encoders would write to the same folder; embed them one at a time with OUT"
         )
-    with contextlib.ExitStack() as stack:
-        pending = [
-            stack.enter_context(PendingStore.begin(f, draft, config.overwrite)) for _, f, draft in drafts
-        ]
-        targets = [
-            Target(
-                request, p.folder, p.manifest, made_by(p.manifest), frozenset(plan.shard for plan in p.todo)
-            )
-            for (request, _, _), p in zip(drafts, pending, strict=True)
-        ]
-        times = _run(rollouts, [t for t in targets if t.todo], config, store, progress)
-        sealed = [p.seal(golden_frames(store, p) if p.manifest.revision == 1 else None) for p in pending]
-        seconds = time.perf_counter() - started
-        return [_result(p, manifest, times, seconds) for p, manifest in zip(pending, sealed, strict=True)]
+    return store, [draft(store, r.anywhere(), f.absolute(), config, measured) for r, f in outputs]
 
 
-def _draft(store: Store, request: EncoderRequest, folder: Path, config: EmbedConfig) -> Manifest:
-    """What the store in ``folder`` is to be."""
-    draft = draft_manifest(store, request, config)
-    if not config.append:
-        return draft
-    sealed = Store.open(folder, kind="embeddings").manifest
-    known, now = made_by_last(sealed).rollouts_id, str(store.manifest.id)
-    if known == now:
-        return sealed
-    if known not in [revision.id for revision in store.manifest.earlier]:
-        raise OutputExistsError(
-            f"{folder} holds embeddings of other rollouts, not of an earlier revision of {store.path}; "
-            "choose another output"
-        )
-    return grown(sealed, draft.specification, store.manifest.plan[len(sealed.plan) :])
-
-
-def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -> Manifest:
-    """The manifest of the embeddings that a request makes of a rollout store."""
-    frame = store.column("frame")
-    if frame.dtype != "uint8" or len(frame.shape) != 3 or frame.shape[2] != 3:
-        raise EncodingError(
-            f"{store.path} holds frames of {frame.dtype} {list(frame.shape)}; encoders take uint8 RGB (H, W, 3)"
-        )
-    encoder = Encoder(request)
-    encoder(np.zeros((1, *frame.shape), np.uint8))  # a recipe that these frames do not fit is refused now
-    specification = EmbeddingSpecification(
-        rollouts_id=str(store.manifest.id),
-        rollouts=store.manifest.rollouts,
-        encoder=encoder.identity,
-        computation=encoder.computation,
-        dtype=config.dtype,
-        versions={name: version(name) for name in VERSIONS},
-    )
-    carried = [c for c in store.manifest.columns if c.name in CARRIED]
-    columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
-    return new_manifest(specification, columns, store.manifest.plan, config.shard_format)
-
-
-def made_by(manifest: Manifest) -> EmbeddingSpecification:
-    """How the embeddings of a manifest are made."""
-    assert manifest.embeddings is not None
-    return manifest.embeddings
-
-
-def made_by_last(manifest: Manifest) -> EmbeddingSpecification:
-    """How the embeddings of the episodes that joined last were made."""
-    specification = manifest.all_parts[-1].specification
-    assert isinstance(specification, EmbeddingSpecification)
-    return specification
+def _passes(drafts: Sequence[Draft], targets: Sequence[Target], config: EmbedConfig) -> list[list[Target]]:
+    """Which targets go over the frames together: as many as fit into the memory of a worker."""
+    todo = [(d, t) for d, t in zip(drafts, targets, strict=True) if t.todo]
+    if not todo:
+        return []
+    device = todo[0][0].request.resolved_device()
+    workers = workers_of(config, device, len(frozenset().union(*(t.todo for _, t in todo))))
+    share = workers if device.type == "cpu" else 1
+    needs = [(d.need, t.specification.computation.batch) for d, t in todo]
+    room = int(SHARE * free_memory(device)) // share
+    return [[todo[index][1] for index in group] for group in passes(needs, room)]
 
 
 def _run(
-    rollouts: Place | str, targets: list[Target], config: EmbedConfig, store: Store, progress: Progress
-) -> list[ShardTimes]:
-    """Embed what is missing, shard by shard, and collect what each cost."""
-    todo = sorted(set().union(*(t.todo for t in targets)))
-    total = sum(store.manifest.shards[shard].rows for shard in todo)
-    times: list[ShardTimes] = []
-    failures: list[PvrpipeError] = []
-    for outcome in _outcomes(rollouts, targets, todo, config):
-        if isinstance(outcome, ShardTimes):
-            times.append(outcome)
-            progress(sum(t.rows for t in times), total, "frames")
-        else:
-            failures.append(outcome)
-    if failures:
+    rollouts: Place | str,
+    groups: Sequence[Sequence[Target]],
+    config: EmbedConfig,
+    store: Store,
+    progress: Progress,
+    size: str,
+) -> list[ShardOutcome]:
+    """Embed what is missing, shard by shard, and collect what became of each."""
+    jobs = [(group, sorted(frozenset().union(*(t.todo for t in group)))) for group in groups]
+    total = sum(store.manifest.shards[shard].rows for _, todo in jobs for shard in todo)
+    outcomes: list[ShardOutcome] = []
+    if jobs:
+        progress(0, total, size)
+    for outcome in _outcomes(rollouts, jobs, config):
+        outcomes.append(outcome)
+        progress(sum(o.rows for o in outcomes), total, size)
+    if failures := [failure for outcome in outcomes for failure in outcome.failures]:
         others = f" (and {len(failures) - 1} shards more failed)" if failures[1:] else ""
         raise type(failures[0])(f"{failures[0]}{others}")
-    return times
+    return outcomes
 
 
 def _outcomes(
-    rollouts: Place | str, targets: list[Target], todo: list[int], config: EmbedConfig
-) -> Iterator[ShardTimes | PvrpipeError]:
-    if not todo:
+    rollouts: Place | str, jobs: Sequence[tuple[Sequence[Target], Sequence[int]]], config: EmbedConfig
+) -> Iterator[ShardOutcome]:
+    if not jobs:
         return
     if config.engine == "ray":
         from pvrpipe.pipeline.ray_engine import run_on_ray
 
-        yield from run_on_ray(rollouts, targets, todo, config.address, config.workers)
+        yield from run_on_ray(rollouts, jobs, config.address, config.workers)
         return
-    embedder = ShardEmbedder(rollouts, targets)
-    for shard in todo:
-        yield embedder.attempt(shard)
+    for targets, todo in jobs:
+        embedder = ShardEmbedder(rollouts, targets)
+        for shard in todo:
+            yield embedder.attempt(shard)
 
 
 def _result(
-    pending: PendingStore, manifest: Manifest, times: list[ShardTimes], seconds: float
+    pending: PendingStore, manifest: Manifest, outcomes: Sequence[ShardOutcome], seconds: float
 ) -> EmbedResult:
-    specification = made_by(manifest)
-    name = specification.encoder.name
-    done = [t for t in times if name in t.model_seconds]
+    specification, place = made_by(manifest), str(pending.folder)
+    done = [o for o in outcomes if place in o.model_seconds]
     return EmbedResult(
         store=pending.folder,
         id=str(manifest.id),
-        pvr=name,
+        pvr=specification.encoder.name,
         shape=specification.encoder.shape,
         rows=manifest.rows,
         shards=len(manifest.shards),
         resumed_shards=pending.resumed,
         bytes=manifest.bytes,
         seconds=seconds,
-        frames_per_second=sum(t.rows for t in done) / seconds,
-        model_seconds=sum(t.model_seconds[name] for t in done),
-        read_seconds=sum(t.read_seconds for t in done),
-        write_seconds=sum(t.write_seconds for t in done),
+        frames_per_second=sum(o.rows for o in done) / seconds,
+        model_seconds=sum(o.model_seconds[place] for o in done),
+        read_seconds=sum(o.read_seconds for o in done),
+        write_seconds=sum(o.write_seconds for o in done),
         random_weights=specification.encoder.weights.random_seed is not None,
+        batch=specification.computation.batch,
+        smaller_batches=sum(entry.batch is not None for entry in manifest.shards),
     )

@@ -1,20 +1,28 @@
-"""Embedding one shard: read ahead, encode, write, commit. A plain callable that knows no scheduler."""
+"""Embedding one shard: read ahead, encode, write, commit. A plain callable that knows no scheduler.
+
+Bits are promised for equal batch sizes. So a shard has one batch size throughout, from its first frame: when the
+device runs out of memory, the shard is begun again with smaller batches, and its commit record says so. The
+next shard begins with the store's batch again, so that what a shard holds does not depend on what ran before.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
-from pvrpipe.schemas.errors import PvrpipeError
+from pvrpipe.pipeline.memory import no_room, smaller
+from pvrpipe.pipeline.transfers import Upload, download, one_behind, read_ahead
+from pvrpipe.schemas.differences import differences
+from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
 from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.places import Place
@@ -22,7 +30,6 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.writing import ShardWriter
 
-READ_AHEAD = 2  # batches that wait, decoded, for the device
 CARRIED = ("action", "reward", "state")  # columns that an embedding store takes over as they are
 
 
@@ -38,83 +45,193 @@ class Target:
 
 
 @dataclass
-class ShardTimes:
-    """What one shard cost, in seconds, all targets together."""
+class ShardOutcome:
+    """What became of one shard, and what it cost in seconds, all targets together."""
 
     shard: int
     rows: int = 0
     read_seconds: float = 0.0
     write_seconds: float = 0.0
     model_seconds: dict[str, float] = field(default_factory=dict)
+    """of each store that the shard was committed to, by its folder"""
+    failures: list[PvrpipeError] = field(default_factory=list)
+
+
+class OutOfRoomError(Exception):
+    """The device's memory does not suffice for a batch of this encoder."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work.encoder.identity.name)
+        self.work = work
+
+
+@dataclass
+class Work:
+    """One target's share of a shard."""
+
+    target: Target
+    encoder: Encoder
+    writer: ShardWriter
+    failed: bool = False
 
 
 class ShardEmbedder:
-    """Embeds shards of one rollout store for several targets, decoding every frame once."""
+    """Embeds shards of one rollout store for several targets, decoding every frame once.
+
+    Raises:
+        EncodingError: an encoder here is not the one that the store was begun with.
+    """
 
     def __init__(self, rollouts: Place | str, targets: Sequence[Target]) -> None:
         self.store = Store.open(rollouts, kind="rollouts", prove=True)
         self.targets = targets
         self.encoders = [Encoder(target.request) for target in targets]
+        for target, encoder in zip(targets, self.encoders, strict=True):
+            _refuse_another(target.specification, encoder)
+        self._upload = Upload(self.encoders[0].device)
         compute_deterministically(self.encoders[0].device)
 
-    def __call__(self, shard: int) -> ShardTimes:
+    def __call__(self, shard: int) -> ShardOutcome:
         """Embed one shard and commit it in every store that lacks it.
 
-        Raises:
-            EncodingError: an embedding is not finite or does not fit its dtype; names episode and step.
-        """
-        wanted = [(t, e) for t, e in zip(self.targets, self.encoders, strict=True) if shard in t.todo]
-        times = ShardTimes(shard, model_seconds={t.specification.encoder.name: 0.0 for t, _ in wanted})
-        with contextlib.ExitStack() as stack:
-            plan = self.store.manifest.plan[shard]
-            records = self.store.records(shard)
-            writers = [
-                stack.enter_context(ShardWriter(t.folder, t.manifest, plan, records)) for t, _ in wanted
-            ]
-            for rows in read_ahead(self._batches(shard, times)):
-                frames = rows.pop("frame").astype(np.uint8, copy=False)
-                times.rows += len(frames)
-                for (target, encoder), writer in zip(wanted, writers, strict=True):
-                    self._embed(target, encoder, writer, frames, rows, times)
-            for writer in writers:
-                with timed(times, "write_seconds"):
-                    writer.commit()
-        return times
+        What stops it for one store, an embedding that is not finite or does not fit its dtype, does not stop it
+        for the others.
 
-    def attempt(self, shard: int) -> ShardTimes | PvrpipeError:
+        Raises:
+            StoreError: its frames cannot be read; names episode and step.
+        """
+        batches = [target.specification.computation.batch for target in self.targets]
+        while True:
+            for encoder, batch in zip(self.encoders, batches, strict=True):
+                encoder.batch = batch
+            try:
+                return self._at_these_batches(shard)
+            except OutOfRoomError as error:
+                index = self.encoders.index(error.work.encoder)
+            if batches[index] == 1:
+                raise no_room(self.encoders[index])
+            batches[index] = smaller(batches[index])
+            if self.encoders[index].device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def attempt(self, shard: int) -> ShardOutcome:
         """As calling it, but a shard that cannot be embedded does not stop the others."""
         try:
             return self(shard)
         except PvrpipeError as error:
-            return error
+            return ShardOutcome(shard, failures=[error])
 
-    def _batches(self, shard: int, times: ShardTimes) -> Iterator[dict[str, Rows]]:
-        """Decoded batches of a shard; they never cross into the next."""
+    def _at_these_batches(self, shard: int) -> ShardOutcome:
+        outcome = ShardOutcome(shard)
+        plan, records = self.store.manifest.plan[shard], self.store.records(shard)
+        with contextlib.ExitStack() as stack:
+            works = [
+                Work(t, e, stack.enter_context(ShardWriter(t.folder, t.manifest, plan, records)))
+                for t, e in zip(self.targets, self.encoders, strict=True)
+                if shard in t.todo
+            ]
+            for work in works:
+                outcome.model_seconds[str(work.target.folder)] = 0.0
+            encoded = stack.enter_context(
+                contextlib.closing(one_behind(self._encoded(shard, works, outcome)))
+            )
+            for work, rows, embedding in encoded:
+                with _failing(work, outcome):
+                    _write(work, rows, embedding, outcome)
+            for work in works:
+                if not work.failed:
+                    batch, usual = work.encoder.batch, work.target.specification.computation.batch
+                    with timed(outcome, "write_seconds"):
+                        work.writer.commit(batch=batch if batch != usual else None)
+        return outcome
+
+    def _encoded(
+        self, shard: int, works: Sequence[Work], outcome: ShardOutcome
+    ) -> Iterator[tuple[Work, dict[str, Rows], Callable[[], NDArray[np.float32]]]]:
+        """Batches of embeddings on their way from the device, and the rows beside them.
+
+        Each encoder has batches of its own size, whichever encoders it shares the frames with.
+        """
+        for rows, arriving in read_ahead(self._batches(shard, works, outcome)):
+            frames = arriving()
+            outcome.rows += len(frames)
+            for work in works:
+                for at in range(0, len(frames), work.encoder.batch):
+                    if work.failed:
+                        break
+                    part = slice(at, at + work.encoder.batch)
+                    with timed_model(work, outcome):
+                        embedding = download(_encode(work, frames[part]))
+                    yield work, {name: column[part] for name, column in rows.items()}, embedding
+
+    def _batches(
+        self, shard: int, works: Sequence[Work], outcome: ShardOutcome
+    ) -> Iterator[tuple[dict[str, Rows], Callable[[], Tensor]]]:
+        """Decoded batches of a shard, the frames on their way to the device; they never cross into the next."""
         columns = [name for name in self.store.columns if name != "physics"]
-        batches = self.store.shard(shard).batches(columns, max(e.batch for e in self.encoders))
-        while True:
-            with timed(times, "read_seconds"):
-                rows = next(batches, None)
-            if rows is None:
-                return
-            yield rows
+        size = max(work.encoder.batch for work in works)
+        total, start = self.store.manifest.shards[shard].rows, 0
+        while start < total:
+            with timed(outcome, "read_seconds"):
+                rows = self._read(shard, columns, start, min(size, total - start))
+                frames = rows.pop("frame").astype(np.uint8, copy=False)
+                try:
+                    arriving = self._upload(frames)
+                except torch.OutOfMemoryError:
+                    raise OutOfRoomError(max(works, key=lambda work: work.encoder.batch)) from None
+            start += len(frames)
+            yield rows, arriving
 
-    @staticmethod
-    def _embed(
-        target: Target,
-        encoder: Encoder,
-        writer: ShardWriter,
-        frames: NDArray[np.uint8],
-        rows: Mapping[str, Rows],
-        times: ShardTimes,
-    ) -> None:
-        specification = target.specification
-        started = time.perf_counter()
-        pieces = [encoder(frames[at : at + encoder.batch]) for at in range(0, len(frames), encoder.batch)]
-        times.model_seconds[specification.encoder.name] += time.perf_counter() - started
-        with timed(times, "write_seconds"):
-            stored = stored_as(np.concatenate(pieces), specification.dtype, specification.encoder.name, rows)
-            writer.write_rows({**rows, "embedding": stored})
+    def _read(self, shard: int, columns: Sequence[str], start: int, count: int) -> dict[str, Rows]:
+        """Rows of a shard; where one cannot be read, its episode and step are named."""
+        try:
+            opened = self.store.shard(shard)
+            return {name: opened.rows(name, start, count) for name in columns}
+        except PvrpipeError as error:
+            if count == 1:
+                raise type(error)(f"{self._where(shard, start)} cannot be read: {error}") from None
+        half = count // 2
+        first = self._read(shard, columns, start, half)
+        rest = self._read(shard, columns, start + half, count - half)
+        return {name: np.concatenate([first[name], rest[name]]) for name in columns}
+
+    def _where(self, shard: int, row: int) -> str:
+        record = next(r for r in reversed(self.store.records(shard)) if r.row_start <= row)
+        return f"episode {record.episode}, step {row - record.row_start}"
+
+
+def _refuse_another(specification: EmbeddingSpecification, encoder: Encoder) -> None:
+    """Workers of a cluster may have other weights at that path, or another GPU."""
+    made, here = (
+        specification,
+        encoder.computation.model_copy(update={"batch": specification.computation.batch}),
+    )
+    differ = differences(made.encoder.model_dump(), encoder.identity.model_dump(), "on this worker")
+    differ = differ or differences(made.computation.model_dump(), here.model_dump(), "on this worker")
+    if differ:
+        raise EncodingError(
+            f"{made.encoder.name}: {differ}; let workers be alike, and reach the same files under the same path"
+        )
+
+
+def _encode(work: Work, frames: Tensor) -> Tensor:
+    try:
+        return work.encoder.encode(frames)
+    except torch.OutOfMemoryError:
+        raise OutOfRoomError(work) from None
+
+
+def _write(
+    work: Work, rows: Mapping[str, Rows], arriving: Callable[[], NDArray[np.float32]], outcome: ShardOutcome
+) -> None:
+    if work.failed:
+        return
+    specification = work.target.specification
+    with timed_model(work, outcome):
+        embedding = arriving()
+    with timed(outcome, "write_seconds"):
+        stored = stored_as(embedding, specification.dtype, specification.encoder.name, rows)
+        work.writer.write_rows({**rows, "embedding": stored})
 
 
 def stored_as(embedding: NDArray[np.float32], dtype: str, encoder: str, rows: Mapping[str, Rows]) -> Rows:
@@ -122,46 +239,30 @@ def stored_as(embedding: NDArray[np.float32], dtype: str, encoder: str, rows: Ma
     return cast_embedding(embedding, dtype, rows, encoder, "embed with --dtype float32")
 
 
-def read_ahead(batches: Iterator[dict[str, Rows]]) -> Iterator[dict[str, Rows]]:
-    """Run an iterator in a thread, a few items ahead; its errors are raised here."""
-    ready: queue.Queue[dict[str, Rows] | BaseException | None] = queue.Queue(READ_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: dict[str, Rows] | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def run() -> None:
-        try:
-            for item in batches:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
-    thread.start()
+@contextlib.contextmanager
+def _failing(work: Work, outcome: ShardOutcome) -> Iterator[None]:
+    """Let an embedding that cannot be stored stop the shard for its own store."""
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+        yield
+    except EncodingError as error:
+        work.failed = True
+        outcome.failures.append(error)
+        del outcome.model_seconds[str(work.target.folder)]
 
 
 @contextlib.contextmanager
-def timed(times: ShardTimes, name: str) -> Iterator[None]:
-    """Add the seconds spent inside to ``times.name``."""
+def timed(outcome: ShardOutcome, name: str) -> Iterator[None]:
+    """Add the seconds spent inside to ``outcome.name``."""
     started = time.perf_counter()
     try:
         yield
     finally:
-        setattr(times, name, getattr(times, name) + time.perf_counter() - started)
+        setattr(outcome, name, getattr(outcome, name) + time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def timed_model(work: Work, outcome: ShardOutcome) -> Iterator[None]:
+    """Add the seconds spent inside to the model's of that store."""
+    started = time.perf_counter()
+    yield
+    outcome.model_seconds[str(work.target.folder)] += time.perf_counter() - started

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pvrpipe.pipeline.autoencoder import ConvEncoder
 from pvrpipe.pipeline.preprocessing import preprocess
@@ -20,7 +21,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsE
 from pvrpipe.schemas.manifest import Computation, EncoderIdentity
 
 Precision = Literal["fp32", "bf16"]
-BATCH = {"cpu": 32, "cuda": 256}
+BATCH = {"cpu": 32, "cuda": 256}  # on a GPU the most; how much memory there is decides (memory.py)
 #: On a CPU every worker computes in one thread: rates add up over workers, and the number of threads,
 #: which can change the last bits of a sum, is the same everywhere.
 CPU_THREADS = 1
@@ -35,6 +36,7 @@ class EncoderRequest:
     precision: Precision = "fp32"
     device: str = "auto"
     batch: int | None = None
+    compiled: bool = False
 
     def anywhere(self) -> EncoderRequest:
         """The same request for a worker that runs in another folder."""
@@ -75,6 +77,9 @@ class Encoder:
         self.network = (
             network.to(memory_format=torch.channels_last).to(self.device).eval().requires_grad_(False)
         )
+        self.compiled, self._compute = False, self._eager
+        if request.compiled:
+            self.compile()
 
     @property
     def computation(self) -> Computation:
@@ -85,21 +90,37 @@ class Encoder:
             device=f"cpu {platform.machine()}" if cpu else torch.cuda.get_device_name(self.device),
             threads=CPU_THREADS if cpu else None,
             batch=self.batch,
+            compiled=self.compiled,
         )
 
     def __call__(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode at most ``batch`` frames."""
-        padded = np.zeros((self.batch, *frames.shape[1:]), frames.dtype)
-        padded[: len(frames)] = frames
-        pixels = torch.from_numpy(padded).to(self.device, non_blocking=True)
-        return self.forward(pixels)[: len(frames)].float().cpu().numpy()
+        return self.encode(torch.from_numpy(frames).to(self.device)).float().cpu().numpy()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device."""
+        lacking = self.batch - len(pixels)
+        full = F.pad(pixels, (0, 0) * 3 + (0, lacking)) if lacking else pixels
+        return self.forward(full)[: len(pixels)]
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
         """A full batch (B, H, W, 3) uint8 on the device to (B, D)."""
         bf16 = self.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.network(preprocess(pixels, self.pvr.recipe))
+            return self._compute(pixels)
+
+    def compile(self) -> None:
+        """Compile, to be replayed as a CUDA graph; what is chosen by timing, and would change bits, is not."""
+        import torch._inductor.config
+
+        torch._inductor.config.deterministic = True
+        self.compiled = True
+        self._compute = torch.compile(self._eager, mode="reduce-overhead", dynamic=False)
+
+    def _eager(self, pixels: Tensor) -> Tensor:
+        embedding: Tensor = self.network(preprocess(pixels, self.pvr.recipe))
+        return embedding
 
 
 def compute_deterministically(device: torch.device) -> None:

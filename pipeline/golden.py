@@ -67,11 +67,11 @@ def check_golden(
     frames, stored = np.asarray(found["frame"], np.uint8), found["embedding"]
     seed = made.encoder.weights.random_seed
     source = weights or ("auto" if seed is None else f"random:{seed}")
-    request = EncoderRequest(pvr or made.encoder.name, source, made.computation.precision, device)
-    encoder = Encoder(request)
-    computed = np.concatenate(
-        [encoder(frames[at : at + encoder.batch]) for at in range(0, len(frames), encoder.batch)]
+    request = EncoderRequest(
+        pvr or made.encoder.name, source, made.computation.precision, device, len(frames)
     )
+    encoder = Encoder(request)
+    computed = encoder(frames)
     if computed.shape != stored.shape:
         raise EncodingError(
             f"{encoder.identity.name} gives embeddings of {list(computed.shape[1:])}, the store holds "

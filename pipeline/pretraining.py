@@ -1,24 +1,27 @@
-"""``pvrpipe pretrain autoencoder``: a representation of one's own, from the frames of a rollout store."""
+"""``pvrpipe pretrain``: a representation of one's own, from the frames of a rollout store."""
 
 from __future__ import annotations
 
+import io
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from pvrpipe.pipeline.autoencoder import ConvDecoder, ConvEncoder
+from pvrpipe.pipeline.autoencoder import Autoencoder
 from pvrpipe.pipeline.preprocessing import preprocess
+from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
+from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
 from pvrpipe.pipeline.pvrs import SPEC_FILE, WEIGHTS_FILE, Pvr, WeightsSource
-from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, OutputExistsError
 from pvrpipe.schemas.manifest import Recipe, canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import locked, make_folder, remove_temporaries, sha256_of, write_whole
@@ -26,17 +29,40 @@ from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 
 REPORT_FILE = "pretrain.json"
-DECODER_FILE = "decoder.safetensors"
-READ_BATCH = 64  # frames decoded at a time
+REST_FILE = "rest.safetensors"  # what was trained beside the encoder
+CHECKPOINT_FILE = "checkpoint.pt"  # while it is trained
+FILES = (SPEC_FILE, WEIGHTS_FILE, REST_FILE, REPORT_FILE, CHECKPOINT_FILE)
+CHECKPOINT_EVERY = 100  # updates
+PATCHES = 8  # of MAE along a side, so that a patch is 8 pixels at 64
+HELD_OUT = 64  # frames of a batch on which the result is measured, whatever --batch is
+
+Method = Literal["autoencoder", "mae", "atc", "curl"]
+#: Where none are given.
+WIDTHS: dict[Method, int] = {"autoencoder": 128, "mae": 192, "atc": 128, "curl": 128}
+UPDATES: dict[Method, int] = {"autoencoder": 1000, "mae": 2000, "atc": 2000, "curl": 2000}
+
+
+class Objective(Protocol):
+    """A module that trains an encoder."""
+
+    encoder: nn.Module
+
+    def objective(self, images: Tensor, later: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Loss of frames (B, 3, S, S) in [-1, 1], and how often the partner was found where one is looked for."""
+
+    def follow(self) -> None:
+        """What is to be done after each update."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """An autoencoder's size and training; equal configurations on equal rollouts give equal weights."""
+    """An encoder's size and training; equal configurations on equal rollouts and devices give equal weights."""
 
+    method: Method = "autoencoder"
     size: int = 64  # pixels that the network sees
-    channels: int = 16
+    channels: int = 16  # of the convolutions, as in autoencoder.py
     width: int = 128  # D, the embedding
+    depth: int = 4  # blocks of MAE's ViT
     updates: int = 1000
     batch: int = 64
     learning_rate: float = 1e-3
@@ -47,10 +73,14 @@ class PretrainConfig:
         """Refuse what cannot be built."""
         if not 16 <= self.size <= 512 or self.size % 16:
             raise InvalidValueError(
-                f"an autoencoder's --size is a multiple of 16 up to 512, not {self.size}; try 64"
+                f"--size of `pretrain` is a multiple of 16 up to 512, not {self.size}; try 64"
             )
-        if min(self.updates, self.batch, self.width, self.channels) < 1:
-            raise InvalidValueError("--updates, --batch and the width of an autoencoder must be at least 1")
+        if min(self.updates, self.batch, self.width, self.channels, self.depth) < 1:
+            raise InvalidValueError("--updates, --batch and the sizes of an encoder must be at least 1")
+        if self.method in ("atc", "curl") and self.batch < 2:
+            raise InvalidValueError(
+                f"`pretrain {self.method}` tells frames apart; give a --batch of 2 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,145 +91,237 @@ class PretrainResult:
     updates: int
     loss: float
     val_loss: float
+    val_accuracy: float | None
+    """how often a frame's partner is told from those of 63 others; of ``atc`` and ``curl`` only"""
     seconds: float
     reused: bool
+    resumed_updates: int
 
 
-def pretrain_autoencoder(
+@dataclass
+class Training:
+    """A training that can be put down and taken up again."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: list[float]  # of the last updates
+    updates: int = 0
+
+
+def pretrain(
     rollouts: Place | str,
     out: Path,
     config: PretrainConfig,
     overwrite: bool = False,
     progress: Progress = silent,
+    device: str = "cpu",
 ) -> PretrainResult:
-    """Train an autoencoder on the frames of the ``train`` episodes and write its encoder as a PVR.
+    """Train an encoder on the frames of the ``train`` episodes and write it as a PVR.
 
-    The loss is the mean squared error of pixels in [-1, 1]. A folder is a PVR once its ``pvr.json`` is
-    there, which is written last; an interrupted training starts again and ends with the same weights.
+    A folder is a PVR once its ``pvr.json`` is there, which is written last. A killed training goes on from its last
+    checkpoint and ends with the same weights: what update u draws follows from the seed and u alone.
 
     Raises:
         NotAStoreError: there are no frames to train on.
-        OutputExistsError: ``out`` holds an encoder of another configuration.
+        OutputExistsError: ``out`` holds an encoder, or the checkpoint of one, of another configuration.
     """
     started = time.perf_counter()
     store = Store.open(rollouts, kind="rollouts")
     make_folder(out)
     with locked(out):
         remove_temporaries(out)
-        asked = {**asdict(config), "rollouts": store.manifest.id, "torch": version("torch")}
-        report = _finished(out, asked, overwrite)
+        asked = {
+            **asdict(config),
+            "rollouts": store.manifest.id,
+            "torch": version("torch"),
+            "device": torch.device(device).type,
+        }
+        report, resumed = _finished(out, asked, overwrite), config.updates
+        reused = report is not None
         if report is None:
-            report = _train(store, out, config, asked, progress)
-            return PretrainResult(out, config.updates, *report, time.perf_counter() - started, reused=False)
-        return PretrainResult(out, config.updates, *report, time.perf_counter() - started, reused=True)
+            report, resumed = _train(store, out, config, asked, progress, torch.device(device))
+        (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return PretrainResult(
+        out,
+        config.updates,
+        **report,
+        seconds=time.perf_counter() - started,
+        reused=reused,
+        resumed_updates=resumed,
+    )
 
 
 def _train(
-    store: Store, out: Path, config: PretrainConfig, asked: dict[str, object], progress: Progress
-) -> tuple[float, float]:
-    """The whole training, from top to bottom; the last training loss and the loss on held-out frames."""
-    recipe = recipe_of(config)
-    train, val = (frames_of(store, split, config.frames, recipe) for split in ("train", "val"))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        encoder, decoder = (
-            part(config.size, config.channels, config.width).to(memory_format=torch.channels_last)
-            for part in (ConvEncoder, ConvDecoder)
-        )
-    parameters = [*encoder.parameters(), *decoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.updates + 1
-    )
-    draw = np.random.default_rng(config.seed)
-    losses = []
-    for update in range(config.updates):
-        pixels = _pixels(train[draw.integers(len(train), size=config.batch)], recipe)
-        loss = F.mse_loss(decoder(encoder(pixels)), pixels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        progress(update + 1, config.updates, f"loss {np.mean(losses[-50:]):.4f}")
-    with torch.no_grad():
-        held_out = [_pixels(val[at : at + READ_BATCH], recipe) for at in range(0, len(val), READ_BATCH)]
-        val_loss = (
-            float(np.mean([F.mse_loss(decoder(encoder(p)), p).item() for p in held_out])) if held_out else 0.0
-        )
-    report = float(np.mean(losses[-50:])), val_loss
-    _write(store, out, config, asked, encoder, decoder, report)
-    return report
-
-
-def recipe_of(config: PretrainConfig) -> Recipe:
-    """Frames squeezed to the network's size, values in [-1, 1]."""
-    half = (0.5, 0.5, 0.5)
-    return Recipe(
-        resize=config.size, interpolation="bilinear", antialias=True, crop=config.size, mean=half, std=half
-    )
-
-
-def frames_of(store: Store, split: str, most: int, recipe: Recipe) -> NDArray[np.uint8]:
-    """At most ``most`` frames of a split, evenly spaced and already resized, (N, size, size, 3) uint8."""
-    rows = int(store.episodes.filter(store.episodes["split"] == split)["rows"].sum())
-    stride = max(1, -(-rows // most))
-    kept: list[NDArray[np.uint8]] = []
-    seen = 0
-    for record in store.episodes.filter(store.episodes["split"] == split).iter_rows(named=True):
-        for at in range(0, record["rows"], READ_BATCH):
-            count = min(READ_BATCH, record["rows"] - at)
-            frames = store.shard(record["shard"]).rows("frame", record["row_start"] + at, count)
-            frames = frames[-seen % stride :: stride]
-            seen += count
-            if len(frames):
-                values = preprocess(torch.from_numpy(np.ascontiguousarray(frames)), recipe)
-                kept.append(((values + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-    return np.concatenate(kept) if kept else np.zeros((0, recipe.crop, recipe.crop, 3), np.uint8)
-
-
-def _pixels(frames: NDArray[np.uint8], recipe: Recipe) -> torch.Tensor:
-    return preprocess(torch.from_numpy(frames), recipe)
-
-
-def _finished(out: Path, asked: dict[str, object], overwrite: bool) -> tuple[float, float] | None:
-    """The report of an encoder already there with this configuration, or None."""
-    others = [
-        p.name for p in out.iterdir() if p.name not in (SPEC_FILE, WEIGHTS_FILE, DECODER_FILE, REPORT_FILE)
-    ]
-    if others:
-        raise OutputExistsError(f"{out} holds other files ({others[0]}); choose another output folder")
-    if overwrite or not (out / SPEC_FILE).is_file():
-        (out / SPEC_FILE).unlink(missing_ok=True)
-        return None
-    report = json.loads((out / REPORT_FILE).read_text())
-    if report["asked"] != asked:
-        raise OutputExistsError(
-            f"{out} holds an encoder of another configuration; choose another output, or --overwrite"
-        )
-    return report["loss"], report["val_loss"]
-
-
-def _write(
     store: Store,
     out: Path,
     config: PretrainConfig,
-    asked: dict[str, object],
-    encoder: nn.Module,
-    decoder: nn.Module,
-    report: tuple[float, float],
+    asked: dict[str, Any],
+    progress: Progress,
+    device: torch.device,
+) -> tuple[dict[str, Any], int]:
+    """The whole training, from top to bottom; the report, and the updates of an earlier run."""
+    kept = kept_recipe(config)
+    ahead = AHEAD if config.method == "atc" else 0
+    train, val = (frames_of(store, split, config.frames, kept, ahead) for split in ("train", "val"))
+    if not len(train.anchors):
+        raise NotAStoreError(
+            f"{store.path} has no episode of more than {ahead} steps to train on; collect longer ones"
+        )
+    run = _begun(config, device)
+    resumed = _take_up(run, out, asked, device)
+    while run.updates < config.updates:
+        numbers = np.random.default_rng((config.seed, run.updates))
+        chosen = train.anchors[numbers.integers(len(train.anchors), size=config.batch)]
+        draw = torch.Generator().manual_seed(int(numbers.integers(1 << 62)))
+        loss, _ = run.model.objective(*_views(train, chosen, kept, device), draw)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.schedule.step()
+        run.model.follow()
+        run.updates += 1
+        run.losses = [*run.losses[-49:], loss.item()]
+        progress(run.updates, config.updates, f"loss {np.mean(run.losses):.4f}")
+        if run.updates % CHECKPOINT_EVERY == 0 and run.updates < config.updates:
+            _put_down(run, out, asked)
+    report = {"loss": float(np.mean(run.losses)), **_held_out(run.model, val, kept, device)}
+    _write(store, out, config, asked, run.model, report)
+    return report, resumed
+
+
+def _begun(config: PretrainConfig, device: torch.device) -> Training:
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = objective_of(config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.updates + 1
+    )
+    return Training(model, optimizer, schedule, [])
+
+
+def objective_of(config: PretrainConfig) -> Any:
+    """The module of a method, with fresh weights; an :class:`Objective`."""
+    if config.method == "mae":
+        from pvrpipe.pipeline.pretrain_mae import MaskedAutoencoder  # imports timm, a second
+
+        return MaskedAutoencoder(config.size, config.size // PATCHES, config.width, config.depth)
+    kinds = {"autoencoder": Autoencoder, "atc": Atc, "curl": Curl}
+    return kinds[config.method](config.size, config.channels, config.width)
+
+
+def recipe_of(config: PretrainConfig) -> Recipe:
+    """Frames squeezed to the network's size, values in [-1, 1]; of CURL's frames, the middle."""
+    half = (0.5, 0.5, 0.5)
+    side = round(config.size / CROPPED) if config.method == "curl" else config.size
+    return Recipe(
+        resize=side, interpolation="bilinear", antialias=True, crop=config.size, mean=half, std=half
+    )
+
+
+def kept_recipe(config: PretrainConfig) -> Recipe:
+    """As frames are kept for training: before anything is cut out of them."""
+    recipe = recipe_of(config)
+    return recipe.model_copy(update={"crop": recipe.resize})
+
+
+def _views(
+    frames: Frames, chosen: np.ndarray[Any, Any], recipe: Recipe, device: torch.device
+) -> Iterator[Tensor]:
+    """Frames (B, 3, S, S) in [-1, 1], and those that are seen later."""
+    later = frames.later[chosen]
+    images = preprocess(torch.from_numpy(frames.pixels[chosen]).to(device), recipe)
+    yield images
+    same = bool((later == chosen).all())
+    yield images if same else preprocess(torch.from_numpy(frames.pixels[later]).to(device), recipe)
+
+
+@torch.no_grad()
+def _held_out(model: Any, val: Frames, recipe: Recipe, device: torch.device) -> dict[str, float | None]:
+    """Loss and accuracy on the held-out frames, in batches of frames that are far apart."""
+    losses, scores = [], []
+    batches = max(1, len(val.anchors) // HELD_OUT)
+    for number in range(batches if len(val.anchors) else 0):
+        views = _views(val, val.anchors[number::batches], recipe, device)
+        loss, score = model.objective(*views, torch.Generator().manual_seed(number))
+        losses.append(loss.item())
+        if score is not None:
+            scores.append(score.item())
+    return {
+        "val_loss": float(np.mean(losses)) if losses else 0.0,
+        "val_accuracy": float(np.mean(scores)) if scores else None,
+    }
+
+
+def _put_down(run: Training, out: Path, asked: dict[str, Any]) -> None:
+    state = {
+        "asked": asked,
+        "updates": run.updates,
+        "losses": run.losses,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(out / CHECKPOINT_FILE, buffer.getvalue())
+
+
+def _take_up(run: Training, out: Path, asked: dict[str, Any], device: torch.device) -> int:
+    """Go on from a checkpoint of this training, if there is one; after how many updates."""
+    if not (out / CHECKPOINT_FILE).is_file():
+        return 0
+    state = torch.load(out / CHECKPOINT_FILE, map_location=device, weights_only=True)
+    if state["asked"] != asked:
+        raise OutputExistsError(
+            f"{out} holds a training of another configuration; choose another output, or --overwrite"
+        )
+    run.updates, run.losses = state["updates"], state["losses"]
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    return run.updates
+
+
+def _finished(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The report of an encoder already there with this configuration, or None."""
+    others = [p.name for p in out.iterdir() if p.name not in FILES]
+    if others:
+        raise OutputExistsError(f"{out} holds other files ({others[0]}); choose another output folder")
+    if overwrite:
+        for name in (SPEC_FILE, CHECKPOINT_FILE):
+            (out / name).unlink(missing_ok=True)
+    if not (out / SPEC_FILE).is_file():
+        return None
+    report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
+    if report.pop("asked") != asked:
+        raise OutputExistsError(
+            f"{out} holds an encoder of another configuration; choose another output, or --overwrite"
+        )
+    return report
+
+
+def _write(
+    store: Store, out: Path, config: PretrainConfig, asked: dict[str, Any], model: Any, report: dict[str, Any]
 ) -> None:
     """Weights first, the specification that makes the folder a PVR last."""
-    for part, name in ((encoder, WEIGHTS_FILE), (decoder, DECODER_FILE)):
-        tensors = {key: tensor.contiguous() for key, tensor in part.state_dict().items()}
-        write_whole(out / name, safetensors.torch.save(tensors))
-    losses = {"asked": asked, "loss": report[0], "val_loss": report[1]}
-    write_whole(out / REPORT_FILE, canonical_json(losses).encode())
-    pvr = Pvr(
-        name="autoencoder",
-        title=f"autoencoder trained on {store.manifest.rollouts.environment}",
-        source=WeightsSource(file=WEIGHTS_FILE, sha256=sha256_of(out / WEIGHTS_FILE)),
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    own = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
+    rest = {n: t for n, t in tensors.items() if not n.startswith("encoder.")}
+    for part, name in ((own, WEIGHTS_FILE), (rest, REST_FILE)):
+        write_whole(out / name, safetensors.torch.save(part))
+    write_whole(out / REPORT_FILE, canonical_json({"asked": asked, **report}).encode())
+    pvr = _pvr(config, store.manifest.rollouts.environment, sha256_of(out / WEIGHTS_FILE))
+    write_whole(out / SPEC_FILE, canonical_json(pvr.model_dump(mode="json")).encode())
+
+
+def _pvr(config: PretrainConfig, environment: str, sha256: str) -> Pvr:
+    conv = Pvr(
+        name=config.method,
+        title=f"{config.method} trained on {environment}",
+        source=WeightsSource(file=WEIGHTS_FILE, sha256=sha256),
         architecture="conv-autoencoder",
         overrides={"size": config.size, "channels": config.channels},
         recipe=recipe_of(config),
@@ -207,4 +329,9 @@ def _write(
         width=config.width,
         licence="that of the rollouts",
     )
-    write_whole(out / SPEC_FILE, canonical_json(pvr.model_dump(mode="json")).encode())
+    if config.method != "mae":
+        return conv
+    from pvrpipe.pipeline.pretrain_mae import ARCHITECTURE, overrides
+
+    vit = overrides(config.size, config.size // PATCHES, config.width, config.depth)
+    return conv.model_copy(update={"architecture": ARCHITECTURE, "overrides": vit, "pooling": "cls"})

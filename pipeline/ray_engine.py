@@ -1,4 +1,4 @@
-"""The embedding stage on Ray Data: an actor pool over shards, on a GPU where there is one."""
+"""The embedding stage on Ray Data: an autoscaling pool of actors over shards, on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -11,73 +11,119 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from ray.exceptions import RayError
 
-from pvrpipe.pipeline.embedding import ShardEmbedder, ShardTimes, Target
+from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
 from pvrpipe.schemas.addresses import check_answers
-from pvrpipe.schemas.errors import PvrpipeError
+from pvrpipe.schemas.errors import ClusterError, EncodingError, PvrpipeError, one_line
 from pvrpipe.schemas.quiet import quiet_start
+from pvrpipe.store.files import left_behind, marked
+from pvrpipe.store.layout import shard_file
 from pvrpipe.store.places import Place, place_of
+
+DEATHS = 3  # of workers that had one shard, until that is this shard's failure
 
 
 class _Actor:
     """A :class:`ShardEmbedder` that Ray Data feeds one shard at a time."""
 
     def __init__(self, rollouts: Place | str, targets: Sequence[Target]) -> None:
-        self.embedder = ShardEmbedder(rollouts, targets)
+        self._arguments = rollouts, targets
+        self._embedder: ShardEmbedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        outcome = self.embedder.attempt(int(batch["shard"][0]))
+        """Not the constructor loads the encoders: Ray buries its errors in a dead actor's story."""
+        shard = int(batch["shard"][0])
+        target = next(t for t in self._arguments[1] if shard in t.todo)
+        attempt = (target.folder / shard_file(shard, target.manifest.shard_format)).with_suffix(".attempt")
+        try:
+            _refuse_deadly(target, shard, len(left_behind(attempt)))
+            self._embedder = self._embedder or ShardEmbedder(*self._arguments)
+            with marked(attempt):
+                outcome = self._embedder.attempt(shard)
+        except PvrpipeError as error:
+            outcome = ShardOutcome(shard, failures=[error])
         return {"outcome": np.array([pickle.dumps(outcome)], object)}
+
+
+def _refuse_deadly(target: Target, shard: int, deaths: int) -> None:
+    """Ray tries again without end; each worker that died at a shard has left a mark."""
+    if deaths < DEATHS:
+        return
+    plan = target.manifest.plan[shard]
+    last = plan.first_episode + plan.episodes - 1
+    raise EncodingError(
+        f"{DEATHS} workers died at shard {shard} (episodes {plan.first_episode} to {last}); give them more memory "
+        "or fewer --workers, or find out with --engine inline, then run the same command again"
+    )
 
 
 def run_on_ray(
     rollouts: Place | str,
-    targets: Sequence[Target],
-    todo: Sequence[int],
+    jobs: Sequence[tuple[Sequence[Target], Sequence[int]]],
     address: str | None,
     workers: int | None,
-) -> Iterator[ShardTimes | PvrpipeError]:
-    """Embed shards on a Ray cluster; what each cost, as it is done.
+) -> Iterator[ShardOutcome]:
+    """Embed shards on a Ray cluster, one pass after another; what became of each, as it is done.
 
-    A lost actor is replaced and its shard done again by Ray Data; a shard either was committed or was
-    not, so nothing is written twice.
+    A lost actor is replaced and its shard done again, on another node if need be; nodes that join get actors. A
+    shard either was committed or was not, so nothing is written twice. A shard whose workers die again and again
+    fails, and the others are finished.
+
+    Args:
+        rollouts: which workers reach under the same path.
+        jobs: of each pass, what to fill and which shards.
+        address: of a running cluster; None starts Ray on this machine, unless it is initialised already.
+        workers: the most there may be; None takes what the cluster has.
+
+    Raises:
+        ClusterError: Ray cannot be reached, or fails.
     """
     started = not ray.is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
-    if started:
-        if address:
-            check_answers(address)
-        with quiet_start():
-            ray.init(
-                address=address or "local",  # None would join whatever cluster somebody runs on this machine
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
     try:
-        yield from _run(rollouts, targets, todo, workers)
-    finally:
         if started:
+            if address:
+                check_answers(address)
+            with quiet_start():
+                ray.init(
+                    address=address
+                    or "local",  # None would join whatever cluster somebody runs on this machine
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        for targets, todo in jobs:
+            yield from _pass(rollouts, targets, todo, workers)
+    except RayError as error:
+        raise ClusterError(
+            f"Ray failed ({one_line(error)[:200]}); run the same command again to go on, or with --engine inline"
+        ) from error
+    finally:
+        if started and ray.is_initialized():
             ray.shutdown()
 
 
-def _run(
+def _pass(
     rollouts: Place | str, targets: Sequence[Target], todo: Sequence[int], workers: int | None
-) -> Iterator[ShardTimes | PvrpipeError]:
+) -> Iterator[ShardOutcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     on_gpu = targets[0].request.resolved_device().type == "cuda"
-    resources = ray.cluster_resources()
-    pool = workers or int(resources.get("GPU" if on_gpu else "CPU", 1))
+    now = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
+    most = min(workers or len(todo), len(todo))
     shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
     outcomes = shards.map_batches(
         _Actor,
         fn_constructor_args=(place_of(rollouts).resolve(), list(targets)),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(pool, len(todo)))),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=max(1, min(now, most)), max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=1,
         num_gpus=1 if on_gpu else 0,
     )
     for row in outcomes.iter_rows():
-        yield pickle.loads(row["outcome"])
+        outcome: ShardOutcome = pickle.loads(row["outcome"])
+        yield outcome

@@ -25,6 +25,7 @@ Dtype = Literal["uint8", "int32", "float16", "float32", "float64", "bool"]
 Axis = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Batch = Annotated[int | None, Field(ge=1, lt=1 << 31, exclude_if=lambda batch: batch is None)]
 ValueName = Annotated[str, Field(pattern=r"^(success|factor_[a-z][a-z0-9_]{0,55})$")]
 
 
@@ -145,7 +146,8 @@ class Computation(Frozen):
     precision: Literal["fp32", "bf16"]
     device: str
     threads: int | None  # of one worker, on a CPU
-    batch: int
+    batch: int  # frames; a shard for which memory did not suffice has its own
+    compiled: bool = Field(default=False, exclude_if=lambda compiled: not compiled)  # by torch.compile
 
 
 class EmbeddingSpecification(Frozen):
@@ -246,29 +248,30 @@ class Moments(Frozen):
     m2: tuple[float, ...]
 
 
-class ShardCommit(Frozen):
-    """``shards/NNNNN.json``: written last; the shard exists if and only if this does."""
+class Written(Frozen):
+    """The file of a shard, as commit record and manifest both list it."""
 
-    shard: Count
     file: ShardFile
     rows: Count
     bytes: Count
     sha256: Sha256
     row_groups: Annotated[tuple[Count, ...], First]  # rows of each; in a tar, of each episode
+    batch: Batch = None  # frames, where the device's memory forced fewer than Computation.batch
+
+
+class ShardCommit(Written):
+    """``shards/NNNNN.json``: written last; the shard exists if and only if this does."""
+
+    shard: Count
     episodes: Annotated[tuple[EpisodeRecord, ...], First]
     moments: dict[str, Moments]
     failed: tuple[Failed, ...] = ()
 
 
-class ShardEntry(Frozen):
+class ShardEntry(Written):
     """A sealed shard, as the manifest lists it."""
 
-    file: ShardFile
-    rows: Count
     episodes: Count
-    bytes: Count
-    sha256: Sha256
-    row_groups: Annotated[tuple[Count, ...], First]
 
     @model_validator(mode="after")
     def _adds_up(self) -> ShardEntry:
@@ -279,10 +282,7 @@ class ShardEntry(Frozen):
 
 
 class ColumnStatistics(Frozen):
-    """Mean and standard deviation per element over the rows of the ``train`` split.
-
-    The last row of an episode does not count for ``action``: nothing is done from there.
-    """
+    """Mean and standard deviation per element of the ``train`` rows; of ``action`` without each episode's last."""
 
     count: Count
     mean: tuple[float, ...]

@@ -111,6 +111,19 @@ class PendingStore:
                 f"{self.folder} has lost shard {self.todo[0].shard} of an earlier revision; get it again"
             )
 
+    @classmethod
+    def peek(cls, folder: Path, draft: Manifest, overwrite: bool = False) -> tuple[ShardPlan, ...]:
+        """The shards that are missing; nothing is written or held.
+
+        Raises:
+            OutputExistsError: as :meth:`begin`.
+        """
+        existing = _existing(folder, draft, overwrite) if folder.is_dir() else None
+        if existing is None or overwrite:
+            return draft.plan[draft.earlier[-1].shards if draft.earlier else 0 :]
+        _refuse_other(folder, existing, draft)
+        return cls(folder, existing, contextlib.ExitStack()).todo
+
     def abandon(self) -> None:
         """Leave nothing of a store that was never sealed, nor of its folder if there is nothing else in it."""
         _clear(self.folder, self.manifest)
@@ -139,6 +152,7 @@ class PendingStore:
         if self.manifest.state == "sealed":
             return self.manifest
         ordered = self._all_commits()
+        remove_temporaries(self.folder / SHARDS)  # of workers that died, and whose shards others made
         files = {self.manifest.episodes_file: _episodes_file(ordered)}
         if golden is not None:
             files[GOLDEN] = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in golden.items()})
@@ -196,6 +210,7 @@ class PendingStore:
                         bytes=c.bytes,
                         sha256=c.sha256,
                         row_groups=c.row_groups,
+                        batch=c.batch,
                     )
                     for c in commits
                 ),

@@ -48,7 +48,7 @@ def card(manifest: Manifest) -> str:
     )
     return f"""{front_matter(manifest, _configs(manifest))}
 {about}
-{_joined(manifest)}- {manifest.episodes} episodes, {manifest.rows} rows
+{_joined(manifest)}{_smaller_batches(manifest)}- {manifest.episodes} episodes, {manifest.rows} rows
 - {len(manifest.shards)} shards, {manifest.bytes} bytes
 - store id `{manifest.id}`
 
@@ -91,6 +91,17 @@ def _embeddings(s: EmbeddingSpecification) -> str:
   tensors sha256 `{w.tensors_sha256}`
 - licence of the weights, which travels with what they computed: {w.licence}
 - frames from rollout store `{s.rollouts_id}` (policy `{s.rollouts.policy}`, {s.rollouts.size} px)"""
+
+
+def _smaller_batches(manifest: Manifest) -> str:
+    """Equal bits are promised for equal batch sizes only."""
+    smaller = [entry.batch for entry in manifest.shards if entry.batch is not None]
+    if not smaller:
+        return ""
+    return (
+        f"- {len(smaller)} shards were computed in batches smaller than the specification's, down to "
+        f"{min(smaller)}, because memory did not suffice\n"
+    )
 
 
 def front_matter(manifest: Manifest, configs: list[dict[str, Any]]) -> str:

@@ -47,6 +47,7 @@ def describe(store: Store) -> dict[str, Any]:
         },
         "random_weights": manifest.embeddings is not None
         and manifest.embeddings.encoder.weights.random_seed is not None,
+        "smaller_batches": sum(entry.batch is not None for entry in manifest.shards),
         "specification": manifest.specification.model_dump(mode="json"),
         "returns": returns.to_dicts(),
         "coverage": [asdict(found) for found in coverage(store)],

@@ -57,9 +57,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def left_behind(path: Path) -> list[Path]:
+    """What writers of a file that were killed have left, and who is writing it now has begun."""
+    return list(path.parent.glob(f"{path.name}{TEMPORARY}[0-9]*-????????"))
+
+
+@contextmanager
+def marked(path: Path) -> Iterator[None]:
+    """A mark beside ``path`` that stays, for :func:`left_behind` to find, if this process dies within."""
+    mark = temporary_beside(path)
+    with disk_errors(path):
+        mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
 def remove_temporaries(folder: Path, name: str = "*") -> None:
     """Remove what a killed writer left (of one file); call only while holding the folder's (or its) lock."""
-    for path in folder.glob(f"{name}{TEMPORARY}[0-9]*-????????"):
+    for path in left_behind(folder / name):
         path.unlink(missing_ok=True)
 
 

@@ -43,7 +43,14 @@ MANIFEST_LIMIT = 256 << 20  # bytes; a larger manifest is not read
 VALUES_LIMIT = (
     8 << 20
 )  # values in a manifest, a shard has about a dozen: what is parsed takes far more than its text
-COMMITTED = ("file", "rows", "bytes", "sha256", "row_groups")  # what commit record and manifest both say
+COMMITTED = (
+    "file",
+    "rows",
+    "bytes",
+    "sha256",
+    "row_groups",
+    "batch",
+)  # what commit record and manifest both say
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}")
 
 

@@ -98,11 +98,12 @@ class ShardWriter:
         with disk_errors(self._path):
             self._file.append(arrays)
 
-    def commit(self, failed: Sequence[Failed] = ()) -> ShardCommit:
+    def commit(self, failed: Sequence[Failed] = (), batch: int | None = None) -> ShardCommit:
         """Make the shard durable, then its commit record; from here on it exists.
 
         Args:
             failed: what was tried for these episodes, and failed.
+            batch: frames per batch, where memory forced fewer than the specification's.
         """
         with disk_errors(self._path):
             groups, records = self._file.finish(), tuple(self._records.values())
@@ -122,6 +123,7 @@ class ShardWriter:
                 episodes=records,
                 moments={name: merged(parts) for name, parts in self._moments.items()},
                 failed=tuple(failed),
+                batch=batch,
             )
             settle(self._temporary, self._path)
         write_whole(

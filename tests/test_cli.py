@@ -25,8 +25,7 @@ PVRPIPE = str(Path(sys.executable).parent / "pvrpipe")
 
 
 def commands() -> list[str]:
-    group = get_command(app)
-    return [*(n for n, c in group.commands.items() if not hasattr(c, "commands")), "pretrain autoencoder"]
+    return list(get_command(app).commands)
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict:

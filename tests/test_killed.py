@@ -149,12 +149,12 @@ def test_embed_killed_at_random_moments_ends_with_the_same_store(
 
 def own_encoder(rollouts: Path, folder: Path) -> Path:
     """A small autoencoder, for there are no weights here."""
-    from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
+    from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 
     from .test_pipeline_embed import SMALL
 
     config = PretrainConfig(**{**vars(SMALL), "updates": 2})
-    return pretrain_autoencoder(rollouts, folder / "pvr", config).pvr
+    return pretrain(rollouts, folder / "pvr", config).pvr
 
 
 def check_every_write(work: Callable[[str], None], place: Path, most: int = 200) -> None:

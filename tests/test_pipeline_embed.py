@@ -18,7 +18,7 @@ from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.golden import check_golden
-from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain_autoencoder
+from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
     EncodingError,
@@ -44,7 +44,7 @@ def rollouts(write_rollouts: WriteStore) -> Path:
 @pytest.fixture
 def autoencoder(rollouts: Path, tmp_path: Path) -> EncoderRequest:
     """A real trained encoder, small enough for a test."""
-    pretrain_autoencoder(rollouts, tmp_path / "ae", SMALL)
+    pretrain(rollouts, tmp_path / "ae", SMALL)
     return EncoderRequest(str(tmp_path / "ae"), device="cpu", batch=16)
 
 
@@ -81,7 +81,7 @@ def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
 def test_two_encoders_in_one_pass_equal_one_at_a_time(
     rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
 ) -> None:
-    pretrain_autoencoder(rollouts, tmp_path / "other", PretrainConfig(**{**vars(SMALL), "seed": 1}))
+    pretrain(rollouts, tmp_path / "other", PretrainConfig(**{**vars(SMALL), "seed": 1}))
     other = EncoderRequest(str(tmp_path / "other"), device="cpu", batch=8)
     together = embed(rollouts, [(autoencoder, tmp_path / "a"), (other, tmp_path / "b")], INLINE)
     alone = [embed(rollouts, [(r, tmp_path / n)], INLINE)[0] for r, n in ((autoencoder, "c"), (other, "d"))]
@@ -139,28 +139,6 @@ def test_killed_and_run_again_it_ends_with_the_same_store(
     )
 
 
-def test_a_nan_from_an_encoder_names_the_frame_and_the_other_shards_finish(
-    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, target = Encoder.__call__, Store.open(rollouts).read_episode(2)["frame"][5]
-
-    def broken(self: Encoder, frames: np.ndarray) -> np.ndarray:
-        embedding = original(self, frames)
-        embedding[(frames == target).all(axis=(1, 2, 3))] = np.nan
-        return embedding
-
-    monkeypatch.setattr(Encoder, "__call__", broken)
-    with pytest.raises(
-        EncodingError, match=r"autoencoder gives an embedding that is not finite at episode 2, step 5"
-    ):
-        embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    assert len(list((tmp_path / "e" / "shards").glob("*.json"))) == 5
-    monkeypatch.setattr(Encoder, "__call__", original)
-    (mended,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    assert mended.resumed_shards == 5
-    assert verify(tmp_path / "e") == []
-
-
 def test_float16_never_overflows_in_silence() -> None:
     rows = {"episode": np.array([4, 4]), "step": np.array([8, 9])}
     embedding = np.array([[1.0, 2.0], [3.0, 70_000.0]], np.float32)
@@ -190,16 +168,16 @@ def test_pretraining_lowers_the_error_on_held_out_frames_and_repeats_exactly(
 ) -> None:
     rollouts = write_rollouts(size=16)
     few, many = (PretrainConfig(**{**vars(SMALL), "updates": n}) for n in (1, 60))
-    short, long = (pretrain_autoencoder(rollouts, tmp_path / str(c.updates), c) for c in (few, many))
+    short, long = (pretrain(rollouts, tmp_path / str(c.updates), c) for c in (few, many))
     assert long.loss < short.loss
     assert long.val_loss < short.val_loss
-    again = pretrain_autoencoder(rollouts, tmp_path / "again", many)
+    again = pretrain(rollouts, tmp_path / "again", many)
     assert safetensors.torch.load_file(again.pvr / "encoder.safetensors").keys()
     for name in ("encoder.safetensors", "pvr.json"):
         assert (again.pvr / name).read_bytes() == (long.pvr / name).read_bytes()
-    assert pretrain_autoencoder(rollouts, tmp_path / "again", many).reused
+    assert pretrain(rollouts, tmp_path / "again", many).reused
     with pytest.raises(OutputExistsError, match="another configuration"):
-        pretrain_autoencoder(rollouts, tmp_path / "again", few)
+        pretrain(rollouts, tmp_path / "again", few)
     with pytest.raises(InvalidValueError, match="multiple of 16"):
         PretrainConfig(size=30)
 
@@ -207,10 +185,10 @@ def test_pretraining_lowers_the_error_on_held_out_frames_and_repeats_exactly(
 def test_pretraining_killed_at_a_rename_and_run_again(write_rollouts: WriteStore, tmp_path: Path) -> None:
     rollouts = write_rollouts(size=16)
     config = PretrainConfig(**{**vars(SMALL), "updates": 2})
-    whole = pretrain_autoencoder(rollouts, tmp_path / "whole", config).pvr
-    assert run_killed(pretrain_autoencoder, rollouts, tmp_path / "killed", config, stop=2)
+    whole = pretrain(rollouts, tmp_path / "whole", config).pvr
+    assert run_killed(pretrain, rollouts, tmp_path / "killed", config, stop=2)
     assert list((tmp_path / "killed").glob("*.tmp-*"))
-    pretrain_autoencoder(rollouts, tmp_path / "killed", config)
+    pretrain(rollouts, tmp_path / "killed", config)
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in whole.iterdir())
     for path in whole.iterdir():
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()

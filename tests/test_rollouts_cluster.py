@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from ray.cluster_utils import Cluster
 
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.store.verifying import verify
+
+from .clusters import committed
 
 CONFIG = CollectConfig(size=64, episodes=24, max_steps=20, policy="random", seed=5)
 pytestmark = pytest.mark.slow
@@ -35,14 +36,6 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     return collect(CONFIG, tmp_path_factory.mktemp("inline") / "store", Engine("inline")).id
-
-
-def committed(folder: Path, count: int) -> None:
-    """Wait until so many shards are committed."""
-    deadline = time.monotonic() + 240
-    while len(list(folder.glob("shards/*.json"))) < count:
-        assert time.monotonic() < deadline, "too few shards were committed"
-        time.sleep(0.05)
 
 
 def test_a_node_joins_and_a_node_dies(cluster: Cluster, expected: str, tmp_path: Path) -> None:

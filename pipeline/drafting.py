@@ -1,0 +1,225 @@
+"""Before the stage runs: what each store is to be, what is missing of it, and what it will take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pvrpipe.pipeline.embedding import CARRIED
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
+from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
+from pvrpipe.pipeline.transfers import Upload, download
+from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
+from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
+from pvrpipe.store.building import PendingStore, new_manifest, read_draft
+from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.growing import grown
+from pvrpipe.store.layout import MANIFEST, read_manifest
+from pvrpipe.store.reading import Store
+
+VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
+#: From so many frames on, compiling pays on a GPU: it takes a minute, and saves 10 to 20 % of a ViT's time,
+#: half of a ResNet's (timm's published benchmarks).
+COMPILED_FROM = 1_000_000
+MEASURED_BATCHES, MEASURED_SECONDS = 3, 20.0  # whichever comes first, for the rate of a dry run
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What decides how the stage runs, and what it stores."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    engine: Literal["ray", "inline"] = "ray"
+    address: str | None = None
+    workers: int | None = None
+    overwrite: bool = False
+    append: bool = False
+    """Let a finished store grow by the episodes that its rollout store has grown by."""
+    shard_format: Literal["parquet", "webdataset"] = "parquet"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A store that is to be made."""
+
+    request: EncoderRequest
+    """with the batch that it will have"""
+    folder: Path
+    manifest: Manifest
+    need: Need
+    todo: frozenset[int]
+    """the shards that are missing now"""
+    frames_per_second: float | None
+    """of one worker, where it was measured"""
+
+    def rows(self, store: Store) -> int:
+        """Frames that are still to be embedded."""
+        return sum(store.manifest.shards[shard].rows for shard in self.todo)
+
+    def bytes(self, store: Store) -> int:
+        """What the missing shards will take on disk, before any compression."""
+        return self.rows(store) * sum(c.width for c in self.manifest.columns)
+
+
+def draft(
+    store: Store, request: EncoderRequest, folder: Path, config: EmbedConfig, measured: bool = False
+) -> Draft:
+    """What the store in ``folder`` is to be; loads the encoder, and lets it go again.
+
+    A store that was begun keeps its batch size, unless another is asked for.
+
+    Args:
+        store: the rollouts.
+        request: the encoder.
+        folder: of the embeddings; nothing is written there.
+        config: of the stage.
+        measured: also measure its rate on some of the frames.
+
+    Raises:
+        WeightsError, EncodingError, OutputExistsError: it cannot be made.
+    """
+    batch = request.batch or (None if config.overwrite else _recorded_batch(folder))
+    device = request.resolved_device()
+    compiled = device.type == "cuda" and store.manifest.rows >= COMPILED_FROM
+    encoder, need = _loaded(store, replace(request, batch=batch, compiled=False))
+    if compiled:
+        encoder = _compiled(encoder, request, store.column("frame").shape)
+    manifest = _manifest(store, encoder, folder, config)
+    todo = PendingStore.peek(folder, manifest, config.overwrite)
+    rate = _rate(store, encoder) if measured else None
+    settled = replace(request, batch=encoder.batch, compiled=encoder.compiled)
+    del encoder
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the workers
+    return Draft(settled, folder, manifest, need, frozenset(plan.shard for plan in todo), rate)
+
+
+def refuse_full_disk(store: Store, drafts: Sequence[Draft]) -> None:
+    """Refuse to begin what there is clearly no room for.
+
+    Raises:
+        StoreError: names both sizes.
+    """
+    wanted: dict[int, list[Draft]] = {}
+    for each in drafts:
+        wanted.setdefault(_existing_parent(each.folder).stat().st_dev, []).append(each)
+    for together in wanted.values():
+        size = sum(each.bytes(store) for each in together)
+        free = shutil.disk_usage(_existing_parent(together[0].folder)).free
+        if size > free:
+            raise StoreError(
+                f"the embeddings take about {readable(size)}, but {readable(free)} are free at "
+                f"{together[0].folder}; choose another output, a smaller --dtype, or fewer --pvr"
+            )
+
+
+def workers_of(config: EmbedConfig, device: torch.device, shards: int) -> int:
+    """Workers that this machine will have for so many shards."""
+    if config.engine == "inline":
+        return 1
+    here = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    return max(1, min(config.workers or here, shards))
+
+
+def readable(size: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def made_by(manifest: Manifest) -> EmbeddingSpecification:
+    """How the embeddings of a manifest are made."""
+    assert manifest.embeddings is not None
+    return manifest.embeddings
+
+
+def made_by_last(manifest: Manifest) -> EmbeddingSpecification:
+    """How the embeddings of the episodes that joined last were made."""
+    specification = manifest.all_parts[-1].specification
+    assert isinstance(specification, EmbeddingSpecification)
+    return specification
+
+
+def _recorded_batch(folder: Path) -> int | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_draft(folder) or read_manifest(folder)
+    return made_by_last(manifest).computation.batch if manifest.kind == "embeddings" else None
+
+
+def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
+    frame = store.column("frame")
+    if frame.dtype != "uint8" or len(frame.shape) != 3 or frame.shape[2] != 3:
+        raise EncodingError(
+            f"{store.path} holds frames of {frame.dtype} {list(frame.shape)}; encoders take uint8 RGB (H, W, 3)"
+        )
+    encoder = Encoder(request)
+    return encoder, fit(encoder, frame.shape, fixed=request.batch is not None)
+
+
+def _compiled(encoder: Encoder, request: EncoderRequest, frame: tuple[int, ...]) -> Encoder:
+    """The same encoder, compiled, where that is possible: Triton wants a C compiler."""
+    try:
+        made = Encoder(replace(request, batch=encoder.batch, compiled=True))
+        tried_until_it_fits(made, frame, fixed=True)
+    except (RuntimeError, EncodingError):
+        return encoder
+    return made
+
+
+def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig) -> Manifest:
+    specification = EmbeddingSpecification(
+        rollouts_id=str(store.manifest.id),
+        rollouts=store.manifest.rollouts,
+        encoder=encoder.identity,
+        computation=encoder.computation,
+        dtype=config.dtype,
+        versions={name: version(name) for name in VERSIONS},
+    )
+    carried = [c for c in store.manifest.columns if c.name in CARRIED]
+    columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
+    fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
+    if not config.append:
+        return fresh
+    sealed = Store.open(folder, kind="embeddings").manifest
+    known, now = made_by_last(sealed).rollouts_id, str(store.manifest.id)
+    if known == now:
+        return sealed
+    if known not in [revision.id for revision in store.manifest.earlier]:
+        raise OutputExistsError(
+            f"{folder} holds embeddings of other rollouts, not of an earlier revision of {store.path}; "
+            "choose another output"
+        )
+    return grown(sealed, fresh.specification, store.manifest.plan[len(sealed.plan) :])
+
+
+def _rate(store: Store, encoder: Encoder) -> float:
+    """Frames per second of one worker: the median over a few batches of the first shard, read and all."""
+    compute_deterministically(encoder.device)
+    upload, times = Upload(encoder.device), list[float]()
+    shard, rows = store.shard(0), store.manifest.shards[0].rows
+    began = time.perf_counter()
+    for _ in range(1 + MEASURED_BATCHES):
+        started = time.perf_counter()
+        frames = shard.rows("frame", 0, min(rows, encoder.batch)).astype(np.uint8, copy=False)
+        download(encoder.encode(upload(frames)()))()
+        times.append(time.perf_counter() - started)
+        if time.perf_counter() - began > MEASURED_SECONDS:
+            break
+    return encoder.batch / float(np.median(times[1:] or times))  # a batch is padded to its size
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,0 +1,186 @@
+"""What an encoder takes of a device's memory, measured: how large its batches are, and which encoders fit together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pvrpipe.pipeline.encoders import BATCH, Encoder
+from pvrpipe.schemas.errors import EncodingError
+
+SHARE = 0.8  # of the free memory that is planned with; allocators need room to round up
+TRIED = (4, 8)  # frames of the two batches by which the memory of one frame is measured
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that an encoder takes of its device."""
+
+    weights: int
+    batch: int
+    """more while a batch is computed"""
+
+
+@dataclass
+class Peak:
+    """The most bytes in use within a block, beyond those in use before it."""
+
+    bytes: int = field(default=0)
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak of the block; of a process on a CPU where the system tells it (Linux), else 0."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    reset = _reset_peak()
+    before = _status("VmRSS")
+    yield peak
+    peak.bytes = max(0, _status("VmHWM") - before) if reset else 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device that are free, or that torch holds and does not use."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
+
+
+def fit(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -> Need:
+    """Set the batch of an encoder to what its device has room for, and say what it takes.
+
+    On a GPU that is the largest power of two up to 256 that fits by the memory two small batches took; it is
+    tried, and halved where it does not fit after all. On a CPU it stays what it is: larger batches gain nothing.
+
+    Args:
+        encoder: on its device.
+        frame: shape (H, W, 3) of the frames.
+        fixed: the batch was asked for, or is that of a store which was begun with it.
+
+    Raises:
+        EncodingError: a batch that was asked for, or one frame, does not fit; or the recipe refuses such frames.
+    """
+    weights = sum(t.numel() * t.element_size() for t in encoder.network.state_dict().values())
+    if encoder.device.type == "cpu":
+        asked, encoder.batch = encoder.batch, 1
+        each = tried_until_it_fits(encoder, frame, fixed)
+        encoder.batch = asked
+        return Need(weights, each * asked)
+    if not fixed:
+        _tried(encoder, frame, TRIED[0])  # libraries take their workspaces
+        few, more = (_tried(encoder, frame, size) for size in TRIED)
+        each = max(1, (more - few) // (TRIED[1] - TRIED[0]))
+        most = int(SHARE * free_memory(encoder.device)) // each
+        encoder.batch = min(BATCH["cuda"], 1 << max(0, most.bit_length() - 1))
+    return Need(weights, tried_until_it_fits(encoder, frame, fixed))
+
+
+def tried_until_it_fits(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -> int:
+    """Peak bytes of a batch of the encoder, which is halved until it fits."""
+    while True:
+        try:
+            return _tried(encoder, frame, encoder.batch)
+        except torch.OutOfMemoryError:
+            if encoder.batch == 1:
+                raise no_room(encoder) from None
+            if fixed:
+                raise EncodingError(
+                    f"{encoder.identity.name}: a batch of {encoder.batch} does not fit into the memory of "
+                    f"{encoder.device}; free some, or give a smaller --batch"
+                ) from None
+        encoder.batch //= 2
+        if encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def passes(needs: Sequence[tuple[Need, int]], room: int) -> list[list[int]]:
+    """Which encoders go over the frames together: in order, as many as fit.
+
+    They share the frames of one batch, so that of two batch sizes one must divide the other.
+
+    Args:
+        needs: what each takes, and its batch.
+        room: bytes that there are.
+    """
+    found: list[list[int]] = []
+    for index, (_, batch) in enumerate(needs):
+        together = [*found[-1], index] if found else []
+        fits = sum(needs[i][0].weights for i in together) + max(
+            (needs[i][0].batch for i in together), default=0
+        )
+        share = all(max(needs[i][1], batch) % min(needs[i][1], batch) == 0 for i in together)
+        if together and share and fits <= room:
+            found[-1] = together
+        else:
+            found.append([index])
+    return found
+
+
+def no_room(encoder: Encoder) -> EncodingError:
+    """The error of an encoder that cannot be used here at all."""
+    return EncodingError(
+        f"{encoder.identity.name}: one frame does not fit into the memory of {encoder.device}; free some, or "
+        "embed with fewer --pvr at a time"
+    )
+
+
+def smaller(batch: int) -> int:
+    """Half of a batch, or the next smaller size that divides it; 1 of 1."""
+    return next((size for size in range(batch // 2, 1, -1) if batch % size == 0), 1)
+
+
+def _tried(encoder: Encoder, frame: tuple[int, ...], frames: int) -> int:
+    """Peak bytes of a batch of so many frames."""
+    asked, encoder.batch = encoder.batch, frames
+    try:
+        with peak_of(encoder.device) as peak:
+            pixels = torch.zeros((frames, *frame), dtype=torch.uint8, device=encoder.device)
+            embedding = encoder.encode(pixels)
+            _refuse_another_shape(encoder, tuple(embedding.shape[1:]))
+    finally:
+        encoder.batch = asked
+    return peak.bytes
+
+
+def _refuse_another_shape(encoder: Encoder, shape: tuple[int, ...]) -> None:
+    if shape != encoder.identity.shape:
+        raise EncodingError(
+            f"{encoder.identity.name} gives embeddings of {list(shape)}, but its specification says "
+            f"{list(encoder.identity.shape)}; mend its specification"
+        )
+
+
+def _reset_peak() -> bool:
+    """Let the kernel count the peak of this process anew (man 5 proc, clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    return _kilobytes(Path("/proc/self/status"), field) or 0
+
+
+def _kilobytes(path: Path, field: str) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

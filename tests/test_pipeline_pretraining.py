@@ -1,0 +1,239 @@
+"""Pretraining one's own encoder: the losses are right, they find what was planted, and a kill costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from pvrpipe.pipeline import pretraining
+from pvrpipe.pipeline.embed import EmbedConfig, embed
+from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.pretrain_contrastive import Atc, Curl, info_nce, random_crops, random_shifts
+from pvrpipe.pipeline.pretrain_frames import frames_of
+from pvrpipe.pipeline.pretrain_mae import MaskedAutoencoder, masked_loss, patches_of
+from pvrpipe.pipeline.pretraining import Method, PretrainConfig, kept_recipe, pretrain, recipe_of
+from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, OutputExistsError
+from pvrpipe.schemas.records import Episode
+from pvrpipe.store.building import PendingStore, ShardWriter
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+from .conftest import WriteStore, draft, random_episode
+from .killing import run_killed
+
+SIZE = 32
+METHODS: tuple[Method, ...] = ("autoencoder", "mae", "atc", "curl")
+
+
+def small(method: Method, **changes: Any) -> PretrainConfig:
+    settings: dict[str, Any] = {
+        "size": SIZE,
+        "channels": 8,
+        "width": 64,
+        "depth": 2,
+        "updates": 3,
+        "batch": 8,
+        **changes,
+    }
+    return PretrainConfig(method, **settings)
+
+
+def planted(episode: int, length: int) -> Episode:
+    """A ramp from one colour to another, of the episode's own, over which a square moves a pixel a step."""
+    made, random = random_episode(episode, length, size=SIZE), np.random.default_rng(episode)
+    angle, colours = random.uniform(0, 2 * np.pi), random.uniform(0, 200, (2, 3))
+    y, x = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5
+    share = 0.5 + 0.7 * (np.cos(angle) * x + np.sin(angle) * y)
+    ground = np.clip(colours[0] + share[..., None] * (colours[1] - colours[0]), 0, 255)
+    start, frames = random.integers(0, SIZE, 2), []
+    for step in range(length + 1):
+        frame = ground.copy()
+        top, left = (start[0] + step) % (SIZE - 8), (start[1] + step // 2) % (SIZE - 8)
+        frame[top : top + 8, left : left + 8] = 255
+        frames.append(frame)
+    return Episode(made.info, {**made.arrays, "frame": np.stack(frames).astype(np.uint8)})
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted") / "rollouts"
+    episodes = [planted(number, 12) for number in range(100)]
+    manifest = draft(episodes)
+    with PendingStore.begin(folder, manifest) as pending:
+        for plan in pending.todo:
+            with ShardWriter(folder, manifest, plan) as writer:
+                for episode in episodes[plan.first_episode : plan.first_episode + plan.episodes]:
+                    writer.write_episode(episode)
+                writer.commit()
+        pending.seal()
+    return folder
+
+
+def test_info_nce_is_the_cross_entropy_of_the_partner_in_float64() -> None:
+    logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)) * 30
+    values = logits.numpy().astype(np.float64)
+    expected = np.log(np.exp(values).sum(1)) - np.diag(values)
+    loss, accuracy = info_nce(logits)
+    assert loss.item() == pytest.approx(expected.mean(), rel=1e-5)
+    assert accuracy.item() == pytest.approx((values.argmax(1) == np.arange(7)).mean())
+
+
+def test_masked_loss_is_the_error_of_normalised_hidden_patches_in_float64() -> None:
+    random = torch.Generator().manual_seed(0)
+    predicted, target = (torch.rand(3, 16, 12, generator=random) for _ in range(2))
+    hidden = torch.rand(3, 16, generator=random).argsort(1)[:, 4:]
+    errors = []
+    for image in range(3):
+        for patch in hidden[image].tolist():
+            t, p = (x[image, patch].numpy().astype(np.float64) for x in (target, predicted))
+            errors.append(np.square(p - (t - t.mean()) / np.sqrt(t.var(ddof=1) + 1e-6)).mean())
+    assert masked_loss(predicted, target, hidden).item() == pytest.approx(np.mean(errors), rel=1e-5)
+    mean = masked_loss(torch.zeros(3, 16, 12), target, hidden).item()
+    assert mean == pytest.approx(11 / 12, rel=1e-4)  # what predicting the mean costs: almost 1
+
+
+def test_patches_are_the_pixels_in_the_order_of_the_patch_embedding() -> None:
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    patches = patches_of(images, 2)
+    assert patches.shape == (2, 6, 12)
+    block = images[1, :, 2:4, 2:4]  # second row of patches, second column
+    assert patches[1, 4].tolist() == block.permute(1, 2, 0).reshape(-1).tolist()
+
+
+def test_an_encoder_that_sees_every_patch_is_timms_and_no_hidden_pixel_reaches_it() -> None:
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(SIZE, 4, 64, 2).eval()
+    images = torch.randn(2, 3, SIZE, SIZE)
+    every = torch.arange(64).expand(2, -1)
+    torch.testing.assert_close(model.encode(images, every), model.encoder.forward_features(images))
+    visible = every[:, 10:20]
+    other = images.clone()
+    other[:, :, 16:] += 1  # patches 32 and on
+    torch.testing.assert_close(model.encode(images, visible), model.encode(other, visible), rtol=0, atol=0)
+    order = torch.stack([torch.randperm(64) for _ in range(2)])
+    seen = model.encode(images, order[:, :16])
+    with torch.no_grad():  # a decoder that only copies shows whether the tokens are put back in their places
+        model.positions.zero_()
+        model.mask_token.fill_(7)
+        model.decoder, model.norm, model.leave = (torch.nn.Identity() for _ in range(3))
+    back = model.decode(seen, order)
+    torch.testing.assert_close(
+        back.gather(1, order[:, :16, None].expand(-1, -1, 32)), model.enter(seen)[:, 1:]
+    )
+    assert (back.gather(1, order[:, 16:, None].expand(-1, -1, 32)) == 7).all()
+
+
+def test_logits_are_bilinear_and_the_follower_moves_by_its_momentum() -> None:
+    torch.manual_seed(0)
+    anchors, partners = torch.randn(2, 5, 3, SIZE, SIZE)
+    for kind, momentum in ((Curl, 0.05), (Atc, 0.01)):
+        model = kind(SIZE, 4, 8)
+        with torch.no_grad():
+            for parameter in model.encoder.parameters():
+                parameter.add_(1.0)
+            code, partner = model.encoder(anchors), model.follower(partners)
+            code = code + model.residual(code) if isinstance(model, Atc) else code
+            expected = np.einsum(
+                "id,ed,je->ij", *(x.double().numpy() for x in (code, model.product.weight, partner))
+            )
+            np.testing.assert_allclose(
+                model.logits(anchors, partners).numpy(), expected, rtol=1e-4, atol=1e-4
+            )
+        before = [p.clone() for p in model.follower.parameters()]
+        model.follow()
+        for old, new in zip(before, model.follower.parameters(), strict=True):
+            torch.testing.assert_close(new, old + momentum, rtol=1e-5, atol=1e-5)
+        assert not any(p.requires_grad for p in model.follower.parameters())
+
+
+def test_crops_and_shifts_are_windows_of_the_frame() -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.arange(64 * 3 * 12 * 12, dtype=torch.float32).reshape(64, 3, 12, 12)
+    corners = set()
+    for image, crop in zip(images, random_crops(images, 9, draw), strict=True):
+        at = int((crop[0, 0, 0] - image[0, 0, 0]).item())
+        y, x = divmod(at, 12)
+        torch.testing.assert_close(crop, image[:, y : y + 9, x : x + 9])
+        corners.add((y, x))
+    assert len(corners) > 10  # of 16
+    assert {c for pair in corners for c in pair} <= {0, 1, 2, 3}
+    assert random_shifts(images, draw).shape == images.shape
+
+
+def test_partners_are_steps_later_in_the_same_episode(write_rollouts: WriteStore) -> None:
+    store = Store.open(write_rollouts((30, 41, 25, 30, 33, 28), size=16))
+    recipe = kept_recipe(small("atc", size=16))
+    every = frames_of(store, "train", 10_000, recipe, 3)
+    assert (every.later[every.anchors] - every.anchors == 3).all()
+    assert len(every.pixels) - len(every.anchors) == 3 * store.episodes.filter(split="train").height
+    some = frames_of(store, "train", 40, recipe, 3)
+    assert len(some.pixels) <= 40
+    first = store.episodes.filter(split="train").row(0, named=True)["episode"]
+    frames = store.read_episode(first, ["frame"])["frame"]
+    np.testing.assert_array_equal(every.pixels[: len(frames)], frames)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_finds_what_was_planted_and_embed_takes_the_folder(
+    method: Method, rollouts: Path, tmp_path: Path
+) -> None:
+    few, many = small(method), small(method, updates=300, batch=64, learning_rate=3e-3)
+    begun, trained = (pretrain(rollouts, tmp_path / str(c.updates), c) for c in (few, many))
+    assert trained.val_loss < begun.val_loss
+    if method in ("atc", "curl"):
+        assert trained.val_accuracy is not None
+        assert trained.val_accuracy > 0.15  # chance is 1 / 64
+    if method == "mae":
+        assert trained.val_loss < 0.9  # predicting the mean costs 1
+    made = embed(
+        rollouts,
+        [(EncoderRequest(str(trained.pvr), device="cpu"), tmp_path / "e")],
+        EmbedConfig(engine="inline"),
+    )
+    assert (made[0].pvr, made[0].shape) == (method, (64,))
+    assert verify(tmp_path / "e") == []
+
+
+def test_maes_encoder_is_a_timm_vit(rollouts: Path, tmp_path: Path) -> None:
+    made = pretrain(rollouts, tmp_path / "mae", small("mae"))
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=SIZE, patch_size=4, embed_dim=64, depth=2, num_heads=1
+    )
+    vit.load_state_dict(safetensors.torch.load_file(made.pvr / "encoder.safetensors"), strict=True)
+    assert recipe_of(small("curl", size=64)).resize == 76
+
+
+def trained_in_pieces(rollouts: Path, method: Method, place: str) -> None:
+    pretraining.CHECKPOINT_EVERY = 2
+    pretrain(rollouts, Path(place), small(method, updates=7))
+
+
+@pytest.mark.parametrize("method", ["mae", pytest.param("atc", marks=pytest.mark.slow)])
+def test_killed_after_a_checkpoint_it_goes_on_and_ends_with_the_same_bytes(
+    method: Method, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pretrain(rollouts, tmp_path / "whole", small(method, updates=7))
+    # each checkpoint is written, synced, renamed, and its folder synced: the tenth is in the third
+    assert run_killed(trained_in_pieces, rollouts, method, str(tmp_path / "killed"), stop=10)
+    monkeypatch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
+    with pytest.raises(OutputExistsError, match="a training of another configuration"):
+        pretrain(rollouts, tmp_path / "killed", small(method, updates=8))
+    again = pretrain(rollouts, tmp_path / "killed", small(method, updates=7))
+    assert again.resumed_updates == 4
+    assert sorted(p.name for p in again.pvr.iterdir()) == sorted(p.name for p in whole.pvr.iterdir())
+    for path in whole.pvr.iterdir():
+        assert path.read_bytes() == (again.pvr / path.name).read_bytes(), path.name
+
+
+def test_mistakes_are_one_line(rollouts: Path, write_rollouts: WriteStore, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="--batch of 2"):
+        small("curl", batch=1)
+    short = write_rollouts((2, 2, 2), size=16)
+    with pytest.raises(NotAStoreError, match="no episode of more than 3 steps"):
+        pretrain(short, tmp_path / "atc", small("atc", size=16))

@@ -1,0 +1,244 @@
+"""The stage when something is short or broken: memory, disk, one frame, one embedding; and what it says beforehand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pvrpipe.pipeline.drafting import draft, made_by
+from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
+from pvrpipe.pipeline.embedding import ShardEmbedder, Target
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.memory import Need, passes, peak_of, smaller, tried_until_it_fits
+from pvrpipe.pipeline.transfers import one_behind, read_ahead
+from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
+from pvrpipe.store.describing import describe
+from pvrpipe.store.files import sha256_of
+from pvrpipe.store.layout import read_commit
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+from .brittle import brittle, number_of
+from .conftest import WriteStore
+
+INLINE = EmbedConfig(engine="inline")
+
+
+@pytest.fixture
+def rollouts(write_rollouts: WriteStore) -> Path:
+    return write_rollouts(size=24)
+
+
+def test_out_of_memory_halves_the_batch_and_the_store_says_so(rollouts: Path, tmp_path: Path) -> None:
+    """As on a GPU that others use too: the batch fitted when the store was begun, and later it does not."""
+    request = brittle(tmp_path / "pvr", most=5, batch=16)
+    folder = tmp_path / "e"
+    (result,) = embed(rollouts, [(request, folder)], INLINE)
+    assert (result.batch, result.smaller_batches) == (16, 6)
+    manifest = Store.open(folder).manifest
+    assert [entry.batch for entry in manifest.shards] == [4] * 6
+    commit = read_commit(folder, 0)
+    assert commit is not None
+    assert commit.batch == 4
+    assert '"batch": 4' in (folder / "store.json").read_text()
+    assert verify(folder) == []
+    assert "6 shards" in (folder / "README.md").read_text()
+    assert describe(Store.open(folder))["smaller_batches"] == 6
+    enough = brittle(tmp_path / "enough", batch=4)
+    embed(rollouts, [(enough, tmp_path / "f")], INLINE)
+    for episode in range(6):  # and the bits are those of batches of 4
+        rows = [
+            Store.open(f).read_episode(episode, ["embedding"])["embedding"] for f in (folder, tmp_path / "f")
+        ]
+        np.testing.assert_array_equal(*rows)
+
+
+def test_an_automatic_batch_is_halved_before_the_store_is_begun(tmp_path: Path) -> None:
+    """What is tried on a GPU, on this device; a batch that was asked for is refused instead."""
+    encoder = Encoder(brittle(tmp_path / "pvr", most=20, batch=256))
+    with pytest.raises(EncodingError, match=r"a batch of 256 does not fit .* give a smaller --batch"):
+        tried_until_it_fits(encoder, (24, 24, 3), fixed=True)
+    tried_until_it_fits(encoder, (24, 24, 3), fixed=False)
+    assert encoder.batch == 16
+
+
+def test_one_frame_that_does_not_fit_is_one_line(rollouts: Path, tmp_path: Path) -> None:
+    request = brittle(tmp_path / "pvr", most=0)
+    with pytest.raises(EncodingError, match=r"one frame does not fit into the memory of cpu; .* fewer --pvr"):
+        embed(rollouts, [(request, tmp_path / "e")], INLINE)
+
+
+def test_a_store_keeps_the_batch_it_was_begun_with(rollouts: Path, tmp_path: Path) -> None:
+    frame = number_of(Store.open(rollouts).read_episode(2)["frame"][5])
+    broken = brittle(tmp_path / "pvr", nan_at=frame, batch=8)
+    with pytest.raises(EncodingError):
+        embed(rollouts, [(broken, tmp_path / "e")], INLINE)
+    again = EncoderRequest(broken.pvr, broken.weights, device="cpu")
+    (asked,) = estimate(rollouts, [(again, tmp_path / "e")], INLINE)
+    assert (asked.batch, asked.shards) == (8, 1)
+    other = EncoderRequest(broken.pvr, broken.weights, device="cpu", batch=16)
+    with pytest.raises(OutputExistsError, match=r"computation\.batch: 8, now 16"):
+        embed(rollouts, [(other, tmp_path / "e")], INLINE)
+
+
+def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
+    rollouts: Path, tmp_path: Path
+) -> None:
+    frame = number_of(Store.open(rollouts).read_episode(2)["frame"][5])
+    outputs = [
+        (brittle(tmp_path / "pvr", nan_at=frame), tmp_path / "e"),
+        (brittle(tmp_path / "sound", name="sound"), tmp_path / "sound-e"),
+    ]
+    with pytest.raises(
+        EncodingError, match=r"brittle gives an embedding that is not finite at episode 2, step 5"
+    ):
+        embed(rollouts, outputs, INLINE)
+    assert [p.stem for p in sorted((tmp_path / "e" / "shards").glob("*.json"))] == [
+        f"{n:05d}" for n in (0, 1, 3, 4, 5)
+    ]
+    assert len(list((tmp_path / "sound-e" / "shards").glob("*.json"))) == 6
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_a_frame_that_cannot_be_read_stops_its_shard_with_episode_and_step(
+    rollouts: Path, tmp_path: Path
+) -> None:
+    shard = rollouts / "shards" / "00003.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CorruptStoreError, match=r"episode 3, step 0 cannot be read: .*has sha256"):
+        embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
+    assert len(list((tmp_path / "e" / "shards").glob("*.json"))) == 5
+
+
+def test_a_page_that_does_not_decode_is_named_by_its_first_frame(
+    write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """Hashes that hold do not help where what was hashed is nonsense: here from the second row group on."""
+    rollouts = write_rollouts((400, 30), size=64)
+    shard = rollouts / "shards" / "00000.parquet"
+    first = Store.open(rollouts).manifest.shards[0].row_groups[0]
+    footer = pq.read_metadata(shard)
+    frame = next(i for i in range(footer.num_columns) if footer.schema.column(i).name == "frame")
+    data, before = bytearray(shard.read_bytes()), sha256_of(shard)
+    at = data.index(b"\x28\xb5\x2f\xfd", footer.row_group(1).column(frame).data_page_offset)  # zstd's magic
+    data[at] ^= 1
+    shard.write_bytes(data)
+    manifest = rollouts / "store.json"
+    manifest.write_text(manifest.read_text().replace(before, sha256_of(shard)))
+    with pytest.raises(CorruptStoreError, match=rf"episode 0, step {first} cannot be read: "):
+        embed(rollouts, [(brittle(tmp_path / "pvr", 64), tmp_path / "e")], INLINE)
+    assert [p.stem for p in (tmp_path / "e" / "shards").glob("*.json")] == ["00001"]
+
+
+def test_a_fourth_encoder_costs_only_itself(rollouts: Path, tmp_path: Path) -> None:
+    """The networks of the first three are told to die, should anything ask them again."""
+    requests = [brittle(tmp_path / f"pvr{n}", name=f"pvr{n}", seed=n) for n in range(4)]
+    outputs = [(request, tmp_path / f"e{n}") for n, request in enumerate(requests)]
+    embed(rollouts, outputs[:3], INLINE)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("e?/**/*") if p.is_file()}
+    results = embed(rollouts, outputs, INLINE)
+    assert [r.resumed_shards for r in results] == [6, 6, 6, 0]
+    assert [r.model_seconds > 0 for r in results] == [False, False, False, True]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_encoders_share_a_pass_where_memory_and_batches_allow_it(rollouts: Path, tmp_path: Path) -> None:
+    need = Need(weights=40, batch=20)
+    assert passes([(need, 32)] * 3, 140) == [[0, 1, 2]]
+    assert passes([(need, 32)] * 3, 139) == [[0, 1], [2]]
+    assert passes([(need, 32)] * 3, 1) == [[0], [1], [2]]
+    assert passes([(need, 32), (need, 48), (need, 96)], 1000) == [[0], [1, 2]]
+    assert [smaller(b) for b in (256, 50, 25, 7, 2, 1)] == [128, 25, 5, 1, 1, 1]
+    outputs = [
+        (brittle(tmp_path / f"pvr{b}", name=f"pvr{b}", batch=b), tmp_path / f"e{b}") for b in (16, 12, 8)
+    ]
+    together = embed(rollouts, outputs, INLINE)
+    for request, folder in outputs:
+        (alone,) = embed(rollouts, [(request, folder.with_suffix(".alone"))], INLINE)
+        assert alone.id in [r.id for r in together]
+        assert (folder / "store.json").read_bytes() == (alone.store / "store.json").read_bytes()
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tmp_path: Path) -> None:
+    request = brittle(tmp_path / "pvr")
+    (asked,) = estimate(rollouts, [(request, tmp_path / "e")], INLINE)
+    assert not (tmp_path / "e").exists()
+    rows = Store.open(rollouts).manifest.rows
+    assert (asked.shards, asked.rows) == (6, rows)
+    assert asked.hours == pytest.approx(rows / asked.frames_per_second / 3600)
+    (made,) = embed(rollouts, [(request, tmp_path / "e")], INLINE)
+    assert asked.bytes < made.bytes < asked.bytes + 6 * 4096  # the footers of the shards
+    (left,) = estimate(rollouts, [(request, tmp_path / "e")], INLINE)
+    assert (left.shards, left.rows, left.bytes, left.hours) == (0, 0, 0, 0)
+
+
+def test_what_the_disk_has_no_room_for_is_refused_with_both_sizes(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000))
+    with pytest.raises(StoreError, match=r"take about [\d.]+ kB, but 2 kB are free at .*smaller --dtype"):
+        embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_worker_with_other_weights_is_told_so(rollouts: Path, tmp_path: Path) -> None:
+    request = brittle(tmp_path / "pvr")
+    made = draft(Store.open(rollouts), request, tmp_path / "e", INLINE)
+    other = EncoderRequest(request.pvr, "random:1", device="cpu", batch=16)
+    target = Target(other, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0}))
+    with pytest.raises(EncodingError, match=r"weights\.random_seed: 0, on this worker 1"):
+        ShardEmbedder(rollouts, [target])
+
+
+def test_memory_of_a_batch_is_measured() -> None:
+    with peak_of(torch.device("cpu")) as peak:
+        torch.ones(8 << 20)  # 32 MiB
+    assert 30 << 20 < peak.bytes < 60 << 20
+
+
+def test_what_is_read_ahead_and_one_behind_is_in_order_and_raises_here() -> None:
+    def failing(until: int) -> Iterator[int]:
+        yield from range(until)
+        raise ZeroDivisionError
+
+    assert list(one_behind(iter(range(4)))) == [0, 1, 2, 3]
+    assert list(one_behind(iter(()))) == []
+    items = read_ahead(failing(5))
+    assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_store_whatever_the_engine_and_measures_its_batch(
+    rollouts: Path, tmp_path: Path
+) -> None:
+    request = EncoderRequest("resnet18", "random:0", device="cuda")
+    inline, on_ray = (
+        embed(rollouts, [(request, tmp_path / engine)], EmbedConfig(engine=engine))[0]
+        for engine in ("inline", "ray")
+    )
+    assert inline.id == on_ray.id
+    assert 1 <= inline.batch <= 256
+    assert verify(tmp_path / "ray") == []
+
+
+@pytest.mark.gpu
+def test_a_compiled_encoder_computes_what_the_eager_one_does(rollouts: Path) -> None:
+    frames = Store.open(rollouts).read_episode(0)["frame"][:8]
+    eager, compiled = (
+        Encoder(EncoderRequest("resnet18", "random:0", device="cuda", batch=8, compiled=c))
+        for c in (False, True)
+    )
+    for _ in range(3):  # the third call replays the graph
+        np.testing.assert_allclose(compiled(frames), eager(frames), rtol=1e-3, atol=1e-4)
+    assert compiled.computation.compiled
