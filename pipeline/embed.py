@@ -126,16 +126,17 @@ def draft_manifest(store: Store, request: EncoderRequest, config: EmbedConfig) -
         )
     encoder = Encoder(request)
     encoder(np.zeros((1, *frame.shape), np.uint8))  # a recipe that these frames do not fit is refused now
+    identity = encoder.identity_on(*frame.shape[:2])
     specification = EmbeddingSpecification(
         rollouts_id=str(store.manifest.id),
         rollouts=store.manifest.rollouts,
-        encoder=encoder.identity,
+        encoder=identity,
         computation=encoder.computation,
         dtype=config.dtype,
         versions={name: version(name) for name in VERSIONS},
     )
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
-    columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
+    columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
     return new_manifest(specification, columns, store.manifest.plan, config.shard_format)
 
 

@@ -95,16 +95,20 @@ class RolloutSpecification(Frozen):
 class Recipe(Frozen):
     """How uint8 frames become the input of a network.
 
-    The frame's shortest side goes to ``resize`` pixels (None: the frame is taken as it is), the middle
-    ``crop`` pixels are cut out, values go to [0, 1] and are normalised by ``mean`` and ``std``.
+    The frame's shortest side goes to ``resize`` pixels (None: the frame is taken as it is), or with
+    ``squash`` both sides do; the middle ``crop`` pixels are cut out (None: nothing is), values go to [0, 1]
+    and are normalised by ``mean`` and ``std``. ``rounded``: to 8 bits after each axis, as PIL resizes images;
+    otherwise in floating point, as torchvision resizes tensors.
     """
 
     resize: int | None
     interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
-    crop: int
+    crop: int | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    squash: bool = False
+    rounded: bool = True
     backend: str = "torch"
 
 
@@ -132,8 +136,8 @@ class EncoderIdentity(Frozen):
     positions: str | None  # how position embeddings were resampled
     weights: WeightsIdentity
     recipe: Recipe
-    layer: str
-    blocks: int | None
+    layer: str  # "last", or the blocks or stages whose outputs are joined along the features
+    blocks: tuple[int, ...] | None  # the transformer blocks that compute, by their numbers upstream
     final_norm: bool
     pooling: str
     shape: tuple[int, ...]

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.pipeline.pvrs import PVRS
+from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import EncodingError
 
 PIL = {"bilinear": transforms.InterpolationMode.BILINEAR, "bicubic": transforms.InterpolationMode.BICUBIC}

@@ -14,10 +14,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, build_network
+from pvrpipe.pipeline.checkpoints import read_tensors
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.networks import build_network
+from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.pipeline.pvrs import PVRS, find_pvr
-from pvrpipe.pipeline.weights import read_tensors, resample_positions
+from pvrpipe.pipeline.zoo import PVRS, find_pvr
 from pvrpipe.schemas.errors import UnknownNameError, WeightsError
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
@@ -269,7 +271,10 @@ def test_every_specification_gives_the_width_it_promises(name: str) -> None:
     pvr = PVRS[name]
     with torch.device("meta"):
         network = build_network(pvr, seed=0)
-        assert network(torch.zeros(1, 3, 224, 224)).shape == (1, pvr.width)
+        side = pvr.recipe.crop or 224
+        shape = network(torch.zeros(1, 3, side, side)).shape[1:]
+    channels = shape[0] if pvr.pooling == "conv-map" else shape[-1]
+    assert channels == pvr.width
     assert pvr.source.revision is None or re.fullmatch(r"[0-9a-f]{40}", pvr.source.revision)
     assert pvr.source.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", pvr.source.sha256)
 
