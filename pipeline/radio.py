@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Radio(nn.Module):
@@ -30,7 +31,8 @@ class Radio(nn.Module):
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = class_tokens + registers
-        self.patch_embed = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.patch = patch
+        self.patch_embed = nn.Linear(3 * patch * patch, width, bias=False)
         self.pos_embed = nn.Parameter(torch.randn(1, (img_size // patch) ** 2, width) * 0.02)
         self.prefix = nn.Parameter(torch.randn(self.num_prefix_tokens, width) * 0.02)
         norm = partial(nn.LayerNorm, eps=1e-6)
@@ -40,7 +42,8 @@ class Radio(nn.Module):
 
     def tokens(self, x: Tensor, places: Sequence[int], _norm: bool) -> list[tuple[Tensor, Tensor]]:
         """Patches (B, K, D) and prefix tokens (B, P, D) after the blocks at ``places``; there is no final norm."""
-        patches = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed
+        patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+        patches = self.patch_embed(patches) + self.pos_embed
         x = torch.cat([self.prefix.expand(len(x), -1, -1), patches], dim=1)
         outputs = []
         for place, block in enumerate(self.blocks):

@@ -39,9 +39,9 @@ VIT_RENAMES = (
 )
 DINOV2_KEYS = KeyMap(drop=(r"mask_token$",), rename=VIT_RENAMES)
 
-#: DINOv3 in transformers' layout, in Meta's own, and in timm's, to timm's with biases.
+#: DINOv3 in transformers' layout, and in timm's own, to timm's with biases.
 DINOV3_KEYS = KeyMap(
-    drop=(r"mask_token$", r"\.bias_mask$", r"\.attn\.k\.bias$", r"^rope_embed\.", r"^local_cls_norm\."),
+    drop=(r"mask_token$",),
     rename=(
         (r"^embeddings\.cls_token$", "cls_token"),
         (r"^embeddings\.register_tokens$", "reg_token"),
@@ -51,7 +51,7 @@ DINOV3_KEYS = KeyMap(
         (r"\.attention\.(q|k|v)_proj\.weight$", r".attn.\1.weight"),
         (r"\.attention\.o_proj\.", ".attn.proj."),
         (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
-        (r"(\.gate_proj\.)", ".fc1_g."),
+        (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
         (r"\.mlp\.down_proj\.", ".mlp.fc2."),
     ),
 )
@@ -169,6 +169,7 @@ def _dinov2_registers(letter: str, size: str, width: int) -> Pvr:
 
 def _dinov3(letter: str, size: str, width: int) -> Pvr:
     gated = letter.replace("+", "plus")
+    up = (r"\.mlp\.up_proj\.", ".mlp.fc1_x." if letter.endswith("+") else ".mlp.fc1.")
     return _vit(
         f"dinov3-{letter}",
         f"DINOv3 ViT-{letter.upper()}/16",
@@ -181,7 +182,7 @@ def _dinov3(letter: str, size: str, width: int) -> Pvr:
         width,
         architecture=f"vit_{size}_patch16_dinov3_qkvb",
         overrides={"img_size": 256},
-        keys=DINOV3_KEYS,
+        keys=DINOV3_KEYS.model_copy(update={"rename": (*DINOV3_KEYS.rename, up)}),
         positions="rope-bf16",
         recipe=recipe(256, "bilinear", IMAGENET, crop=256, squash=True),
         licence="DINOv3",
