@@ -130,7 +130,10 @@ def _siglip(name: str, title: str, source: WeightsSource, architecture: str, wid
         title=title,
         source=source,
         architecture=architecture,
-        overrides={"img_size": 224},
+        overrides={
+            "img_size": 224,
+            "act_layer": "gelu_tanh",
+        },  # flax's gelu, as big_vision has it; timm's is exact
         keys=SIGLIP_KEYS,
         recipe=recipe(224, "bicubic" if version == 1 else "bilinear", HALF, squash=True),
         pooling="map",

@@ -31,11 +31,16 @@ from .upstream import (
     shrink,
 )
 
-SIZES = {"s": (384, 6), "b": (768, 12), "l": (128, 4), "h": (128, 4)}  # large ones in small: the code is the same
+SIZES = {
+    "s": (384, 6),
+    "b": (768, 12),
+    "l": (128, 4),
+    "h": (128, 4),
+}  # large ones in small: the code is the same
 
 
 def plain_vit(letter: str, depth: int = 2, **config: Any) -> transformers.ViTModel:
-    """transformers' ViT of a size, with weights drawn at random."""
+    """Transformers' ViT of a size, with weights drawn at random."""
     width, heads = SIZES[letter]
     sizes = {
         "hidden_size": width,
@@ -88,7 +93,12 @@ def mocov3_checkpoint(path: Path, vit: nn.Module) -> None:
     ],
 )
 def test_a_plain_vit_equals_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, letter: str, write: Any, config: dict[str, int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    letter: str,
+    write: Any,
+    config: dict[str, int],
 ) -> None:
     width, heads = SIZES[letter]
     narrow = {"embed_dim": width, "num_heads": heads} if letter in "lh" else {}
@@ -119,7 +129,7 @@ def test_the_cls_token_before_the_final_norm_is_another_embedding(
 
 
 def dinov2(registers: bool, swiglu: bool, image_size: int) -> nn.Module:
-    """transformers' DINOv2 in small, trained positions for ``image_size``."""
+    """Transformers' DINOv2 in small, trained positions for ``image_size``."""
     kind = ("Dinov2WithRegisters" if registers else "Dinov2", {"num_register_tokens": 4} if registers else {})
     config = getattr(transformers, f"{kind[0]}Config")(
         hidden_size=384,
@@ -206,6 +216,7 @@ def dinov3(gated: bool) -> nn.Module:
         intermediate_size=1536,
         num_register_tokens=4,
         use_gated_mlp=gated,
+        hidden_act="silu" if gated else "gelu",
         image_size=224,
         attn_implementation="eager",
     )

@@ -27,8 +27,12 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
         for name, tensor in module.state_dict().items():
             if tensor.dtype.is_floating_point:
                 noise = torch.randn(tensor.shape, generator=generator)
-                positive = "running_var" in name or ("norm" in name and name.endswith("weight"))
-                tensor.copy_(1 + 0.1 * noise.abs() if positive else 0.05 * noise)
+                if "running_var" in name or (tensor.dim() == 1 and name.endswith("weight")):
+                    tensor.copy_(1 + 0.1 * noise.abs())
+                elif tensor.dim() == 4:  # convolutions pass on what they see
+                    tensor.copy_(noise * (2 / tensor[0].numel()) ** 0.5)
+                else:
+                    tensor.copy_(0.05 * noise)
     return module.eval()
 
 
@@ -46,7 +50,10 @@ def relative_error(ours: np.ndarray, theirs: Tensor) -> float:
 def shrink(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
     """The same specification with fewer blocks, so that a test is quick; its code path is the same."""
     pvr = PVRS[name]
-    update: dict[str, Any] = {"overrides": {**pvr.overrides, **changes.pop("overrides", {"depth": 2})}, **changes}
+    update: dict[str, Any] = {
+        "overrides": {**pvr.overrides, **changes.pop("overrides", {"depth": 2})},
+        **changes,
+    }
     monkeypatch.setitem(PVRS, name, pvr.model_copy(update=update))
 
 
@@ -62,7 +69,9 @@ def pixels_for(name: str, frames: np.ndarray = FRAMES) -> Tensor:
     return preprocess(torch.from_numpy(frames), PVRS[name].recipe).contiguous()
 
 
-def published(tensors: Mapping[str, Tensor], renames: Sequence[tuple[str, str]], prefix: str = "") -> dict[str, Tensor]:
+def published(
+    tensors: Mapping[str, Tensor], renames: Sequence[tuple[str, str]], prefix: str = ""
+) -> dict[str, Tensor]:
     """Tensors under upstream's names."""
     named = {}
     for name, value in tensors.items():
