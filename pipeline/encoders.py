@@ -78,7 +78,7 @@ class Encoder:
         network = build_network(self.pvr, weights.seed if isinstance(weights, Random) else 0)
         self.identity = _identity(self.pvr, network, weights)
         network.narrow()
-        self.network = frozen(network.to(memory_format=torch.channels_last).to(self.device))
+        self.network = frozen(network.channels_last().to(self.device))
         self.identity = self.identity_on(self.pvr.recipe.crop or NATIVE, self.pvr.recipe.crop or NATIVE)
 
     def identity_on(self, height: int, width: int) -> EncoderIdentity:

@@ -46,6 +46,13 @@ class Network(nn.Module):
     def narrow(self) -> None:
         """Take out what the readout does not need, once the weights are loaded."""
 
+    def channels_last(self) -> Network:
+        """Two-dimensional convolutions with their channels last in memory, as their inputs are."""
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) to embeddings (B, …)."""
         return self.trunk(x)

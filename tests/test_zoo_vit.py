@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.zoo import PVRS
@@ -326,3 +327,65 @@ def test_radio_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert relative_error(patches, theirs.features) < 1e-5
     larger = embed_with("c-radio-v4-h", tmp_path, size=256)
     assert np.abs(larger - embed_with("c-radio-v4-h", tmp_path)).max() > 1e-3
+
+
+def reference_vjepa2(state: dict[str, Tensor], pixels: Tensor, heads: int) -> Tensor:
+    """facebookresearch/vjepa2 in float64 from its tensors: a frame seen twice, rotary positions along t, y, x."""
+    state = {name.removeprefix("encoder."): value.double() for name, value in state.items()}
+    kernel = state["embeddings.patch_embeddings.proj.weight"].sum(dim=2)  # both frames are the same
+    x = F.conv2d(pixels.double(), kernel, state["embeddings.patch_embeddings.proj.bias"], stride=16)
+    side, width = x.shape[-1], x.shape[1]
+    x = x.flatten(2).transpose(1, 2)
+    head = width // heads
+    axis = 2 * ((head // 3) // 2)
+    place = torch.arange(side * side)
+    axes = (torch.zeros_like(place), place // side, place % side)
+
+    def linear(y: Tensor, name: str) -> Tensor:
+        return F.linear(y, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(y: Tensor, name: str) -> Tensor:
+        return F.layer_norm(y, (width,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    def rotate(y: Tensor, position: Tensor) -> Tensor:
+        rate = 10000.0 ** -(torch.arange(axis // 2, dtype=torch.float64) / (axis / 2))
+        angle = (position[:, None] * rate).repeat(1, 2)  # as the authors tile it, not repeated pair by pair
+        even, odd = y[..., ::2], y[..., 1::2]
+        return y * angle.cos() + torch.stack([-odd, even], dim=-1).flatten(-2) * angle.sin()
+
+    def positioned(y: Tensor) -> Tensor:
+        parts = [rotate(y[..., n * axis : (n + 1) * axis], position) for n, position in enumerate(axes)]
+        return torch.cat([*parts, y[..., 3 * axis :]], dim=-1)
+
+    for n in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("layer."))):
+        y = norm(x, f"layer.{n}.norm1")
+        q, k, v = (
+            linear(y, f"layer.{n}.attention.{part}").unflatten(-1, (heads, head)).transpose(1, 2)
+            for part in ("query", "key", "value")
+        )
+        weight = (positioned(q) @ positioned(k).transpose(-1, -2) / head**0.5).softmax(dim=-1)
+        x = x + linear((weight @ v).transpose(1, 2).flatten(2), f"layer.{n}.attention.proj")
+        y = F.gelu(linear(norm(x, f"layer.{n}.norm2"), f"layer.{n}.mlp.fc1"))
+        x = x + linear(y, f"layer.{n}.mlp.fc2")
+    return norm(x, "layernorm")
+
+
+def test_vjepa2_equals_a_float64_reference_and_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+    shrink(monkeypatch, "vjepa2-l", overrides=small)
+    config = transformers.VJEPA2Config(
+        **small, pred_num_hidden_layers=1, pred_hidden_size=48, pred_num_attention_heads=3
+    )
+    reference = randomised(transformers.VJEPA2Model(config))
+    state = reference.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    encoder_state = {name: value for name, value in state.items() if name.startswith("encoder.")}
+    pixels = pixels_for("vjepa2-l")
+    with torch.no_grad():
+        theirs = reference(pixels[:, None], skip_predictor=True).last_hidden_state
+    ours = embed_with("vjepa2-l", tmp_path, pooling="patches")
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, reference_vjepa2(encoder_state, pixels, heads=3)) < 1e-5
+    assert relative_error(embed_with("vjepa2-l", tmp_path), theirs.mean(dim=1)) < 1e-5
