@@ -44,7 +44,11 @@ class EncoderRequest:
     def anywhere(self) -> EncoderRequest:
         """The same request for a worker that runs in another folder."""
         pvr, weights = (
-            str(Path(name).absolute()) if Path(name).exists() and name not in PVRS else name
+            name
+            if name in PVRS
+            else f"{'hf:' if name.startswith('hf:') else ''}{path.absolute()}"
+            if (path := Path(name.removeprefix("hf:"))).exists()
+            else name
             for name in (self.pvr, self.weights)
         )
         return replace(self, pvr=pvr, weights=weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrpipe.pipeline.autoencoder import ConvEncoder
+from pvrpipe.pipeline.own import PACKAGE, package_trunk
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.schemas.errors import InvalidValueError, WeightsError, one_line
 
@@ -252,6 +253,11 @@ def _round_periods(rope: Any) -> None:
         rope._cache_embed(rope.feat_shape)
 
 
+def _package(pvr: Pvr) -> Network:
+    trunk = package_trunk(pvr)
+    return (TokenNetwork if hasattr(trunk, "tokens") else Network)(trunk, pvr)
+
+
 ARCHITECTURES: dict[str, Callable[[Pvr], Network]] = {
     "conv-autoencoder": _autoencoder,
     "taskonomy": _taskonomy,
@@ -268,7 +274,8 @@ def build_network(pvr: Pvr, seed: int) -> Network:
         WeightsError: the specification's architecture cannot be built.
         InvalidValueError: it has no such layer or pooling.
     """
-    build = ARCHITECTURES.get(pvr.architecture, _timm)
+    packaged = pvr.architecture.startswith(PACKAGE)
+    build = _package if packaged else ARCHITECTURES.get(pvr.architecture, _timm)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

@@ -58,7 +58,9 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
         return Random(int(seed))
     if weights == "auto" and (pvr.source.repo or pvr.source.url):
         return WeightsFile(_published(pvr), published=True)
-    path = Path(asked) if weights == "auto" else Path(weights)
+    path = Path(asked.removeprefix("hf:")) if weights == "auto" else Path(weights)
+    if path.suffix == ".json":  # a specification: its weights lie beside it
+        path = path.parent
     file = path / pvr.source.file if path.is_dir() else path
     if not file.is_file():
         raise WeightsError(

@@ -17,7 +17,9 @@ PVRS: dict[str, Pvr] = {pvr.name: pvr for pvr in (*VIT_PVRS, *LANGUAGE_PVRS, *CN
 
 def all_pvrs() -> dict[str, Pvr]:
     """Those that pvrpipe knows, and those of installed packages."""
-    return dict(PVRS)
+    from pvrpipe.pipeline.own import package_pvrs
+
+    return {**package_pvrs(), **PVRS}
 
 
 def find_pvr(name: str) -> Pvr:
@@ -33,11 +35,21 @@ def find_pvr(name: str) -> Pvr:
     """
     if name in PVRS:
         return PVRS[name]
+    prefix, _, rest = name.partition(":")
+    if prefix in ("timm", "hf") and rest:
+        from pvrpipe.pipeline.own import hub_pvr, timm_pvr  # torch takes seconds to import
+
+        return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
     path = Path(name)
     spec = path if path.suffix == ".json" else path / SPEC_FILE
     if not spec.is_file():
-        hint = f"or the path of a folder with a {SPEC_FILE}, as `pvrpipe pretrain autoencoder` makes"
-        raise UnknownNameError.among("PVR", name, PVRS, hint=hint)
+        known = all_pvrs()
+        if name in known:
+            return known[name]
+        hint = (
+            f"or timm:NAME, hf:ORG/NAME, the path of a folder with a {SPEC_FILE}, as `pvrpipe pretrain` makes"
+        )
+        raise UnknownNameError.among("PVR", name, known, hint=hint)
     try:
         return Pvr.model_validate_json(spec.read_bytes())
     except ValidationError as error:
