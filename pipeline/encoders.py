@@ -43,15 +43,8 @@ class EncoderRequest:
 
     def anywhere(self) -> EncoderRequest:
         """The same request for a worker that runs in another folder."""
-        pvr, weights = (
-            name
-            if name in PVRS
-            else f"{'hf:' if name.startswith('hf:') else ''}{path.absolute()}"
-            if (path := Path(name.removeprefix("hf:"))).exists()
-            else name
-            for name in (self.pvr, self.weights)
-        )
-        return replace(self, pvr=pvr, weights=weights)
+        pvr = self.pvr if self.pvr in PVRS else _absolute(self.pvr)
+        return replace(self, pvr=pvr, weights=_absolute(self.weights))
 
     def resolved_device(self) -> torch.device:
         """The device to compute on; ``auto`` is a GPU where there is one."""
@@ -64,6 +57,13 @@ class EncoderRequest:
                 raise InvalidValueError("--device cuda: no GPU is visible here; use --device cpu")
             return wanted
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _absolute(name: str) -> str:
+    """The path of what lies on this machine, from anywhere; other names as they are."""
+    prefix = "hf:" if name.startswith("hf:") else ""
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.absolute()}" if path.exists() else name
 
 
 class Encoder:
