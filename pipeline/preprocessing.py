@@ -1,7 +1,7 @@
 """From uint8 frames to the input of a network, on the device, by the recipe in the manifest.
 
 The authors' pipelines resize 8-bit images with PIL, which rounds and clips to 0 … 255; so do we, and
-the result is theirs to a grey level: 0.02 of one on average (tests/test_pipeline_preprocessing.py).
+the result is theirs to two grey levels, and to a tenth of one on average (tests/test_pipeline_preprocessing.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
 def _resized(pixels: Tensor, recipe: Recipe, side: int) -> Tensor:
     """The shortest side, or with ``squash`` both, to ``side`` pixels.
 
-    ``rounded``: as PIL does, one axis after the other, 8 bits in between. In one pass, an overshoot of the
+    ``rounded``: as Pillow up to 12 does, the width and then the height, 8 bits in between. In one pass, an overshoot of the
     bicubic filter along one axis would be seen along the other, and values next to black and white would
     come out up to 18 grey levels away from PIL's. Not ``rounded``: as torchvision resizes a float tensor.
     """

@@ -28,6 +28,12 @@ def smooth_frames(height: int, width: int) -> np.ndarray:
     return (image + random.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8)[None]
 
 
+def widths_first(image: Image.Image, size: tuple[int, int], filter_: str) -> Image.Image:
+    """PIL's resize as the authors' Pillow does it; Pillow 13 begins with the axis that is cheaper."""
+    wide = image.resize((size[0], image.height), RESAMPLE[filter_])
+    return wide.resize(size, RESAMPLE[filter_])
+
+
 RECIPES = {canonical_json(p.recipe.model_dump(mode="json")): name for name, p in reversed(PVRS.items())}
 
 
@@ -41,13 +47,8 @@ def test_agrees_with_the_authors_pipeline(name: str, size: tuple[int, int]) -> N
     resize = transforms.Resize(side, interpolation=PIL[recipe.interpolation], antialias=recipe.antialias)
     crop, to_tensor = transforms.CenterCrop(recipe.crop), transforms.ToTensor()
     steps = [to_tensor, resize, crop]
-    if (
-        recipe.rounded
-    ):  # Pillow 13 begins with the axis that is cheaper, the Pillow of the authors with the width
-        steps = [
-            lambda image: image.resize((resize(image).width, image.height), RESAMPLE[recipe.interpolation])
-        ]
-        steps += [resize, crop, to_tensor]
+    if recipe.rounded:
+        steps = [lambda image: widths_first(image, resize(image).size, recipe.interpolation), crop, to_tensor]
     pipeline = transforms.Compose([*steps, transforms.Normalize(recipe.mean, recipe.std)])
     theirs = pipeline(Image.fromarray(frames[0]))
     values = preprocess(torch.from_numpy(frames), recipe)[0]
