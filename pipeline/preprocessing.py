@@ -39,9 +39,10 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
 def _resized(pixels: Tensor, recipe: Recipe, side: int) -> Tensor:
     """The shortest side, or with ``squash`` both, to ``side`` pixels.
 
-    ``rounded``: as Pillow up to 12 does, the width and then the height, 8 bits in between. In one pass, an overshoot of the
-    bicubic filter along one axis would be seen along the other, and values next to black and white would
-    come out up to 18 grey levels away from PIL's. Not ``rounded``: as torchvision resizes a float tensor.
+    ``rounded``: as Pillow up to 12 does, the width and then the height, 8 bits in between. In one pass, an
+    overshoot of the bicubic filter along one axis would be seen along the other, and values next to black and
+    white would come out up to 18 grey levels away from PIL's. Not ``rounded``: as torchvision resizes a float
+    tensor.
     """
     height, width = pixels.shape[2:]
     shortest = min(height, width)
