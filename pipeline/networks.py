@@ -92,7 +92,8 @@ class TokenNetwork(Network):
     def narrow(self) -> None:
         """Keep the blocks that compute."""
         assert self.blocks is not None
-        self.trunk.blocks = nn.Sequential(*(self.trunk.blocks[n] for n in self.blocks))  # type: ignore[index]
+        blocks: Any = self.trunk.blocks
+        self.trunk.blocks = nn.Sequential(*(blocks[n] for n in self.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) to (B, D), or to tokens (B, K, D)."""
@@ -194,7 +195,7 @@ def _stages(trunk: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"stem": stem, **{f"layer{n}": getattr(trunk, f"layer{n}") for n in range(1, 5)}}
     if isinstance(getattr(trunk, "final_conv", None), nn.Identity):  # CLIP's ResNets
         stages = {f"layer{n}": stage for n, stage in enumerate(trunk.stages, 1)}  # type: ignore[arg-type]
-        return {"stem": trunk.stem, **stages}  # type: ignore[dict-item]
+        return {"stem": trunk.stem, **stages}
     return {"whole": trunk}
 
 
@@ -240,7 +241,7 @@ def _timm(pvr: Pvr) -> Network:
             if isinstance(module, nn.LayerNorm):
                 module.eps = epsilon
     if pvr.positions == "rope-bf16":
-        _round_periods(trunk.rope)  # type: ignore[arg-type]
+        _round_periods(trunk.rope)
     if hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "blocks"):
         return TokenNetwork(trunk, pvr)
     return (Network if pvr.pooling == "pooled" else MapNetwork)(trunk, pvr)

@@ -122,7 +122,7 @@ def _of_timm(name: str, architecture: str, settings: Mapping[str, Any], repo: st
 
     size = int(settings.get("input_size", (3, 224, 224))[-1])
     with torch.device("meta"):
-        network = timm.create_model(architecture, num_classes=0)
+        network: Any = timm.create_model(architecture, num_classes=0)
     heads = settings.get("classifier") or ()
     local = repo is not None and Path(repo).is_dir()
     return Pvr(

@@ -156,7 +156,7 @@ def frames_of(store: Store, split: str, most: int, recipe: Recipe) -> NDArray[np
             if len(frames):
                 values = preprocess(torch.from_numpy(np.ascontiguousarray(frames)), recipe)
                 kept.append(((values + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-    return np.concatenate(kept) if kept else np.zeros((0, recipe.crop, recipe.crop, 3), np.uint8)
+    return np.concatenate(kept) if kept else np.zeros((0, recipe.crop or 0, recipe.crop or 0, 3), np.uint8)
 
 
 def _pixels(frames: NDArray[np.uint8], recipe: Recipe) -> torch.Tensor:

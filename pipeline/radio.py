@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -35,7 +36,7 @@ class Radio(nn.Module):
         self.patch_embed = nn.Linear(3 * patch * patch, width, bias=False)
         self.pos_embed = nn.Parameter(torch.randn(1, (img_size // patch) ** 2, width) * 0.02)
         self.prefix = nn.Parameter(torch.randn(self.num_prefix_tokens, width) * 0.02)
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
             *(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         )

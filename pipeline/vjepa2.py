@@ -21,7 +21,7 @@ class VJepa2(nn.Module):
         from transformers import VJEPA2Config
         from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Embeddings, VJEPA2Layer
 
-        made = VJEPA2Config(**config, attn_implementation="sdpa")
+        made = VJEPA2Config(**{**config, "attn_implementation": "sdpa"})
         sizes = {"hidden_size": made.hidden_size, "num_attention_heads": made.num_attention_heads}
         self.embeddings = VJEPA2Embeddings(made, hidden_size=made.hidden_size)
         self.blocks = nn.Sequential(

@@ -162,6 +162,12 @@ def _check_pin(path: Path, digest: str, pvr: Pvr) -> None:
         )
 
 
+def _snapshot(path: Path) -> str | None:
+    """The commit of a file in the Hub's cache, which keeps it under ``snapshots/COMMIT``."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else None
+
+
 def load_weights(network: nn.Module, pvr: Pvr, weights: Random | WeightsFile) -> WeightsIdentity:
     """Fill a freshly built network and say with what; random weights are those it was built with."""
     expected = len(network.state_dict())
@@ -188,7 +194,7 @@ def load_weights(network: nn.Module, pvr: Pvr, weights: Random | WeightsFile) ->
     loaded = load_strictly(network, tensors, str(weights.path))
     return WeightsIdentity(
         source=str(pvr.source.repo or pvr.source.url) if weights.published else "file",
-        revision=pvr.source.revision if weights.published else None,
+        revision=(pvr.source.revision or _snapshot(weights.path)) if weights.published else None,
         file=weights.path.name,
         file_sha256=digest,
         tensors_sha256=tensors_sha256(network),

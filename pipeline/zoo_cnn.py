@@ -13,7 +13,8 @@ from pvrpipe.pipeline.pvrs import (
     recipe,
 )
 
-TORCHVISION = {"zero_init_last": False}  # only random weights see this; torchvision's default
+#: Only random weights see this; it is the default of torchvision.
+TORCHVISION: dict[str, int | float | str | bool] = {"zero_init_last": False}
 S3 = "https://pytorch.s3.amazonaws.com/models/rl"  # the stable copy that TorchRL uses
 PUBLIC = "https://dl.fbaipublicfiles.com"
 VISUAL_PRIOR = "https://github.com/alexsax/visual-prior/raw/networks/assets/pytorch"
