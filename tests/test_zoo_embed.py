@@ -87,7 +87,7 @@ def fabricated(folder: Path) -> dict[str, tuple[Path, Any]]:
 
     encoder = randomised(TaskonomyEncoder())
     encoder.compress1.weight.data.mul_(1e-3)
-    nn.init.constant_(encoder.compress_bn.bias, 2.0)
+    nn.init.constant_(encoder.compress_bn.bias, 1.0)
     torch.save({"state_dict": encoder.state_dict()}, folder / "taskonomy.pth")
     return {
         "mocov3-s": (folder / "vit.pth.tar", lambda x: vit(x).last_hidden_state[:, 0]),
