@@ -15,8 +15,8 @@ from pvrpipe.commands.terminal import error_rows, note, watching
 from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
-from pvrpipe.pipeline.pvrs import PVRS
 from pvrpipe.pipeline.weights import find_weights
+from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.quiet import quiet_start

@@ -98,18 +98,10 @@ def _disk(root: Path) -> str:
 
 
 def _weights() -> str:
-    from huggingface_hub import try_to_load_from_cache
+    from pvrpipe.pipeline.cached import cached_weights
+    from pvrpipe.pipeline.zoo import PVRS
 
-    from pvrpipe.pipeline.pvrs import PVRS
-
-    cached = [
-        name
-        for name, pvr in PVRS.items()
-        if pvr.source.repo
-        and isinstance(
-            try_to_load_from_cache(pvr.source.repo, pvr.source.file, revision=pvr.source.revision), str
-        )
-    ]
+    cached = [name for name, pvr in PVRS.items() if cached_weights(pvr) is not None]
     if not cached:
         raise RuntimeError("no published weights are cached")
     return "cached: " + ", ".join(cached)

@@ -42,6 +42,20 @@ def embed(
         Literal["float16", "float32"], typer.Option(help="What embeddings are stored in.")
     ] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
+    layer: Annotated[
+        str | None, typer.Option(help="A block (5), several joined (3,7,11), a stage (layer2), or last.")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="The blocks that compute; the others are taken out: 0-5, 6-11, 0,2,4.")
+    ] = None,
+    norm: Annotated[
+        bool | None, typer.Option("--norm/--no-norm", help="Whether the final norm is applied to the layer.")
+    ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="cls, cls+registers, mean, map, projected, patches, conv-map, average, …"),
+    ] = None,
+    input_size: Annotated[int | None, typer.Option(help="Pixels of a side that the network sees.")] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, on a GPU what fits.")
     ] = None,
@@ -79,7 +93,10 @@ def embed(
     environment = environment_of(rollouts)
     label = Workspace(root).label_of(rollouts) or environment
     asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
-    folders = [out or Workspace(root).embeddings(label, pvr_label(*each)) for each in asked]
+    from pvrpipe.pipeline.readout import Readout
+
+    readout = Readout(layer, blocks, norm, pool, input_size)
+    folders = [out or Workspace(root).embeddings(label, pvr_label(*each, readout)) for each in asked]
 
     from pvrpipe.pipeline.embed import EmbedConfig, estimate  # torch takes seconds: after the mistakes
     from pvrpipe.pipeline.embed import embed as run
@@ -87,7 +104,7 @@ def embed(
 
     outputs, about = [], []
     for (name, source), folder in zip(asked, folders, strict=True):
-        outputs.append((EncoderRequest(name, source, precision, device, batch), folder))
+        outputs.append((EncoderRequest(name, source, precision, device, batch, readout=readout), folder))
         about.append(f"embedding with {name} into {folder}")
     config = EmbedConfig(
         dtype=dtype,
@@ -160,11 +177,12 @@ def pretrain(
 
 
 def pvrs(json_: Json = False, debug: Debug = False) -> None:
-    """List the representations: width, licence, where the weights are.
+    """List the representations: width, licence, what they were trained on, where the weights are.
 
     Example: pvrpipe pvrs
     """
-    from pvrpipe.pipeline.pvrs import PVRS
+    from pvrpipe.pipeline.cached import cached_weights
+    from pvrpipe.pipeline.zoo import all_pvrs
 
     rows = [
         {
@@ -174,7 +192,19 @@ def pvrs(json_: Json = False, debug: Debug = False) -> None:
             "licence": p.licence,
             "weights": p.source.repo or p.source.url,
             "revision": p.source.revision,
+            "file": p.source.file,
+            "sha256": p.source.sha256,
+            "md5": p.source.md5,
+            "note": p.source.note,
+            "cached": cached_weights(p) is not None,
+            "architecture": p.architecture,
+            "layer": p.layer,
+            "pool": p.pooling,
+            "vit": p.is_transformer,
+            **p.properties.model_dump(),
         }
-        for p in PVRS.values()
+        for p in all_pvrs().values()
     ]
-    tell(json_, {"pvrs": rows}, rows, ("pvr", "title", "width", "licence", "weights"))
+    marks = ("vit", "language", "sequential", "diverse", "cached")
+    shown = [{**row, **{mark: "yes" if row[mark] else "" for mark in marks}} for row in rows]
+    tell(json_, {"pvrs": rows}, shown, ("pvr", "title", "width", "licence", "trained_on", *marks))

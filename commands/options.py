@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pvrpipe.commands.terminal import note
+
+if TYPE_CHECKING:
+    from pvrpipe.pipeline.readout import Readout
 
 Root = Annotated[Path, typer.Option(envvar="PVRPIPE_ROOT", help="Workspace that supplies the default paths.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -42,11 +45,12 @@ def environment_of(store: str) -> str:
     return Store.open(store).manifest.rollouts.environment
 
 
-def pvr_label(pvr: str, weights: str) -> str:
-    """A folder's name for an encoder: an own one by what it is, a random one as what it is."""
-    from pvrpipe.pipeline.pvrs import find_pvr
+def pvr_label(pvr: str, weights: str, readout: Readout) -> str:
+    """A folder's name for an encoder: an own one by what it is, read out how, a random one as what it is."""
+    from pvrpipe.pipeline.zoo import find_pvr
 
-    return find_pvr(pvr).name + ("-" + weights if weights.startswith("random") else "")
+    name = find_pvr(pvr).name.replace(":", "-").replace("/", "-")
+    return name + readout.label + ("-" + weights if weights.startswith("random") else "")
 
 
 def pick_device(device: str) -> str:

@@ -180,16 +180,17 @@ def _compiled(encoder: Encoder, request: EncoderRequest, frame: tuple[int, ...])
 
 
 def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig) -> Manifest:
+    identity = encoder.identity_on(*store.column("frame").shape[:2])
     specification = EmbeddingSpecification(
         rollouts_id=str(store.manifest.id),
         rollouts=store.manifest.rollouts,
-        encoder=encoder.identity,
+        encoder=identity,
         computation=encoder.computation,
         dtype=config.dtype,
         versions={name: version(name) for name in VERSIONS},
     )
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
-    columns = with_bounds((column("embedding", config.dtype, encoder.identity.shape), *carried))
+    columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
     if not config.append:
         return fresh

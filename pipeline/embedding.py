@@ -87,7 +87,7 @@ class ShardEmbedder:
         self.targets = targets
         self.encoders = [Encoder(target.request) for target in targets]
         for target, encoder in zip(targets, self.encoders, strict=True):
-            _refuse_another(target.specification, encoder)
+            _refuse_another(target.specification, encoder, self.store.column("frame").shape)
         self._upload = Upload(self.encoders[0].device)
         compute_deterministically(self.encoders[0].device)
 
@@ -200,13 +200,11 @@ class ShardEmbedder:
         return f"episode {record.episode}, step {row - record.row_start}"
 
 
-def _refuse_another(specification: EmbeddingSpecification, encoder: Encoder) -> None:
+def _refuse_another(made: EmbeddingSpecification, encoder: Encoder, frame: tuple[int, ...]) -> None:
     """Workers of a cluster may have other weights at that path, or another GPU."""
-    made, here = (
-        specification,
-        encoder.computation.model_copy(update={"batch": specification.computation.batch}),
-    )
-    differ = differences(made.encoder.model_dump(), encoder.identity.model_dump(), "on this worker")
+    here = encoder.computation.model_copy(update={"batch": made.computation.batch})
+    identity = encoder.identity_on(*frame[:2])
+    differ = differences(made.encoder.model_dump(), identity.model_dump(), "on this worker")
     differ = differ or differences(made.computation.model_dump(), here.model_dump(), "on this worker")
     if differ:
         raise EncodingError(

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pvrpipe.pipeline.autoencoder import ConvEncoder
+from pvrpipe.pipeline.networks import Network, build_network
 from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.pipeline.pvrs import PVRS, Pvr, find_pvr
+from pvrpipe.pipeline.pvrs import Pvr
+from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
-from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
+from pvrpipe.pipeline.zoo import PVRS, find_pvr
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
 from pvrpipe.schemas.manifest import Computation, EncoderIdentity
 
 Precision = Literal["fp32", "bf16"]
 BATCH = {"cpu": 32, "cuda": 256}  # on a GPU the most; how much memory there is decides (memory.py)
+NATIVE = 224  # pixels of the frames whose embeddings' shape is told where a recipe takes frames of any size
 #: On a CPU every worker computes in one thread: rates add up over workers, and the number of threads,
 #: which can change the last bits of a sum, is the same everywhere.
 CPU_THREADS = 1
@@ -37,14 +41,12 @@ class EncoderRequest:
     device: str = "auto"
     batch: int | None = None
     compiled: bool = False
+    readout: Readout = field(default_factory=Readout)
 
     def anywhere(self) -> EncoderRequest:
         """The same request for a worker that runs in another folder."""
-        pvr, weights = (
-            str(Path(name).absolute()) if Path(name).exists() and name not in PVRS else name
-            for name in (self.pvr, self.weights)
-        )
-        return replace(self, pvr=pvr, weights=weights)
+        pvr = self.pvr if self.pvr in PVRS else _absolute(self.pvr)
+        return replace(self, pvr=pvr, weights=_absolute(self.weights))
 
     def resolved_device(self) -> torch.device:
         """The device to compute on; ``auto`` is a GPU where there is one."""
@@ -59,6 +61,13 @@ class EncoderRequest:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _absolute(name: str) -> str:
+    """The path of what lies on this machine, from anywhere; other names as they are."""
+    prefix = "hf:" if name.startswith("hf:") else ""
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.absolute()}" if path.exists() else name
+
+
 class Encoder:
     """A frozen network that turns frames (n, H, W, 3) uint8 into embeddings (n, D) float32.
 
@@ -67,19 +76,36 @@ class Encoder:
     """
 
     def __init__(self, request: EncoderRequest) -> None:
-        self.pvr = find_pvr(request.pvr)
+        self.pvr = read_out(find_pvr(request.pvr), request.readout)
         self.device = request.resolved_device()
         self.precision: Precision = request.precision
         self.batch = request.batch or BATCH[self.device.type]
         weights = find_weights(self.pvr, request.weights, request.pvr)
         network = build_network(self.pvr, weights.seed if isinstance(weights, Random) else 0)
         self.identity = _identity(self.pvr, network, weights)
-        self.network = (
-            network.to(memory_format=torch.channels_last).to(self.device).eval().requires_grad_(False)
-        )
+        network.narrow()
+        self.network = frozen(network.channels_last().to(self.device))
+        self.identity = self.identity_on(self.pvr.recipe.crop or NATIVE, self.pvr.recipe.crop or NATIVE)
         self.compiled, self._compute = False, self._eager
         if request.compiled:
             self.compile()
+
+    def identity_on(self, height: int, width: int) -> EncoderIdentity:
+        """The encoder, with the shape of the embeddings that frames of this size get.
+
+        Only a recipe that takes frames as they are gives frames of another size another shape. Nothing is computed,
+        unless a network of one's own looks at the numbers on its way.
+        """
+        crop = self.pvr.recipe.crop
+        pixels = torch.empty(1, 3, crop or height, crop or width, device="meta")
+        tensors = itertools.chain(self.network.named_parameters(), self.network.named_buffers())
+        without_data = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+        with torch.inference_mode():
+            try:
+                embedding = torch.func.functional_call(self.network, without_data, (pixels,))
+            except RuntimeError:
+                embedding = self.network(torch.zeros_like(pixels, device=self.device))
+        return self.identity.model_copy(update={"shape": tuple(embedding.shape[1:])})
 
     @property
     def computation(self) -> Computation:
@@ -123,6 +149,21 @@ class Encoder:
         return embedding
 
 
+def frozen(network: Network) -> Network:
+    """A network in evaluation mode whose weights no one trains.
+
+    Raises:
+        WeightsError: it does not let itself be put there, as a network of one's own might.
+    """
+    network.eval().requires_grad_(False)
+    training = [name for name, module in network.named_modules() if module.training]
+    if training or any(parameter.requires_grad for parameter in network.parameters()):
+        raise WeightsError(
+            f"{training[0] if training else 'a parameter'} stays in training mode; mend the network's `train`"
+        )
+    return network
+
+
 def compute_deterministically(device: torch.device) -> None:
     """Settings under which equal batches give equal bits; for a worker process, once."""
     if device.type == "cpu":
@@ -132,39 +173,18 @@ def compute_deterministically(device: torch.device) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def build_network(pvr: Pvr, seed: int) -> nn.Module:
-    """The network with fresh weights drawn from ``seed``; its output is the embedding."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        overrides: dict[str, Any] = {**pvr.overrides}
-        try:
-            if pvr.architecture == "conv-autoencoder":
-                return ConvEncoder(**overrides, width=pvr.width)
-            import timm  # a second of imports that the autoencoder does not need
-
-            network: nn.Module = timm.create_model(pvr.architecture, num_classes=0, **overrides)
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            raise WeightsError(
-                f"{pvr.name}: architecture '{pvr.architecture}' with {overrides} cannot be built "
-                f"({one_line(error)[:120]}); mend its specification"
-            ) from error
-        if pvr.projection is not None:
-            network.head = nn.Linear(network.num_features, pvr.projection, bias=False)  # type: ignore[arg-type]
-        return network
-
-
-def _identity(pvr: Pvr, network: nn.Module, weights: Random | WeightsFile) -> EncoderIdentity:
+def _identity(pvr: Pvr, network: Network, weights: Random | WeightsFile) -> EncoderIdentity:
     return EncoderIdentity(
         name=pvr.name,
         title=f"{pvr.title}, random weights" if isinstance(weights, Random) else pvr.title,
         architecture=pvr.architecture,
         overrides=pvr.overrides,
         positions=pvr.positions,
-        weights=load_weights(network, pvr, weights),
+        weights=load_weights(network.trunk, pvr, weights),
         recipe=pvr.recipe,
-        layer="last",
-        blocks=None,
-        final_norm=True,
+        layer=network.layer,
+        blocks=network.blocks,
+        final_norm=network.final_norm,
         pooling=pvr.pooling,
-        shape=(pvr.width,),
+        shape=(),
     )

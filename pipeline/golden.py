@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, NotAStoreError
 from pvrpipe.store.building import PendingStore
@@ -68,9 +69,15 @@ def check_golden(
     seed = made.encoder.weights.random_seed
     source = weights or ("auto" if seed is None else f"random:{seed}")
     request = EncoderRequest(
-        pvr or made.encoder.name, source, made.computation.precision, device, len(frames)
+        pvr or made.encoder.name,
+        source,
+        made.computation.precision,
+        device,
+        len(frames),
+        readout=Readout.of(made.encoder),
     )
     encoder = Encoder(request)
+    identity = encoder.identity_on(*frames.shape[1:3])
     computed = encoder(frames)
     if computed.shape != stored.shape:
         raise EncodingError(
@@ -79,7 +86,7 @@ def check_golden(
         )
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (computed, stored))
     cosine = (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-    differ = differences(_meaning(made.encoder.model_dump()), _meaning(encoder.identity.model_dump()), "here")
+    differ = differences(_meaning(made.encoder.model_dump()), _meaning(identity.model_dump()), "here")
     smallest = float(cosine.min())
     return GoldenCheck(
         smallest >= COSINE and not differ, len(a), float(np.abs(a - b).max()), smallest, differ

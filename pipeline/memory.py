@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ import torch
 
 from pvrpipe.pipeline.encoders import BATCH, Encoder
 from pvrpipe.schemas.errors import EncodingError
+from pvrpipe.schemas.manifest import EncoderIdentity
+from pvrpipe.store.paging import available_memory
 
 SHARE = 0.8  # of the free memory that is planned with; allocators need room to round up
 TRIED = (4, 8)  # frames of the two batches by which the memory of one frame is measured
@@ -56,9 +57,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    return available_memory()
 
 
 def fit(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -> Need:
@@ -151,17 +150,17 @@ def _tried(encoder: Encoder, frame: tuple[int, ...], frames: int) -> int:
         with peak_of(encoder.device) as peak:
             pixels = torch.zeros((frames, *frame), dtype=torch.uint8, device=encoder.device)
             embedding = encoder.encode(pixels)
-            _refuse_another_shape(encoder, tuple(embedding.shape[1:]))
+            _refuse_another_shape(encoder.identity_on(*frame[:2]), tuple(embedding.shape[1:]))
     finally:
         encoder.batch = asked
     return peak.bytes
 
 
-def _refuse_another_shape(encoder: Encoder, shape: tuple[int, ...]) -> None:
-    if shape != encoder.identity.shape:
+def _refuse_another_shape(identity: EncoderIdentity, shape: tuple[int, ...]) -> None:
+    if shape != identity.shape:
         raise EncodingError(
-            f"{encoder.identity.name} gives embeddings of {list(shape)}, but its specification says "
-            f"{list(encoder.identity.shape)}; mend its specification"
+            f"{identity.name} gives embeddings of {list(shape)}, but its specification says "
+            f"{list(identity.shape)}; mend its specification"
         )
 
 

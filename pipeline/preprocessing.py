@@ -1,7 +1,7 @@
 """From uint8 frames to the input of a network, on the device, by the recipe in the manifest.
 
 The authors' pipelines resize 8-bit images with PIL, which rounds and clips to 0 … 255; so do we, and
-the result is theirs to a grey level: 0.02 of one on average (tests/test_pipeline_preprocessing.py).
+the result is theirs to two grey levels, and to a tenth of one on average (tests/test_pipeline_preprocessing.py).
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
             "store RGB frames as uint8"
         )
     pixels = frames.permute(0, 3, 1, 2)
-    height, width = pixels.shape[2:]
-    if recipe.resize is not None and min(height, width) != recipe.resize:
-        pixels = _resized(pixels, recipe)
-    pixels = _middle(pixels, recipe.crop)
+    if recipe.resize is not None:
+        pixels = _resized(pixels, recipe, recipe.resize)
+    if recipe.crop is not None:
+        pixels = _middle(pixels, recipe.crop)
     mean = torch.tensor(recipe.mean, device=frames.device).view(1, 3, 1, 1)
     std = torch.tensor(recipe.std, device=frames.device).view(1, 3, 1, 1)
     values = pixels.to(torch.float32, memory_format=torch.channels_last)
     return values.mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def _resized(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """The shortest side to ``recipe.resize``, as PIL does: one axis after the other, 8 bits in between.
+def _resized(pixels: Tensor, recipe: Recipe, side: int) -> Tensor:
+    """The shortest side, or with ``squash`` both, to ``side`` pixels.
 
-    In one pass, an overshoot of the bicubic filter along one axis would be seen along the other, and
-    values next to black and white would come out up to 18 grey levels away from PIL's.
+    ``rounded``: as Pillow up to 12 does, the width and then the height, 8 bits in between. In one pass, an
+    overshoot of the bicubic filter along one axis would be seen along the other, and values next to black and
+    white would come out up to 18 grey levels away from PIL's. Not ``rounded``: as torchvision resizes a float
+    tensor.
     """
     height, width = pixels.shape[2:]
     shortest = min(height, width)
-    assert recipe.resize is not None
-    wide, tall = recipe.resize * width // shortest, recipe.resize * height // shortest
-    for size in ([height, wide], [tall, wide]):
+    wide, tall = (side, side) if recipe.squash else (side * width // shortest, side * height // shortest)
+    if (tall, wide) == (height, width):
+        return pixels
+    for size in ([height, wide], [tall, wide]) if recipe.rounded else ([tall, wide],):
         pixels = F.interpolate(
             pixels.float(),
             size=size,
@@ -54,7 +57,8 @@ def _resized(pixels: Tensor, recipe: Recipe) -> Tensor:
             antialias=recipe.antialias,
             align_corners=False,
         )
-        pixels = pixels.add_(0.5).floor_().clamp_(0, 255)  # halves go up, as in PIL
+        if recipe.rounded:
+            pixels = pixels.add_(0.5).floor_().clamp_(0, 255)  # halves go up, as in PIL
     return pixels
 
 

@@ -45,7 +45,7 @@ def frames_of(store: Store, split: str, most: int, recipe: Recipe, ahead: int = 
         partner = np.searchsorted(steps, steps + ahead)
         later.append(np.where(partner < len(steps), begun + partner, -1))
         begun += len(steps)
-    side = recipe.crop
+    side = recipe.crop or 0
     empty: list[NDArray[Any]] = [np.zeros((0, side, side, 3), np.uint8)]
     return Frames(np.concatenate(pixels or empty), np.concatenate([np.zeros(0, np.int64), *later]))
 

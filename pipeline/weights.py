@@ -1,4 +1,4 @@
-"""Weights: found, read without executing anything, renamed, and loaded strictly.
+"""Weights: found, fetched, and loaded strictly.
 
 A missing, extra or misshapen tensor is an error. What was loaded is counted and hashed, so that the
 manifest says which tensors computed an embedding, whatever the file was called.
@@ -7,26 +7,22 @@ manifest says which tensors computed an embedding, whatever the file was called.
 from __future__ import annotations
 
 import hashlib
-import os
-import pickle
-import re
 import socket
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pvrpipe.pipeline.pvrs import KeyMap, Pvr
-from pvrpipe.schemas.errors import WeightsError, one_line
+from pvrpipe.pipeline.cached import cached_weights, download_target
+from pvrpipe.pipeline.checkpoints import tensors_of
+from pvrpipe.pipeline.positions import resample_positions
+from pvrpipe.pipeline.pvrs import Pvr
+from pvrpipe.schemas.errors import WeightsError
 from pvrpipe.schemas.manifest import WeightsIdentity
 from pvrpipe.store.files import sha256_of
-
-HUB_GRID, INTERPOLATION_OFFSET = 37, 0.1  # DINOv2 was trained at 518 px; "historical kludge" of its hub
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,11 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
         if not seed.isdecimal():
             raise WeightsError(f"--weights {weights}: write random:SEED with a whole number, e.g. random:0")
         return Random(int(seed))
-    own = pvr.source.repo is None and pvr.source.url is None
-    if weights == "auto" and not own:
+    if weights == "auto" and (pvr.source.repo or pvr.source.url):
         return WeightsFile(_published(pvr), published=True)
-    path = Path(asked) if weights == "auto" else Path(weights)
+    path = Path(asked.removeprefix("hf:")) if weights == "auto" else Path(weights)
+    if path.suffix == ".json":  # a specification: its weights lie beside it
+        path = path.parent
     file = path / pvr.source.file if path.is_dir() else path
     if not file.is_file():
         raise WeightsError(
@@ -78,21 +75,21 @@ def _published(pvr: Pvr) -> Path:
         return _from_hub(pvr) if pvr.source.repo else _from_url(pvr)
     except OSError as error:
         origin = pvr.source.repo or pvr.source.url
+        note = f" ({pvr.source.note})" if pvr.source.note else ""
         raise WeightsError(
-            f"the weights of {pvr.name} are not cached and {origin} cannot be reached; "
+            f"the weights of {pvr.name} are not cached and {origin} cannot be reached{note}; "
             "give them with --weights FILE_OR_FOLDER, or try the pipeline with --weights random:0"
         ) from error
 
 
 def _from_hub(pvr: Pvr) -> Path:
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download
 
-    repo, revision = pvr.source.repo or "", pvr.source.revision
-    cached = try_to_load_from_cache(repo, pvr.source.file, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
+    cached = cached_weights(pvr)
+    if cached is not None:
+        return cached
     _reach(constants.ENDPOINT)
-    return Path(hf_hub_download(repo, pvr.source.file, revision=revision))
+    return Path(hf_hub_download(pvr.source.repo or "", pvr.source.file, revision=pvr.source.revision))
 
 
 def _reach(address: str) -> None:
@@ -103,84 +100,12 @@ def _reach(address: str) -> None:
 
 
 def _from_url(pvr: Pvr) -> Path:
-    cache = Path(os.environ.get("PVRPIPE_CACHE", Path.home() / ".cache" / "pvrpipe")) / "weights"
-    target = cache / pvr.name / pvr.source.file
+    target = download_target(pvr)
     if not target.is_file():
         _reach(pvr.source.url or "")
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(pvr.source.url or "", str(target), progress=False)
     return target
-
-
-def read_tensors(path: Path) -> dict[str, object]:
-    """A checkpoint's content; a pickle is read with ``weights_only``, so nothing in it can run.
-
-    Raises:
-        WeightsError: it is neither safetensors nor a checkpoint of plain tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-    ) as error:
-        raise WeightsError(
-            f"{path} cannot be read as weights ({one_line(error)[:120]}); get the file again"
-        ) from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not named tensors; give a state dict")
-    return content
-
-
-def rename(content: dict[str, object], keys: KeyMap) -> dict[str, Tensor]:
-    """The checkpoint's tensors under our names."""
-    inner = content.get(keys.under) if keys.under else None
-    tensors: dict[str, Tensor] = {}
-    for name, value in (inner if isinstance(inner, dict) else content).items():
-        if any(re.search(pattern, name) for pattern in keys.drop):
-            continue
-        if not isinstance(value, Tensor):
-            raise WeightsError(
-                f"the checkpoint's entry '{name}' is a {type(value).__name__}, not a tensor; give a state dict"
-            )
-        for pattern, replacement in keys.rename:
-            name = re.sub(pattern, replacement, name)
-        tensors[name] = value
-    return _join_qkv(tensors)
-
-
-def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    joined = dict(tensors)
-    for name in tensors:
-        if ".attn.q." in name:
-            parts = [name.replace(".attn.q.", f".attn.{p}.") for p in "qkv"]
-            if all(part in joined for part in parts):
-                joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
-                    [joined.pop(part) for part in parts]
-                )
-    return joined
-
-
-def resample_positions(positions: Tensor, tokens: int) -> Tensor:
-    """DINOv2's position embeddings (1, 1 + 37², D) on a smaller grid (1, tokens, D), as its hub does.
-
-    Bicubic by a scale of (side + 0.1) / 37, without antialiasing: facebookresearch/dinov2, hub/backbones.py
-    (``interpolate_offset=0.1``). timm and transformers differ from this, and from each other.
-    """
-    side = round((tokens - 1) ** 0.5)
-    old = round((positions.shape[1] - 1) ** 0.5)
-    if positions.shape[1] == tokens:
-        return positions
-    grid = positions[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    scale = (side + INTERPOLATION_OFFSET) / old
-    grid = nn.functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=False)
-    return torch.cat([positions[:, :1].float(), grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], dim=1)
 
 
 def load_strictly(network: nn.Module, tensors: dict[str, Tensor], where: str) -> int:
@@ -224,6 +149,25 @@ def tensors_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _check_pin(path: Path, digest: str, pvr: Pvr) -> None:
+    """Refuse a published file that is not the one that the specification pins."""
+    found, pinned, kind = digest, pvr.source.sha256 or "", "sha256"
+    if pvr.source.sha256 is None and pvr.source.md5 is not None:
+        with path.open("rb") as file:
+            found, pinned, kind = hashlib.file_digest(file, "md5").hexdigest(), pvr.source.md5, "md5"
+    if not found.startswith(pinned):
+        raise WeightsError(
+            f"{path} has {kind} {found[:12]}…, but {pvr.name} is pinned to {pinned[:12]}…; "
+            "remove the file and run again"
+        )
+
+
+def _snapshot(path: Path) -> str | None:
+    """The commit of a file in the Hub's cache, which keeps it under ``snapshots/COMMIT``."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else None
+
+
 def load_weights(network: nn.Module, pvr: Pvr, weights: Random | WeightsFile) -> WeightsIdentity:
     """Fill a freshly built network and say with what; random weights are those it was built with."""
     expected = len(network.state_dict())
@@ -240,19 +184,17 @@ def load_weights(network: nn.Module, pvr: Pvr, weights: Random | WeightsFile) ->
             licence="none",
         )
     digest = sha256_of(weights.path)
-    if weights.published and pvr.source.sha256 not in (None, digest):
-        raise WeightsError(
-            f"{weights.path} has sha256 {digest[:12]}…, but {pvr.name} is pinned to "
-            f"{str(pvr.source.sha256)[:12]}…; remove the file and run again"
-        )
-    tensors = rename(read_tensors(weights.path), pvr.keys)
-    if pvr.positions == "dinov2-hub" and "pos_embed" in tensors:
-        tokens = network.state_dict()["pos_embed"].shape[1]
-        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], tokens)
+    if weights.published:
+        _check_pin(weights.path, digest, pvr)
+    tensors = tensors_of(weights.path, digest, pvr.keys)
+    positions = network.state_dict().get("pos_embed")
+    if pvr.positions is not None and positions is not None and "pos_embed" in tensors:
+        stored = tensors["pos_embed"].reshape(1, -1, positions.shape[2])
+        tensors["pos_embed"] = resample_positions(stored, positions.shape[1], pvr.positions)
     loaded = load_strictly(network, tensors, str(weights.path))
     return WeightsIdentity(
         source=str(pvr.source.repo or pvr.source.url) if weights.published else "file",
-        revision=pvr.source.revision if weights.published else None,
+        revision=(pvr.source.revision or _snapshot(weights.path)) if weights.published else None,
         file=weights.path.name,
         file_sha256=digest,
         tensors_sha256=tensors_sha256(network),

@@ -1,7 +1,6 @@
 """``store.json``: what a store is, how it was made, and the sha256 of every file in it.
 
-The models are pydantic, so that a manifest from a stranger is checked field by field before anything
-is read by it. Their JSON Schema lies beside this file as ``manifest-v1.schema.json``.
+The models are pydantic: a stranger's manifest is checked field by field. Their JSON Schema lies beside this file.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Batch = Annotated[int | None, Field(ge=1, lt=1 << 31, exclude_if=lambda batch: batch is None)]
 ValueName = Annotated[str, Field(pattern=r"^(success|factor_[a-z][a-z0-9_]{0,55})$")]
-
-
-#: Of a list that is wrong everywhere one error is enough: a million of them take hundreds of megabytes.
-First = FailFast()
+First = (
+    FailFast()
+)  # of a list that is wrong everywhere one error is enough: a million take hundreds of megabytes
 
 
 class Frozen(BaseModel):
@@ -96,16 +94,20 @@ class RolloutSpecification(Frozen):
 class Recipe(Frozen):
     """How uint8 frames become the input of a network.
 
-    The frame's shortest side goes to ``resize`` pixels (None: the frame is taken as it is), the middle
-    ``crop`` pixels are cut out, values go to [0, 1] and are normalised by ``mean`` and ``std``.
+    The frame's shortest side goes to ``resize`` pixels (None: the frame is taken as it is), or with
+    ``squash`` both sides do; the middle ``crop`` pixels are cut out (None: nothing is), values go to [0, 1]
+    and are normalised by ``mean`` and ``std``. ``rounded``: to 8 bits after each axis, as PIL resizes images;
+    otherwise in floating point, as torchvision resizes tensors.
     """
 
     resize: int | None
     interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
-    crop: int
+    crop: int | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    squash: bool = False
+    rounded: bool = True
     backend: str = "torch"
 
 
@@ -133,8 +135,8 @@ class EncoderIdentity(Frozen):
     positions: str | None  # how position embeddings were resampled
     weights: WeightsIdentity
     recipe: Recipe
-    layer: str
-    blocks: int | None
+    layer: str  # "last", or the blocks or stages whose outputs are joined along the features
+    blocks: tuple[int, ...] | None  # the transformer blocks that compute, by their numbers upstream
     final_norm: bool
     pooling: str
     shape: tuple[int, ...]

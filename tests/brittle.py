@@ -40,6 +40,8 @@ class Brittle(nn.Module):
         self.most, self.nan_at, self.die_at, self.lives, self.wait = most, nan_at, die_at, Path(lives), wait
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta:  # only the shape is asked for
+            return self.linear(x.flatten(1))
         if len(x) > self.most:
             raise torch.OutOfMemoryError(f"a batch of {len(x)} does not fit")
         time.sleep(self.wait)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,12 @@ from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards
 
 WriteStore = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Checkpoints that tests convert go to a folder of the tests; processes that they start inherit it."""
+    os.environ["PVRPIPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def rollout_specification(

@@ -12,54 +12,28 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, build_network
-from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.pipeline.pvrs import PVRS, find_pvr
-from pvrpipe.pipeline.weights import read_tensors, resample_positions
+from pvrpipe.pipeline.checkpoints import read_tensors
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.networks import build_network
+from pvrpipe.pipeline.positions import resample_positions
+from pvrpipe.pipeline.zoo import PVRS, find_pvr
 from pvrpipe.schemas.errors import UnknownNameError, WeightsError
 
-FRAMES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
-
-
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every tensor distinct values, so that a swapped or dropped one shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if tensor.dtype.is_floating_point:
-                noise = torch.randn(tensor.shape, generator=generator)
-                positive = "running_var" in name or ("norm" in name and name.endswith("weight"))
-                tensor.copy_(1 + 0.1 * noise.abs() if positive else 0.05 * noise)
-    return module.eval()
-
-
-def relative_error(ours: np.ndarray, theirs: Tensor) -> float:
-    reference = theirs.detach().double().numpy()
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
-
-
-def embed_with(name: str, weights: Path) -> np.ndarray:
-    return Encoder(EncoderRequest(name, str(weights), device="cpu", batch=2))(FRAMES)
-
-
-def pixels_for(name: str) -> Tensor:
-    return preprocess(torch.from_numpy(FRAMES), PVRS[name].recipe).contiguous()
-
-
-#: transformers' ViT to the names of facebookresearch/mae, which VC-1 uses.
-TRANSFORMERS_TO_MAE = (
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
-    (r"^layernorm\.", "norm."),
+from .upstream import (
+    FRAMES,
+    VIT_TO_HUB,
+    VIT_TO_TIMM,
+    embed_with,
+    joined_qkv,
+    noise,
+    pixels_for,
+    published,
+    randomised,
+    relative_error,
 )
+from .zoo_table import DOCUMENT, with_table
 
 
 def vc1_checkpoint(path: Path) -> transformers.ViTModel:
@@ -70,15 +44,7 @@ def vc1_checkpoint(path: Path) -> transformers.ViTModel:
     size = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     config = transformers.ViTConfig(**size, layer_norm_eps=1e-6, attn_implementation="eager")
     reference = randomised(transformers.ViTModel(config, add_pooling_layer=False))
-    published: dict[str, Tensor] = {}
-    for name, value in reference.state_dict().items():
-        for pattern, replacement in TRANSFORMERS_TO_MAE:
-            name = re.sub(pattern, replacement, name)
-        published[name] = value
-    for n in range(12):
-        for kind in ("weight", "bias"):
-            qkv = [published.pop(f"blocks.{n}.attn.{letter}.{kind}") for letter in "qkv"]
-            published[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(qkv)
+    tensors = joined_qkv(published(reference.state_dict(), VIT_TO_TIMM))
     decoder = {
         "mask_token": torch.randn(1, 1, 512),
         "decoder_pos_embed": torch.randn(1, 197, 512),
@@ -87,7 +53,7 @@ def vc1_checkpoint(path: Path) -> transformers.ViTModel:
         "decoder_norm.weight": torch.randn(512),
         "decoder_pred.weight": torch.randn(768, 512),
     }
-    torch.save({"model": {**published, **decoder}, "epoch": 182}, path)
+    torch.save({"model": {**tensors, **decoder}, "epoch": 182}, path)
     return reference
 
 
@@ -117,12 +83,7 @@ def dinov2_checkpoint(path: Path, image_size: int) -> transformers.Dinov2Model:
         attn_implementation="eager",
     )
     reference = randomised(transformers.Dinov2Model(config))
-    published = {}
-    for name, value in reference.state_dict().items():
-        for letter, word in (("q", "query"), ("k", "key"), ("v", "value")):
-            name = name.replace(f"attention.{letter}_proj", f"attention.attention.{word}")
-        published[name.replace("attention.o_proj", "attention.output.dense")] = value.clone()
-    safetensors.torch.save_file(published, path)
+    safetensors.torch.save_file(published(reference.state_dict(), VIT_TO_HUB[1:5]), path)
     return reference
 
 
@@ -169,9 +130,9 @@ def test_clip_from_openai_layout_equals_transformers_projected(
         vision_config={**vision, "patch_size": 14, "image_size": 224}, text_config=text, projection_dim=768
     )
     reference = randomised(transformers.CLIPModel(config))
-    published = {k: v.clone() for k, v in reference.state_dict().items()}
-    published["vision_model.embeddings.position_ids"] = torch.arange(257)[None]
-    safetensors.torch.save_file(published, tmp_path / "model.safetensors")
+    tensors = published(reference.state_dict(), ())
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(257)[None]
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with torch.no_grad():
         pooled = reference.vision_model(pixels_for("clip-l14")).pooler_output
         theirs = reference.visual_projection(pooled)
@@ -183,10 +144,10 @@ def test_r3m_from_its_own_layout_equals_torchvision(tmp_path: Path) -> None:
 
     reference = randomised(resnet50())
     reference.fc = nn.Identity()
-    published = {f"module.convnet.{k}": v for k, v in reference.state_dict().items()}
-    published["module.lang_enc.model.embeddings.weight"] = torch.randn(3, 3)
-    published["module.lang_rew.pred.0.weight"] = torch.randn(3, 3)
-    torch.save({"r3m": published, "global_step": 1}, tmp_path / "r3m_50.pt")
+    tensors = published(reference.state_dict(), (), prefix="module.convnet.")
+    tensors["module.lang_enc.model.embeddings.weight"] = noise(3, 3)
+    tensors["module.lang_rew.pred.0.weight"] = noise(3, 3)
+    torch.save({"r3m": tensors, "global_step": 1}, tmp_path / "r3m_50.pt")
     with torch.no_grad():
         theirs = reference(pixels_for("r3m-50"))
     assert relative_error(embed_with("r3m-50", tmp_path / "r3m_50.pt"), theirs) < 1e-5
@@ -269,7 +230,10 @@ def test_every_specification_gives_the_width_it_promises(name: str) -> None:
     pvr = PVRS[name]
     with torch.device("meta"):
         network = build_network(pvr, seed=0)
-        assert network(torch.zeros(1, 3, 224, 224)).shape == (1, pvr.width)
+        side = pvr.recipe.crop or 224
+        shape = network(torch.zeros(1, 3, side, side)).shape[1:]
+    channels = shape[0] if pvr.pooling == "conv-map" else shape[-1]
+    assert channels == pvr.width
     assert pvr.source.revision is None or re.fullmatch(r"[0-9a-f]{40}", pvr.source.revision)
     assert pvr.source.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", pvr.source.sha256)
 
@@ -277,3 +241,9 @@ def test_every_specification_gives_the_width_it_promises(name: str) -> None:
 def test_unknown_pvr_names_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"nearest: .*dinov2-b"):
         find_pvr("dinov2-base")
+
+
+def test_the_table_of_the_documentation_is_that_of_the_specifications() -> None:
+    text = DOCUMENT.read_text()
+    assert with_table(text) == text, "run `python -m tests.zoo_table`"
+    assert set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) >= set(PVRS)

@@ -1,0 +1,29 @@
+"""Where weights are kept on this machine; loads no torch, so that a list of them is quick."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pvrpipe.pipeline.pvrs import Pvr
+
+
+def cache_folder() -> Path:
+    """Where downloads and converted checkpoints are kept; ``PVRPIPE_CACHE`` moves it."""
+    return Path(os.environ.get("PVRPIPE_CACHE", Path.home() / ".cache" / "pvrpipe"))
+
+
+def download_target(pvr: Pvr) -> Path:
+    """Where a file from an address is kept."""
+    return cache_folder() / "weights" / pvr.name / pvr.source.file
+
+
+def cached_weights(pvr: Pvr) -> Path | None:
+    """The published file, if it is on this machine already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if pvr.source.repo:
+        found = try_to_load_from_cache(pvr.source.repo, pvr.source.file, revision=pvr.source.revision)
+        return Path(found) if isinstance(found, str) else None
+    target = download_target(pvr)
+    return target if pvr.source.url and target.is_file() else None

@@ -1,0 +1,144 @@
+"""Checkpoints: read without executing anything, converted once to safetensors, brought to our names.
+
+A pickle is read with ``weights_only``; its tensors are then kept as safetensors in the cache, under the
+sha256 of the pickle and of what was taken from it, beside a hash of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pvrpipe.pipeline.cached import cache_folder
+from pvrpipe.pipeline.pvrs import KeyMap
+from pvrpipe.schemas.errors import WeightsError, one_line
+from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.store.files import sha256_of, write_whole
+
+
+def tensors_of(path: Path, digest: str, keys: KeyMap) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under our names.
+
+    Args:
+        path: safetensors, or a pickle of tensors.
+        digest: its sha256.
+        keys: what is taken from it, and what that is called here.
+
+    Raises:
+        WeightsError: it is no checkpoint of plain tensors.
+    """
+    if path.suffix == ".safetensors":
+        return rename(chosen(read_tensors(path), keys), keys)
+    taken = canonical_json({"under": keys.under, "drop": keys.drop})
+    name = f"{digest}-{hashlib.sha256(taken.encode()).hexdigest()[:8]}"
+    converted = cache_folder() / "converted" / f"{name}.safetensors"
+    if not _holds(converted):
+        _convert(chosen(read_tensors(path), keys), converted)
+    return rename(safetensors.torch.load_file(converted), keys)
+
+
+def _holds(converted: Path) -> bool:
+    """Whether a conversion is there and is what was written."""
+    seal = converted.with_suffix(".sha256")
+    return converted.is_file() and seal.is_file() and seal.read_text() == sha256_of(converted)
+
+
+def _convert(tensors: dict[str, Tensor], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    beside = target.with_suffix(f".tmp-{os.getpid()}")
+    safetensors.torch.save_file(own, beside)
+    seal = sha256_of(beside)
+    beside.replace(target)
+    write_whole(target.with_suffix(".sha256"), seal.encode())
+
+
+def read_tensors(path: Path) -> dict[str, object]:
+    """A checkpoint's content; a pickle is read with ``weights_only``, so nothing in it can run.
+
+    Of all classes only ``argparse.Namespace`` is known to it, plain data that training scripts leave there.
+
+    Raises:
+        WeightsError: it is neither safetensors nor a checkpoint of plain tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+    ) as error:
+        raise WeightsError(
+            f"{path} cannot be read as weights ({one_line(error)[:120]}); get the file again"
+        ) from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not named tensors; give a state dict")
+    return content
+
+
+def chosen(content: dict[str, object], keys: KeyMap) -> dict[str, Tensor]:
+    """The tensors that belong to the encoder, under upstream's names."""
+    inner = content.get(keys.under) if keys.under else None
+    tensors: dict[str, Tensor] = {}
+    for name, value in (inner if isinstance(inner, dict) else content).items():
+        if any(re.search(pattern, name) for pattern in keys.drop):
+            continue
+        if not isinstance(value, Tensor):
+            raise WeightsError(
+                f"the checkpoint's entry '{name}' is a {type(value).__name__}, not a tensor; give a state dict"
+            )
+        tensors[name] = value
+    return tensors
+
+
+def rename(tensors: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
+    """Upstream's tensors under our names, in our layout."""
+    ours: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        for pattern, replacement in keys.rename:
+            name = re.sub(pattern, replacement, name)
+        ours[name] = value.T if any(re.search(pattern, name) for pattern in keys.transpose) else value
+    fitted = _split_q(_join_qkv(ours))
+    return _fold_class_position(fitted) if keys.fold_class_position else fitted
+
+
+def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    joined = dict(tensors)
+    for name in tensors:
+        parts = [name.replace(".attn.q.", f".attn.{p}.") for p in "qkv"]
+        if ".attn.q." in name and all(part in joined for part in parts):
+            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([joined.pop(part) for part in parts])
+    return joined
+
+
+def _split_q(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    split: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if ".q+kv." in name:
+            q, kv = value.split([len(value) // 3, 2 * len(value) // 3])
+            split |= {name.replace(".q+kv.", ".q."): q, name.replace(".q+kv.", ".kv."): kv}
+        else:
+            split[name] = value
+    return split
+
+
+def _fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    positions, token = tensors.get("pos_embed"), tensors.get("cls_token")
+    if positions is None or token is None:
+        return tensors
+    return {**tensors, "cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}

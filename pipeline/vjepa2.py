@@ -1,0 +1,41 @@
+"""V-JEPA 2's encoder (Assran et al. 2025), transformers' class, seeing one frame at a time.
+
+A frame is a tubelet of two equal frames, as the authors' code takes an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class VJepa2(nn.Module):
+    """Frames (B, 3, size, size) to patch tokens; there is no class token."""
+
+    num_prefix_tokens = 0
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        from transformers import VJEPA2Config
+        from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Embeddings, VJEPA2Layer
+
+        made = VJEPA2Config(**{**config, "attn_implementation": "sdpa"})
+        sizes = {"hidden_size": made.hidden_size, "num_attention_heads": made.num_attention_heads}
+        self.embeddings = VJEPA2Embeddings(made, hidden_size=made.hidden_size)
+        self.blocks = nn.Sequential(
+            *(VJEPA2Layer(made, **sizes, mlp_ratio=made.mlp_ratio) for _ in range(made.num_hidden_layers))
+        )
+        self.norm = nn.LayerNorm(made.hidden_size, eps=made.layer_norm_eps)
+
+    def tokens(self, x: Tensor, places: Sequence[int], norm: bool) -> list[tuple[Tensor, Tensor]]:
+        """Patches (B, K, D) after the blocks at ``places``, and no prefix tokens (B, 0, D)."""
+        x = self.embeddings(x[:, None])  # one frame; transformers repeats it to a tubelet
+        outputs = []
+        for place, block in enumerate(self.blocks):
+            x = block(x, None)[0]
+            if place in places:
+                y = self.norm(x) if norm else x
+                outputs.append((y, y[:, :0]))
+        return outputs

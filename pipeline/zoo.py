@@ -1,0 +1,60 @@
+"""Every representation by name, and one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr
+from pvrpipe.pipeline.zoo_cnn import CNN_PVRS
+from pvrpipe.pipeline.zoo_language import LANGUAGE_PVRS
+from pvrpipe.pipeline.zoo_vit import VIT_PVRS
+from pvrpipe.schemas.errors import UnknownNameError, WeightsError
+
+PVRS: dict[str, Pvr] = {pvr.name: pvr for pvr in (*VIT_PVRS, *LANGUAGE_PVRS, *CNN_PVRS)}
+
+
+def all_pvrs() -> dict[str, Pvr]:
+    """Those that pvrpipe knows, and those of installed packages."""
+    from pvrpipe.pipeline.own import package_pvrs
+
+    return {**package_pvrs(), **PVRS}
+
+
+def find_pvr(name: str) -> Pvr:
+    """A representation by name, or one's own.
+
+    Args:
+        name: one of :data:`PVRS`, ``timm:NAME``, ``hf:ORG/NAME``, a name that a package registers, or the
+            path of a specification (``.json``) or of a folder with a ``pvr.json``.
+
+    Raises:
+        UnknownNameError: there is no such representation; the message names the nearest.
+        WeightsError: its specification is not valid.
+    """
+    if name in PVRS:
+        return PVRS[name]
+    prefix, _, rest = name.partition(":")
+    if prefix in ("timm", "hf") and rest:
+        from pvrpipe.pipeline.own import hub_pvr, timm_pvr  # torch takes seconds to import
+
+        return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
+    path = Path(name)
+    spec = path if path.suffix == ".json" else path / SPEC_FILE
+    if not spec.is_file():
+        known = all_pvrs()
+        if name in known:
+            return known[name]
+        hint = (
+            f"or timm:NAME, hf:ORG/NAME, the path of a folder with a {SPEC_FILE}, as `pvrpipe pretrain` makes"
+        )
+        raise UnknownNameError.among("PVR", name, known, hint=hint)
+    try:
+        return Pvr.model_validate_json(spec.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WeightsError(
+            f"{spec}: {where}: {first['msg']}; make the folder again with `pvrpipe pretrain`"
+        ) from None

@@ -1,0 +1,85 @@
+"""Checkpoints are read without running anything, converted once, and refused where they are not what is pinned."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pvrpipe.pipeline import checkpoints, weights
+from pvrpipe.pipeline.checkpoints import read_tensors, tensors_of
+from pvrpipe.pipeline.pvrs import KeyMap, WeightsSource
+from pvrpipe.pipeline.weights import WeightsFile, find_weights, load_weights
+from pvrpipe.pipeline.zoo import PVRS
+from pvrpipe.schemas.errors import WeightsError
+from pvrpipe.store.files import sha256_of
+
+from .upstream import noise
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("PVRPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_pickle_is_converted_once_and_again_if_the_copy_is_damaged(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = noise(4, 4)
+    state = {"encoder.a": shared, "encoder.b": shared.T, "decoder.c": noise(2), "epoch": 3}
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+    keys = KeyMap(under="model", drop=("^decoder", "^epoch$"), rename=(("^encoder[.]", ""),))
+    reads: list[Path] = []
+    monkeypatch.setattr(checkpoints, "read_tensors", lambda path: (reads.append(path), read_tensors(path))[1])
+    digest = sha256_of(tmp_path / "w.pth")
+    first = {name: tensor.clone() for name, tensor in tensors_of(tmp_path / "w.pth", digest, keys).items()}
+    assert first.keys() == {"a", "b"}
+    torch.testing.assert_close(first["b"], shared.T, rtol=0, atol=0)
+    again = tensors_of(tmp_path / "w.pth", digest, keys)
+    assert len(reads) == 1
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    (copy,) = (cache / "converted").glob("*.safetensors")
+    assert digest in copy.name
+    damaged = bytearray(copy.read_bytes())
+    damaged[-1] ^= 1
+    copy.write_bytes(damaged)
+    torch.testing.assert_close(tensors_of(tmp_path / "w.pth", digest, keys), first, rtol=0, atol=0)
+    assert len(reads) == 2
+    tensors_of(tmp_path / "w.pth", digest, keys.model_copy(update={"drop": ("^decoder", "^epoch$", "b$")}))
+    assert len(reads) == 3  # something else is taken from it
+
+
+def test_what_is_no_tensor_is_refused_unless_it_is_dropped(tmp_path: Path) -> None:
+    torch.save({"a": noise(2), "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="'epoch' is a int"):
+        tensors_of(tmp_path / "w.pth", "0" * 64, KeyMap())
+    torch.save([noise(2)], tmp_path / "list.pth")
+    with pytest.raises(WeightsError, match="holds a list"):
+        read_tensors(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("pin", [{"sha256": "0" * 64}, {"md5": "8cad7c"}])
+def test_a_published_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, pin: dict[str, str]) -> None:
+    torch.save({"model": {}}, tmp_path / "w.pth")
+    pvr = PVRS["resnet18"].model_copy(update={"source": WeightsSource(url="x", file="w.pth", **pin)})
+    with pytest.raises(WeightsError, match=rf"has {next(iter(pin))} .* remove the file"):
+        load_weights(torch.nn.Linear(1, 1), pvr, WeightsFile(tmp_path / "w.pth", published=True))
+
+
+def test_what_is_behind_a_form_says_so_and_works_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(_: str) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(weights, "_reach", unreachable)
+    monkeypatch.setattr(weights, "cached_weights", lambda _: None)
+    with pytest.raises(WeightsError, match=r"facebook/dinov3-vits16.* behind a form.*--weights"):
+        find_weights(PVRS["dinov3-s"], "auto", "dinov3-s")
+    safetensors.torch.save_file({"a": noise(1)}, tmp_path / "model.safetensors")
+    found = find_weights(PVRS["dinov3-s"], str(tmp_path), "dinov3-s")
+    assert found == WeightsFile(tmp_path / "model.safetensors", published=False)

@@ -1,0 +1,146 @@
+"""Representations of one's own: timm's, the Hub's by configuration, a specification file, a package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+
+from pvrpipe.pipeline import own
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
+from pvrpipe.schemas.errors import UnknownNameError, WeightsError
+
+from .test_zoo_vit import in_dinov2_layout
+from .upstream import FRAMES, VIT_TO_HUB, encoder_with, noise, published, randomised, relative_error
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "pvrpipe-gray"
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "mobilenetv3_small_050"]
+)
+def test_a_timm_name_is_the_models_own_output(tmp_path: Path, name: str) -> None:
+    reference = randomised(timm.create_model(name))
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
+    encoder = encoder_with(f"timm:{name}", tmp_path)
+    pixels = _pixels(encoder)
+    with torch.no_grad():
+        theirs = reference.forward_head(reference.forward_features(pixels), pre_logits=True)
+    assert relative_error(encoder(FRAMES), theirs) < 1e-5
+    assert encoder.identity.name == f"timm:{name}"
+    assert encoder.identity.shape == (encoder.pvr.width,)
+
+
+def test_a_timm_vit_has_layers_and_sizes(tmp_path: Path) -> None:
+    encoder = encoder_with(
+        "timm:vit_tiny_patch16_224", Path("random:0"), layer="3", pooling="patches", size=64
+    )
+    assert encoder.identity.shape == (16, 192)
+    assert encoder.identity.blocks == (0, 1, 2, 3)
+    with pytest.raises(UnknownNameError, match="vit_tiny_patch16_224"):
+        find_pvr("timm:vit_tiny_patch17_224")
+
+
+def _pixels(encoder: Encoder) -> torch.Tensor:
+    from pvrpipe.pipeline.preprocessing import preprocess
+
+    return preprocess(torch.from_numpy(FRAMES), encoder.pvr.recipe).contiguous()
+
+
+PROCESSOR = {
+    "do_center_crop": True,
+    "crop_size": {"height": 56, "width": 56},
+    "size": {"shortest_edge": 64},
+    "resample": 3,
+}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+def hub_folder(folder: Path, model: Any, tensors: dict[str, torch.Tensor], processor: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_hub_folder_of_dinov2_is_built_by_its_configuration(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(**SMALL, mlp_ratio=4, attn_implementation="eager")
+    reference = randomised(transformers.Dinov2Model(config))
+    hub_folder(tmp_path, reference, in_dinov2_layout(reference), PROCESSOR)
+    encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    with torch.no_grad():
+        theirs = reference(_pixels(encoder)).last_hidden_state[:, 0]
+    assert relative_error(encoder(FRAMES), theirs) < 1e-5
+    assert (encoder.pvr.recipe.resize, encoder.pvr.recipe.crop) == (64, 56)
+    assert encoder.identity.weights.source == "file"
+
+
+def test_a_hub_folder_of_a_plain_vit_drops_its_classifier(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(**SMALL, intermediate_size=128, attn_implementation="eager")
+    reference = randomised(transformers.ViTModel(config, add_pooling_layer=False))
+    tensors = published(reference.state_dict(), VIT_TO_HUB) | {"classifier.weight": noise(3, 64)}
+    squash = {"do_resize": True, "size": {"height": 56, "width": 56}, "resample": 2}
+    hub_folder(tmp_path, reference, tensors, squash)
+    encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    with torch.no_grad():
+        theirs = reference(_pixels(encoder)).last_hidden_state[:, 0]
+    assert encoder.pvr.recipe.squash
+    assert relative_error(encoder(FRAMES), theirs) < 1e-5
+
+
+def test_a_hub_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "r3m", "auto_map": {"AutoModel": "evil.Evil"}}')
+    with pytest.raises(WeightsError, match=r"of type 'r3m'.*dinov2"):
+        find_pvr(f"hf:{tmp_path}")
+    with pytest.raises(WeightsError, match=r"has no config\.json"):
+        find_pvr(f"hf:{tmp_path.parent}")
+
+
+def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
+    reference = randomised(timm.create_model("resnet18"))
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "mine.safetensors")
+    spec = PVRS["resnet18"].model_dump(mode="json")
+    spec |= {"name": "mine", "source": {"file": "mine.safetensors"}}
+    (tmp_path / "mine.json").write_text(json.dumps(spec))
+    encoder = Encoder(EncoderRequest(str(tmp_path / "mine.json"), device="cpu", batch=2))
+    assert encoder.identity.name == "mine"
+    np.testing.assert_array_equal(
+        encoder(FRAMES), encoder_with("resnet18", tmp_path / "mine.safetensors")(FRAMES)
+    )
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"broken\.json"):
+        find_pvr(str(tmp_path / "broken.json"))
+
+
+def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The example that docs/pvrs.md names, as if it were installed."""
+    point = EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)
+    monkeypatch.setattr(own, "entry_points", lambda **_: [point])
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    assert "gray" in all_pvrs()
+    weights = torch.tensor([0.5, 0.25, 0.25]).view(1, 3, 1, 1)
+    safetensors.torch.save_file({"weigh.weight": weights}, tmp_path / "gray.safetensors")
+    encoder = encoder_with("gray", tmp_path)
+    dim = np.full((2, 64, 64, 3), 51, np.uint8)
+    np.testing.assert_allclose(encoder(dim), 0.2, rtol=1e-6)
+    assert encoder.identity.shape == (64,)
+    sys.modules.pop("pvrpipe_gray")
+    broken = EntryPoint("gray", "pvrpipe_gray_that_is_not_there", own.ENTRY_POINTS)
+    monkeypatch.setattr(own, "entry_points", lambda **_: [broken])
+    with pytest.raises(WeightsError, match="install its package again"):
+        find_pvr("gray")

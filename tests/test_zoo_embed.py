@@ -1,0 +1,122 @@
+"""Every representation goes through the whole stage on Ray, and fabricated checkpoints come out as they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from pvrpipe.pipeline.embed import EmbedConfig, embed
+from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.networks import build_network
+from pvrpipe.pipeline.zoo import PVRS
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+from .conftest import WriteStore
+from .test_zoo_cnn import pooled, reference_taskonomy
+from .test_zoo_language import clip_resnet, of_openai
+from .test_zoo_vit import mocov3_checkpoint, plain_vit
+from .upstream import noise, pixels_for, published, randomised, relative_error
+
+MOST = 700e6  # parameters; more do not fit the 4 GiB that a process of the tests may take
+TOGETHER = 600e6  # parameters of the encoders of one pass
+
+
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_network(PVRS[name], 0).parameters())
+
+
+def passes() -> list[list[str]]:
+    """The zoo in passes of several encoders, as many as fit."""
+    sizes = {name: parameters(name) for name in PVRS}
+    made: list[list[str]] = [[]]
+    for name in sorted((n for n, size in sizes.items() if size <= MOST), key=sizes.__getitem__):
+        if made[-1] and sum(sizes[n] for n in made[-1]) + sizes[name] > TOGETHER:
+            made.append([])
+        made[-1].append(name)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_representation_that_fits_is_embedded_on_ray(
+    write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """All but DINOv2-g, its registers, DINOv3-H+ and V-JEPA 2-g, which have more than 700 M parameters."""
+    rollouts = write_rollouts((2,), size=48)
+    done = set()
+    for names in passes():
+        outputs = [(EncoderRequest(n, "random:0", device="cpu", batch=3), tmp_path / n) for n in names]
+        for result in embed(rollouts, outputs, EmbedConfig(engine="ray", workers=1)):
+            assert verify(result.store) == []
+            values = Store.open(result.store).read_episode(0)["embedding"]
+            assert values.shape == (3, *result.shape)
+            assert np.isfinite(values).all()
+            assert result.random_weights
+            done.add(result.pvr)
+    assert set(PVRS) - done == {"dinov2-g", "dinov2-g-reg", "dinov3-h+", "vjepa2-g"}
+
+
+def fabricated(folder: Path) -> dict[str, tuple[Path, Any]]:
+    """A checkpoint in upstream's layout for one of each kind of network, and what computes its embedding."""
+    vit = plain_vit("s", depth=12, num_attention_heads=12)
+    mocov3_checkpoint(folder / "vit.pth.tar", vit)
+
+    config = transformers.SiglipVisionConfig(patch_size=16, image_size=224)
+    siglip = randomised(transformers.SiglipVisionModel(config))
+    tensors = published(siglip.state_dict(), (), prefix="vision_model.")
+    safetensors.torch.save_file({**tensors, "logit_scale": noise(1)}, folder / "siglip.safetensors")
+
+    clip = clip_resnet()
+    safetensors.torch.save_file(of_openai(clip, ""), folder / "clip.safetensors")
+
+    resnet = randomised(torchvision.models.resnet18())
+    state = {f"module.convnet.{k}": v for k, v in resnet.state_dict().items() if not k.startswith("fc")}
+    torch.save({"r3m": state}, folder / "r3m.pt")
+
+    from pvrpipe.pipeline.taskonomy import TaskonomyEncoder
+
+    encoder = randomised(TaskonomyEncoder())
+    encoder.compress1.weight.data.mul_(1e-3)
+    nn.init.constant_(encoder.compress_bn.bias, 1.0)
+    torch.save({"state_dict": encoder.state_dict()}, folder / "taskonomy.pth")
+    return {
+        "mocov3-s": (folder / "vit.pth.tar", lambda x: vit(x).last_hidden_state[:, 0]),
+        "siglip-b16": (folder / "siglip.safetensors", lambda x: siglip(x).pooler_output),
+        "clip-rn50": (folder / "clip.safetensors", clip),
+        "r3m-18": (folder / "r3m.pt", lambda x: pooled(resnet, x)),
+        "taskonomy-depth-zbuffer": (
+            folder / "taskonomy.pth",
+            lambda x: reference_taskonomy(encoder.state_dict(), x).flatten(1),
+        ),
+    }
+
+
+@pytest.mark.slow
+def test_fabricated_checkpoints_of_each_kind_are_embedded_on_ray(
+    write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    rollouts, made = write_rollouts((2, 3), size=64), fabricated(tmp_path)
+    outputs = [
+        (EncoderRequest(name, str(path), device="cpu", batch=4), tmp_path / "stores" / name)
+        for name, (path, _) in made.items()
+    ]
+    results = embed(rollouts, outputs, EmbedConfig(engine="ray", workers=2, dtype="float32"))
+    frames = Store.open(rollouts).read_episode(1)["frame"]
+    for result in results:
+        stored = Store.open(result.store).read_episode(1)["embedding"]
+        with torch.no_grad():
+            theirs = made[result.pvr][1](pixels_for(result.pvr, frames))
+        assert relative_error(stored, theirs) < 1e-5
+        encoder = Store.open(result.store).manifest.embeddings
+        assert encoder is not None
+        assert encoder.encoder.weights.loaded == encoder.encoder.weights.expected > 0
