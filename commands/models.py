@@ -23,13 +23,16 @@ from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, wat
 
 
 def train_model(
-    store: Annotated[str | None, typer.Argument(help="Embedding store or URL; default: the newest.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Argument(help="Embeddings, or rollouts to learn from pixels; default: the newest embeddings."),
+    ] = None,
     run: Annotated[
         Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
     ] = None,
-    model: Annotated[str, typer.Option(help="dreamerv3 or tdmpc2.")] = "dreamerv3",
+    model: Annotated[str, typer.Option(help="dreamerv3, tdmpc2 or dinowm.")] = "dreamerv3",
     size: Annotated[
-        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2).")
+        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm).")
     ] = "1m",
     updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")] = None,
@@ -38,6 +41,18 @@ def train_model(
     warmup: Annotated[
         int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")
     ] = 1000,
+    encoder: Annotated[
+        Literal["auto", "linear", "mlp", "attention", "cnn"],
+        typer.Option(help="How the model reads embeddings, tokens or frames; auto: the first that fits."),
+    ] = "auto",
+    symlog: Annotated[bool, typer.Option(help="dreamerv3: squash embeddings by symlog.")] = True,
+    burn_in: Annotated[
+        int, typer.Option(min=0, help="dreamerv3: rows before each window that only carry the state to it.")
+    ] = 0,
+    proprioception: Annotated[
+        bool, typer.Option("--proprioception", help="dinowm: see and predict the state too.")
+    ] = False,
+    pixels: Annotated[int, typer.Option(min=16, help="Side of frames, when learning from them.")] = 64,
     backing: Annotated[
         Literal["auto", "mapped", "ram", "device"],
         typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
@@ -49,7 +64,7 @@ def train_model(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a world model offline from an embedding store; the same command resumes it.
+    """Train a world model offline from embeddings, or from frames; the same command resumes it.
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
@@ -72,6 +87,11 @@ def train_model(
         seed=seed,
         learning_rate=learning_rate,
         warmup=warmup,
+        encoder=encoder,
+        symlog_inputs=symlog,
+        burn_in=burn_in,
+        proprioception=proprioception,
+        pixels=pixels,
     )
     with watching("train", "updates", f"training {model} {size} into {run}") as progress:
         result = train(

@@ -31,6 +31,7 @@ from pvrpipe.schemas.manifest import EncoderIdentity, Frozen, canonical_json
 from pvrpipe.store.files import TEMPORARY, disk_errors, locked, make_folder, remove_temporaries, write_whole
 from pvrpipe.store.workspace import RUN
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, PROBE, TENSORBOARD = RUN, "metrics.jsonl", "metrics.json", "tensorboard"
 
@@ -44,13 +45,22 @@ class RunRecord(Frozen):
     config: dict[str, Any]
     store: str
     store_id: str
-    encoder: EncoderIdentity
-    embedding: int  # D, tokens taken side by side
-    action: int  # A
+    encoder: EncoderIdentity | None  # None: learned from frames
+    setting: Setting
     parameters: int
     device: str
     versions: dict[str, str]
     result: dict[str, Any] | None = None
+
+    @property
+    def pvr(self) -> str:
+        """The representation by name."""
+        return "from scratch" if self.encoder is None else self.encoder.name
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether nobody trained the representation."""
+        return self.encoder is not None and self.encoder.weights.random_seed is not None
 
 
 def versions() -> dict[str, str]:

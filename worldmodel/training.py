@@ -1,4 +1,4 @@
-"""Train a world model from an embedding store: one loop, from the first update to the last."""
+"""Train a world model from a store: one loop, from the first update to the last."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +18,12 @@ from pvrpipe.schemas.manifest import EmbeddingSpecification
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
-from pvrpipe.worldmodel.batches import Backing, Batches, chance, embedding_width, open_embeddings
-from pvrpipe.worldmodel.models import WorldModel, build_model, check_names, suitable_threads
+from pvrpipe.worldmodel.batches import Backing, Batches, chance, open_observations, setting_of
+from pvrpipe.worldmodel.models import Setting, WorldModel, build_model, check_names, suitable_threads
 from pvrpipe.worldmodel.optimizer import Updater
 
-BATCH = {"dreamerv3": 16, "tdmpc2": 256}
-LENGTH = {"dreamerv3": 64, "tdmpc2": 4}
+BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
+LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
 VALIDATION_BATCHES = 4
 VALIDATION = 1  # sets validation's chance apart from training's
 
@@ -32,25 +33,33 @@ class TrainConfig:
     """What is trained and how; with the store's id it decides every number of a run."""
 
     model: str = "dreamerv3"
-    """dreamerv3 or tdmpc2"""
+    """dreamerv3, tdmpc2 or dinowm"""
     size: str = "1m"
     """a published size of that model"""
     updates: int = 1000
     """gradient steps"""
     batch: int | None = None
-    """windows in a batch; None: 16 for dreamerv3, 256 for tdmpc2"""
+    """windows in a batch; None: 16 for dreamerv3, 256 for tdmpc2, 32 for dinowm"""
     length: int | None = None
-    """rows of a window; None: 64 for dreamerv3, 4 (a horizon of 3) for tdmpc2"""
+    """rows of a window; None: 64 for dreamerv3, 4 for tdmpc2 (a horizon of 3) and dinowm (three frames and the next)"""
     seed: int = 0
     """decides weights, windows and samples"""
     learning_rate: float | None = None
-    """None: the published one, 4e-5 for dreamerv3 and 3e-4 for tdmpc2"""
+    """None: the published one, 4e-5 for dreamerv3, 3e-4 for tdmpc2, 5e-4 for dinowm"""
     warmup: int = 1000
     """updates over which dreamerv3's learning rate rises"""
     normalize: bool = True
     """embeddings to zero mean and unit variance, by the store's own statistics"""
     symlog_inputs: bool = True
     """dreamerv3 squashes embeddings, as input and as target"""
+    encoder: str = "auto"
+    """how a model reads what it observes: linear, mlp, attention or cnn; auto: the first that fits"""
+    burn_in: int = 0
+    """rows in front of a window that only carry dreamerv3's state to it"""
+    proprioception: bool = False
+    """dinowm sees and predicts the state too"""
+    pixels: int = 64
+    """side of the frames that a model from scratch is shown"""
     log_every: int = 50
     """updates between two lines of training losses"""
     save_every: int = 500
@@ -59,7 +68,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
         check_names(self.model, self.size)
-        for name in ("updates", "log_every", "save_every", "rows", "windows"):
+        for name in ("updates", "log_every", "save_every", "rows", "windows", "pixels"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.rows < 2:
@@ -123,19 +132,12 @@ def train(
         OutputExistsError: the run was begun with another configuration; it is left as it is.
         RunError: a loss is not finite, or the checkpoint does not fit; the last good one is kept.
     """
-    store, folder, device = open_embeddings(store_path), Path(run), torch.device(device)
-    model = build_model(
-        config.model,
-        config.size,
-        embedding_width(store),
-        store.column("action").shape[0],
-        symlog_inputs=config.symlog_inputs,
-        seed=config.seed,
-    ).to(device)
+    store, folder, device = open_observations(store_path), Path(run), torch.device(device)
+    setting = setting_of(store, pixels=config.pixels, encoder=config.encoder)
+    model = model_of(config, setting).to(device)
     updater = Updater.of(config.model, model, learning_rate=config.learning_rate, warmup=config.warmup)
     if config.normalize:
-        statistics = store.manifest.statistics["embedding"]
-        model.standardise.set(statistics.mean, statistics.std)
+        standardise(model, store)
     length = config.rows + model.rows_before
     data, held_out = (
         Batches(
@@ -145,11 +147,13 @@ def train(
             length=length,
             seed=config.seed,
             device=device,
+            observation=setting.observation,
+            columns=model.columns,
             backing=backing,
         )
         for split in ("train", "val")
     )
-    draft = _record(config, store, model, device)
+    draft = _record(config, store, setting, model, device)
     with suitable_threads(model, device), runs.begun(folder, draft, overwrite=overwrite) as record:
         if record.result is not None:
             return TrainResult(**{**record.result, "run": str(folder)})
@@ -208,21 +212,46 @@ def _means(unlogged: list[dict[str, Tensor]], k: int) -> dict[str, float]:
     return {name: float(torch.stack([t[name] for t in unlogged]).mean()) for name in unlogged[0]}
 
 
+def model_of(config: TrainConfig, setting: Setting) -> Any:
+    """The model that a configuration asks for, with fresh weights."""
+    return build_model(
+        config.model,
+        config.size,
+        setting,
+        seed=config.seed,
+        encoder=config.encoder,
+        symlog_inputs=config.symlog_inputs,
+        burn_in=config.burn_in,
+        proprioception=config.proprioception,
+    )
+
+
+def standardise(model: Any, store: Store) -> None:
+    """Give the model the moments of the store's training rows."""
+    if "embedding" in store.manifest.statistics:
+        moments = store.manifest.statistics["embedding"]
+        model.seen.standardise.set(moments.mean, moments.std)
+    if "state" in model.columns:
+        train = store.episodes.filter(store.episodes["split"] == "train")["episode"].to_list()
+        states = np.concatenate([store.read_episode(e, ("state",))["state"] for e in train]).astype(
+            np.float64
+        )
+        model.seen_state.set(states.mean(0), states.std(0))
+
+
 def _record(
-    config: TrainConfig, store: Store, model: torch.nn.Module, device: torch.device
+    config: TrainConfig, store: Store, setting: Setting, model: torch.nn.Module, device: torch.device
 ) -> runs.RunRecord:
     """What ``run.json`` says when a run begins."""
     specification = store.manifest.specification
-    assert isinstance(specification, EmbeddingSpecification)
     assert store.manifest.id is not None
     return runs.RunRecord(
         state="training",
         config=asdict(config),
         store=str(store.path),
         store_id=store.manifest.id,
-        encoder=specification.encoder,
-        embedding=embedding_width(store),
-        action=store.column("action").shape[0],
+        encoder=specification.encoder if isinstance(specification, EmbeddingSpecification) else None,
+        setting=setting,
         parameters=sum(p.numel() for p in model.parameters()),
         device=str(device),
         versions=runs.versions(),
@@ -236,14 +265,6 @@ def load_model(folder: Path, device: torch.device) -> tuple[Any, runs.RunRecord]
         RunError: there is no run, no checkpoint, or a checkpoint that does not fit.
     """
     record = runs.read_run(folder)
-    config = TrainConfig(**record.config)
-    model = build_model(
-        config.model,
-        config.size,
-        record.embedding,
-        record.action,
-        symlog_inputs=config.symlog_inputs,
-        seed=config.seed,
-    ).to(device)
+    model = model_of(TrainConfig(**record.config), record.setting).to(device)
     checkpoints.load(folder, model)
     return model, record
