@@ -69,6 +69,7 @@ def train_model(
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
     from pvrpipe.store.places import place_of
+    from pvrpipe.store.reading import Store
     from pvrpipe.store.workspace import Workspace
 
     store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
@@ -76,7 +77,8 @@ def train_model(
     from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
 
     label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
-    name = f"{label.removeprefix('dmc-').removeprefix('dmc:')}-{model}-{size}-s{seed}"
+    scratch = "" if Store.open(store).manifest.kind == "embeddings" else "-scratch"
+    name = f"{label.removeprefix('dmc-').removeprefix('dmc:')}{scratch}-{model}-{size}-s{seed}"
     run = run or Workspace(root).run(name)
     config = TrainConfig(
         model=model,

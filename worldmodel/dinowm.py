@@ -2,9 +2,10 @@
 
 After Zhou et al. (2024) and gaoyuezhou/dino_wm (``models/vit.py``, ``visual_world_model.py``): every token of a frame
 carries an embedding of the action taken from it, and of proprioception where that is asked for; attention sees a
-frame's own tokens and those of earlier frames; the mean squared error to the next frame's embedding is the loss. Ours besides:
-embeddings are standardised and mapped to the transformer's width, which in the original is their own; and a reward head
-(DreamerV3's symexp two-hot) reads what is predicted, reward[t + 1] from the frames and actions up to row t.
+frame's own tokens and those of earlier frames; the mean squared error to the next frame's embedding is the loss.
+Ours besides: embeddings are standardised and mapped to the transformer's width, which in the original is their own;
+and a reward head (DreamerV3's symexp two-hot) reads what is predicted, reward[t + 1] from the frames and actions up to
+row t.
 """
 
 from __future__ import annotations
