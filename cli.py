@@ -26,6 +26,7 @@ app.command("import")(importing.import_)
 app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
 app.command()(models.probe)
+app.command()(models.runs)
 app.add_typer(pretrain, name="pretrain")
 pretrain.command("autoencoder")(embeddings.pretrain_autoencoder)
 for command in (

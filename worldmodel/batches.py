@@ -98,7 +98,8 @@ class Batches:
         sampler = WindowSampler(
             store, names, batch=batch, length=length, seed=seed, split=split, backing=files
         )
-        resident = "auto" if backing == "auto" else backing == "device"
+        resident: Literal["auto"] | bool = "auto" if backing == "auto" else backing == "device"
+        self._sampler = sampler
         self._load = WindowLoader(sampler, device, prepared_for(observation), resident)
         self.backing = self._load.backing
 
@@ -110,6 +111,18 @@ class Batches:
     def __call__(self, k: int) -> dict[str, Tensor]:
         """Columns (B, T, ...): embedding, action and reward in float32, flags in bool."""
         return self._load(k)
+
+    def origin(self, k: int) -> str:
+        """Which episodes and steps the windows of batch k begin at, for a message."""
+        first = self._sampler.pieces(self._sampler.numbers(k)).start
+        episodes = self._sampler.store.episodes
+        rows = episodes["row_first"].to_numpy()
+        at = np.searchsorted(rows, first, "right") - 1
+        named = [
+            f"{episodes['episode'][int(e)]} from {row - rows[e]}" for e, row in zip(at, first, strict=True)
+        ]
+        more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+        return f"episodes {', '.join(named[:4])}{more}"
 
     def first(self, count: int) -> Iterable[dict[str, Tensor]]:
         """The batches 0 … count - 1, for validation."""

@@ -68,7 +68,7 @@ class DreamerV3(nn.Module):
         features = widths.deter + widths.categoricals * widths.classes
         self.seen = Seen(observation, symlog_inputs=symlog_inputs)
         self.encoder = encoder_for(observation, encoder, widths)
-        self.rssm = RSSM(widths, int(self.encoder.width), action)
+        self.rssm = RSSM(widths, self.encoder.width, action)
         self.two_hot = TwoHot.dreamerv3()
         self.decoder = decoder_for(observation, widths, features)
         self.reward = MLP(features, widths.units, 1, len(self.two_hot.bins))
@@ -158,4 +158,4 @@ class DreamerV3(nn.Module):
     def _uniform(self, rows: Tensor, random: torch.Generator) -> Tensor:
         """Chance for every row (B, T, ...), drawn on the CPU so that devices agree: (B, T, S)."""
         drawn = torch.rand(*rows.shape[:2], self.size.categoricals, generator=random)
-        return drawn.to(rows.device, rows.dtype)
+        return drawn.to(rows.device, self.rssm.core.bias.dtype)

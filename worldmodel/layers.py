@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., features) -> (..., units)."""
-        return F.silu(self.norm(self.linear(x)))
+        return F.silu(self.norm(self.linear(x).to(self.norm.weight.dtype)))  # norms in full precision
 
 
 class MLP(nn.Module):
@@ -65,7 +65,8 @@ class ConvLayer(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """Norm and silu; in channels-last memory nothing is moved."""
-        return F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1).to(self.norm.weight.dtype)
+        return F.silu(self.norm(x)).permute(0, 3, 1, 2)
 
 
 def initialise(module: nn.Module) -> None:
@@ -76,4 +77,5 @@ def initialise(module: nn.Module) -> None:
             fan_in = kernel[..., 0].numel() if isinstance(part, BlockLinear) else kernel[0].numel()
             std = INIT_STD / fan_in**0.5
             nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

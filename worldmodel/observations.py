@@ -32,7 +32,9 @@ SPACE_BLOCKS = 8
 SMALLEST, LARGEST = 3, 16  # sides of the map that is left of a frame
 
 
-def encoder_for(observation: Observation, encoder: str, size: Size) -> nn.Module:
+def encoder_for(
+    observation: Observation, encoder: str, size: Size
+) -> ConvEncoder | AttentionPool | VectorEncoder:
     """The network that reads an observation (..., *shape), with its ``width``; ``auto`` is the first that fits.
 
     Raises:
@@ -49,7 +51,9 @@ def encoder_for(observation: Observation, encoder: str, size: Size) -> nn.Module
     return VectorEncoder(observation, size.units, LAYERS if name == "mlp" else 0)
 
 
-def decoder_for(observation: Observation, size: Size, features: int) -> nn.Module:
+def decoder_for(
+    observation: Observation, size: Size, features: int
+) -> ConvDecoder | TokenDecoder | VectorDecoder:
     """The network that predicts an observation from the state, with its ``loss``."""
     if observation.kind == "pixels":
         return ConvDecoder(observation, size)
@@ -177,7 +181,7 @@ class ConvDecoder(nn.Module):
         grid = self.side, self.side
         blocks = self.of_deter(deter.unflatten(-1, (SPACE_BLOCKS, -1))).unflatten(-1, (*grid, -1))
         x = blocks.permute(0, 2, 3, 1, 4).flatten(-2) + self.of_stoch(stoch).unflatten(-1, (*grid, -1))
-        x = F.silu(self.norm(x)).permute(0, 3, 1, 2)
+        x = F.silu(self.norm(x.to(self.norm.weight.dtype))).permute(0, 3, 1, 2)
         for stage in self.stages:
             x = stage(F.interpolate(x, scale_factor=2.0))
         frames = torch.sigmoid(self.out(F.interpolate(x, scale_factor=2.0)))

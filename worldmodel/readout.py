@@ -1,8 +1,8 @@
 """What an embedding contains: reward and state read off it by small networks, without any world model.
 
-The floor under every reward error: a model cannot read from a latent what the embedding does not hold. Each row's reward
-(received on arriving there) and state are predicted from that row's embedding alone, by ridge regression and by an MLP,
-fitted on the ``train`` episodes and judged on the held-out ones. Tokens are averaged first.
+The floor under every reward error: a model cannot read from a latent what the embedding does not hold. Each row's
+reward (received on arriving there) and state are predicted from that row's embedding alone, by ridge regression and by
+an MLP, fitted on the ``train`` episodes and judged on the held-out ones. Tokens are averaged first.
 """
 
 from __future__ import annotations
@@ -58,13 +58,16 @@ def read_out(
         InvalidValueError: an embedding is too wide, or a split has no rows.
     """
     store = Store.open(place, kind="embeddings", prove=True)
+    made = store.manifest.embeddings
+    assert made is not None
     train, val = (_rows_of(store, split) for split in ("train", "val"))
     mean, scale = train.embedding.mean(0), np.maximum(train.embedding.std(0), 1e-4)
     seen, held_out = ((rows.embedding - mean) / scale for rows in (train, val))
     report: dict[str, Any] = {
         "store": str(store.path),
         "store_id": store.manifest.id,
-        "pvr": store.manifest.embeddings.encoder.name if store.manifest.embeddings else "",
+        "pvr": made.encoder.name,
+        "random_weights": made.encoder.weights.random_seed is not None,
         "rows": {"train": len(seen), "val": len(held_out)},
     }
     for number, (name, wanted) in enumerate(train.targets.items()):

@@ -108,8 +108,15 @@ class RSSM(nn.Module):
         action_kernel = of_action.permute(1, 0, 2).reshape(H, d).t()
         action_part = F.linear(self.action_in(bounded(before.transpose(0, 1))), action_kernel, self.core.bias)
         token_part = F.linear(tokens.transpose(0, 1), of_tokens, self.posterior_in.linear.bias)
-        keep = (~is_first).t().unsqueeze(-1).to(tokens.dtype)
-        states = posterior_scan(action_part, token_part, keep, uniform.transpose(0, 1), weights)
+        keep = (~is_first).t().unsqueeze(-1).to(uniform.dtype)
+        with torch.autocast(tokens.device.type, enabled=False):  # the state is carried in full precision
+            states = posterior_scan(
+                action_part.to(uniform.dtype),
+                token_part.to(uniform.dtype),
+                keep,
+                uniform.transpose(0, 1),
+                weights,
+            )
         deter, stoch, logits = (s.transpose(0, 1) for s in states)
         return deter, stoch, logits
 

@@ -161,6 +161,7 @@ class TDMPC2(nn.Module):
         episodic: whether episodes end before their time; only then is termination learned.
     """
 
+    discount: Tensor
     columns: ClassVar[tuple[str, ...]] = ()  # beside observation, action, reward and the flags
     rows_before: ClassVar[int] = STACK - 1  # rows a window needs besides those it trains on
 

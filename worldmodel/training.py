@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from pvrpipe.worldmodel.optimizer import Updater
 BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
 LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
 VALIDATION_BATCHES = 4
+Precision = Literal["fp32", "bf16"]
 VALIDATION = 1  # sets validation's chance apart from training's
 
 
@@ -60,6 +62,10 @@ class TrainConfig:
     """dinowm sees and predicts the state too"""
     pixels: int = 64
     """side of the frames that a model from scratch is shown"""
+    precision: Precision = "fp32"
+    """what products are computed in; weights, optimizer and the recurrence of dreamerv3 stay in float32"""
+    patience: int = 0
+    """stop once the validation loss has not fallen for so many checkpoints; 0: train to the end"""
     log_every: int = 50
     """updates between two lines of training losses"""
     save_every: int = 500
@@ -162,25 +168,32 @@ def train(
         log = runs.MetricsLog(folder, done)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
-        begun = time.perf_counter()
-        for k in range(done + 1, config.updates + 1):
-            loss, terms = model.loss(data(k), chance(config.seed, k))
+        begun, k = time.perf_counter(), done
+        while k < config.updates and not stale(log.validation, config.patience):
+            k += 1
+            with computing(config.precision, device):
+                loss, terms = model.loss(data(k), chance(config.seed, k))
             updater.update(loss)
             unlogged.append({name: term.detach() for name, term in terms.items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
-                log.write(k, "train", _means(unlogged, k))
+                log.write(k, "train", _means(unlogged, k, data))
                 unlogged.clear()
             if k % config.save_every == 0 or last:
-                log.write(k, "val", validate(model, held_out.first(VALIDATION_BATCHES), config.seed))
+                with computing(config.precision, device):
+                    losses = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
+                check_finite(
+                    losses["loss"], k, data
+                )  # an update whose gradient was not leaves weights that are not
+                log.write(k, "val", losses)
                 checkpoints.save(folder, k, model, updater)
             progress(k, config.updates, log.note)
         seconds = max(time.perf_counter() - begun, 1e-9)
         log.close()
         result = TrainResult(
             run=str(folder),
-            updates=config.updates,
-            updates_per_second=(config.updates - done) / seconds,
+            updates=k,
+            updates_per_second=(k - done) / seconds,
             data_wait_fraction=data.waited / seconds,
             backing=data.backing,
             train=log.last["train"],
@@ -200,15 +213,32 @@ def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int)
     return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
 
 
-def _means(unlogged: list[dict[str, Tensor]], k: int) -> dict[str, float]:
+def stale(validation: list[float], patience: int) -> bool:
+    """Whether the best of the validation losses is more than ``patience`` checkpoints old."""
+    return 0 < patience <= len(validation) - 1 - validation.index(min(validation)) if validation else False
+
+
+@contextlib.contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Products in bfloat16 where that is asked for."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+def check_finite(loss: float, update: int, data: Batches) -> None:
+    """Raise RunError, naming the update and its windows, unless a loss is a number."""
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss of update {update} is {loss}, on windows of {data.origin(update)}; the last checkpoint is "
+            "kept: try a smaller learning rate, or look at the store with `pvrpipe verify`"
+        )
+
+
+def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str, float]:
     """Mean of each term over the updates up to k; a loss that is not finite ends the run here."""
     losses = torch.stack([terms["loss"] for terms in unlogged]).tolist()
     for update, loss in enumerate(losses, start=k - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss of update {update} is {loss}; the last checkpoint is kept: "
-                "try a smaller learning rate, or look at the embeddings with `pvrpipe verify`"
-            )
+        check_finite(loss, update, data)
     return {name: float(torch.stack([t[name] for t in unlogged]).mean()) for name in unlogged[0]}
 
 
