@@ -23,6 +23,7 @@ app.command("import")(importing.import_)
 app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
 app.command()(models.probe)
+app.command()(models.runs)
 app.command()(embeddings.pretrain)
 for command in (
     stores.inspect,

@@ -25,7 +25,8 @@ from torchrl.modules.models.model_based import DreamerV3MLP, RSSMPosteriorV3, RS
 from torchrl.objectives import DreamerV3ModelLoss
 
 from pvrpipe.worldmodel.dreamerv3 import SIZES
-from pvrpipe.worldmodel.models import build_model
+from pvrpipe.worldmodel.inputs import vector
+from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.optimizer import LaProp
 
 
@@ -66,7 +67,7 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
         update()
     turns = [(timed(ours), timed(theirs)) for _ in range(options.repeats)]
     with torch.device("meta"):
-        model = build_model("dreamerv3", size, options.width, options.action, symlog_inputs=True, seed=0)
+        model = build_model("dreamerv3", size, setting_of(options), seed=0)
     return {
         "size": size,
         "batch": options.batch,
@@ -91,7 +92,7 @@ def random_batch(options: argparse.Namespace) -> dict[str, Tensor]:
     is_first = torch.zeros(B, T, dtype=torch.bool)
     is_first[:, 0] = True
     return {
-        "embedding": torch.randn(B, T, options.width),
+        "observation": torch.randn(B, T, options.width),
         "action": torch.rand(B, T, options.action) * 2 - 1,
         "reward": torch.rand(B, T),
         "is_first": is_first,
@@ -111,9 +112,14 @@ def optimised(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Cal
     return update
 
 
+def setting_of(options: argparse.Namespace) -> Setting:
+    """A store of one embedding a row."""
+    return Setting(vector(options.width), options.action, state=0, steps=500, episodic=False)
+
+
 def our_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace) -> Callable[[], None]:
     """One update of pvrpipe's DreamerV3."""
-    model = build_model("dreamerv3", size, options.width, options.action, symlog_inputs=True, seed=0)
+    model = build_model("dreamerv3", size, setting_of(options), seed=0)
     random = torch.Generator().manual_seed(0)
     return optimised(lambda: model.loss(batch, random)[0], list(model.parameters()))
 
@@ -121,7 +127,7 @@ def our_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace)
 def torchrl_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace) -> Callable[[], None]:
     """One update of the same model put together from TorchRL's parts, as they come (eager)."""
     world_model, loss = torchrl_model(size, options)
-    B, T, _ = batch["embedding"].shape
+    B, T, _ = batch["observation"].shape
     widths = SIZES[size]
     data = TensorDict(
         {
@@ -130,7 +136,7 @@ def torchrl_update(size: str, batch: dict[str, Tensor], options: argparse.Namesp
             "action": torch.cat([torch.zeros(B, 1, options.action), batch["action"][:, :-1]], 1),
             "is_init": batch["is_first"].unsqueeze(-1),
             "next": {
-                "pixels": batch["embedding"],
+                "pixels": batch["observation"],
                 "reward": batch["reward"].unsqueeze(-1),
                 "done": batch["is_terminal"].unsqueeze(-1),
                 "terminated": batch["is_terminal"].unsqueeze(-1),

@@ -1,9 +1,11 @@
-"""``train-model`` and ``probe``."""
+"""``train-model``, ``probe`` and ``runs``."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,15 +23,20 @@ from pvrpipe.commands.options import (
 )
 from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, watching
 
+LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
+
 
 def train_model(
-    store: Annotated[str | None, typer.Argument(help="Embedding store or URL; default: the newest.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Argument(help="Embeddings, or rollouts to learn from pixels; default: the newest embeddings."),
+    ] = None,
     run: Annotated[
         Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
     ] = None,
-    model: Annotated[str, typer.Option(help="dreamerv3 or tdmpc2.")] = "dreamerv3",
+    model: Annotated[str, typer.Option(help="dreamerv3, tdmpc2 or dinowm.")] = "dreamerv3",
     size: Annotated[
-        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2).")
+        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm).")
     ] = "1m",
     updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")] = None,
@@ -38,6 +45,27 @@ def train_model(
     warmup: Annotated[
         int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")
     ] = 1000,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="What products are computed in.")
+    ] = "fp32",
+    validate_every: Annotated[
+        int, typer.Option(min=1, help="Updates between two checkpoints, each with validation losses.")
+    ] = 500,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many checkpoints without a better validation; 0: never.")
+    ] = 0,
+    encoder: Annotated[
+        Literal["auto", "linear", "mlp", "attention", "cnn"],
+        typer.Option(help="How the model reads embeddings, tokens or frames; auto: the first that fits."),
+    ] = "auto",
+    symlog: Annotated[bool, typer.Option(help="dreamerv3: squash embeddings by symlog.")] = True,
+    burn_in: Annotated[
+        int, typer.Option(min=0, help="dreamerv3: rows before each window that only carry the state to it.")
+    ] = 0,
+    proprioception: Annotated[
+        bool, typer.Option("--proprioception", help="dinowm: see and predict the state too.")
+    ] = False,
+    pixels: Annotated[int, typer.Option(min=16, help="Side of frames, when learning from them.")] = 64,
     backing: Annotated[
         Literal["auto", "mapped", "ram", "device"],
         typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
@@ -49,11 +77,12 @@ def train_model(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a world model offline from an embedding store; the same command resumes it.
+    """Train a world model offline from embeddings, or from frames; the same command resumes it.
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
     from pvrpipe.store.places import place_of
+    from pvrpipe.store.reading import Store
     from pvrpipe.store.workspace import Workspace
 
     store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
@@ -61,7 +90,8 @@ def train_model(
     from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
 
     label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
-    name = f"{label.removeprefix('dmc-').removeprefix('dmc:')}-{model}-{size}-s{seed}"
+    scratch = "" if Store.open(store).manifest.kind == "embeddings" else "-scratch"
+    name = f"{label.removeprefix('dmc-').removeprefix('dmc:')}{scratch}-{model}-{size}-s{seed}"
     run = run or Workspace(root).run(name)
     config = TrainConfig(
         model=model,
@@ -72,6 +102,15 @@ def train_model(
         seed=seed,
         learning_rate=learning_rate,
         warmup=warmup,
+        encoder=encoder,
+        symlog_inputs=symlog,
+        burn_in=burn_in,
+        proprioception=proprioception,
+        pixels=pixels,
+        precision=precision,
+        patience=patience,
+        save_every=validate_every,
+        log_every=math.gcd(validate_every, LOG_EVERY),
     )
     with watching("train", "updates", f"training {model} {size} into {run}") as progress:
         result = train(
@@ -88,9 +127,12 @@ def train_model(
 
 
 def probe(
-    run: Annotated[Path | None, typer.Argument(help="Folder of a run; default: the newest.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Folder of a run, or an embedding store to read out; default: the newest run."),
+    ] = None,
     store: Annotated[
-        str | None, typer.Argument(help="Embedding store or URL; default: the run's own.")
+        str | None, typer.Argument(help="Store or URL to probe the run on; default: the run's own.")
     ] = None,
     horizon: Annotated[list[int], typer.Option(min=1, help="Rows to accumulate over; repeatable.")] = [
         33,
@@ -105,17 +147,22 @@ def probe(
 ) -> None:
     """Measure a run's dynamics and reward errors on held-out episodes, beside two controls.
 
+    Given an embedding store instead, it says what reward and state can be read off its embeddings at all.
+
     Example: pvrpipe probe data/runs/pendulum-swingup-vc1-dreamerv3-1m-s0 --horizon 15 --horizon 50
     """
-    from pvrpipe.store.workspace import Workspace
+    from pvrpipe.store.workspace import RUN, Workspace
 
-    run = run or took("run", Workspace(root).newest_run())
+    if run is not None and not (Path(run) / RUN).exists() and holds_store(run):
+        read_out(run, seed, json_)
+        return
+    folder = took("run", Workspace(root).newest_run()) if run is None else Path(run)
 
     from pvrpipe.worldmodel.probe import probe as measure  # torch: after the mistakes
 
     with watching("probe", "episodes") as progress:
         metrics = measure(
-            run,
+            folder,
             store,
             horizons=horizon,
             split=split,
@@ -123,6 +170,53 @@ def probe(
             device=pick_device(device),
             progress=progress,
         )
-    if metrics["random_weights"]:
-        note(f"{metrics['pvr']}: RANDOM WEIGHTS, nobody trained this encoder")
+    warn_of_random(metrics)
     tell(json_, metrics, error_rows(metrics), ERROR_COLUMNS)
+
+
+def holds_store(place: str) -> bool:
+    """Whether there is a store, rather than a run or nothing."""
+    from pvrpipe.schemas.errors import NotAStoreError
+    from pvrpipe.store.reading import Store
+
+    try:
+        Store.open(place)
+    except NotAStoreError:
+        return False
+    return True
+
+
+def read_out(store: str, seed: int, json_: bool) -> None:
+    """What an embedding store contains, as a table."""
+    from pvrpipe.worldmodel.readout import READERS, TARGETS
+    from pvrpipe.worldmodel.readout import read_out as measure
+
+    with watching("readout", "updates") as progress:
+        report = measure(store, seed=seed, progress=progress)
+    warn_of_random(report)
+    rows = [
+        {"target": target, "reader": reader, **report[target][reader]}
+        for target in TARGETS
+        if target in report
+        for reader in (*READERS, "mean")
+    ]
+    tell(json_, report, rows, ("target", "reader", "r2", "mae"))
+
+
+def warn_of_random(report: Mapping[str, Any]) -> None:
+    """Say that nobody trained the encoder, where that is so."""
+    if report["random_weights"]:
+        note(f"{report['pvr']}: RANDOM WEIGHTS, nobody trained this encoder")
+
+
+def runs(root: Root = DATA, json_: Json = False, debug: Debug = False) -> None:
+    """List the runs of the workspace: what is trained on what, how far, and its last losses.
+
+    Example: pvrpipe runs
+    """
+    from pvrpipe.worldmodel.runs import listed
+
+    rows = listed(root / "runs")
+    if not rows and not json_:
+        note(f"there is no run in {root / 'runs'}; make one with `pvrpipe train-model`")
+    tell(json_, {"runs": rows}, rows, ("run", "model", "size", "pvr", "state", "updates", "loss", "val_loss"))

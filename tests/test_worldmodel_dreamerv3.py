@@ -12,8 +12,13 @@ from torch import Tensor
 from torchrl.modules.models.model_based import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 
 from pvrpipe.worldmodel.distributions import straight_through
-from pvrpipe.worldmodel.dreamerv3 import CONTINUE, MLP, RSSM, SIZES, DreamerV3, Size, initialise
+from pvrpipe.worldmodel.dreamerv3 import CONTINUE, SIZES, DreamerV3
+from pvrpipe.worldmodel.inputs import vector
+from pvrpipe.worldmodel.layers import MLP, initialise
 from pvrpipe.worldmodel.models import build_model
+from pvrpipe.worldmodel.rssm import RSSM, Size
+
+from .settings import setting
 
 SMALL = Size(deter=16, hidden=6, classes=3, units=5, categoricals=4, blocks=2)
 TOKENS, ACTION, B, T = 5, 2, 3, 7
@@ -201,7 +206,7 @@ def batch_of(width: int, rows: int = 8) -> dict[str, Tensor]:
     is_terminal = torch.zeros(4, rows, dtype=torch.bool)
     is_terminal[0, -1] = True
     return {
-        "embedding": torch.randn(4, rows, width, generator=random),
+        "observation": torch.randn(4, rows, width, generator=random),
         "action": torch.rand(4, rows, 2, generator=random),
         "reward": torch.rand(4, rows, generator=random),
         "is_first": is_first,
@@ -211,7 +216,7 @@ def batch_of(width: int, rows: int = 8) -> dict[str, Tensor]:
 
 def test_losses_at_initialisation() -> None:
     """The zero-initialised reward head knows nothing, and the loss is the scaled sum of its terms."""
-    model = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=0)
+    model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
     loss, terms = model.loss(batch_of(12), torch.Generator().manual_seed(0))
     assert terms["reward"].item() == pytest.approx(math.log(255), abs=1e-4)
     assert terms["dynamics"] == terms["representation"] >= 1.0
@@ -221,7 +226,7 @@ def test_losses_at_initialisation() -> None:
 
 def test_free_nats_hold_after_the_sum_over_categoricals() -> None:
     """Where prior and posterior agree, both KL losses are exactly 1 and give no gradient."""
-    model = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=0)
+    model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
     for head in (model.rssm.prior.out, model.rssm.posterior_out):
         torch.nn.init.zeros_(head.weight)
     _, terms = model.loss(batch_of(12), torch.Generator().manual_seed(0))
@@ -233,10 +238,10 @@ def test_free_nats_hold_after_the_sum_over_categoricals() -> None:
 
 def test_symlog_inputs_decides_what_is_decoded() -> None:
     with_symlog, without = (
-        build_model("dreamerv3", "1m", 12, 2, symlog_inputs=s, seed=0) for s in (True, False)
+        build_model("dreamerv3", "1m", setting(12, 2), symlog_inputs=s, seed=0) for s in (True, False)
     )
     batch = batch_of(12)
-    batch["embedding"] = batch["embedding"] * 100
+    batch["observation"] = batch["observation"] * 100
     losses = [
         m.loss(batch, torch.Generator().manual_seed(0))[1]["reconstruction"].item()
         for m in (with_symlog, without)
@@ -245,7 +250,7 @@ def test_symlog_inputs_decides_what_is_decoded() -> None:
 
 
 def test_a_row_that_is_not_terminal_continues_with_the_discount() -> None:
-    model = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=0)
+    model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
     model.continues.out.weight.data.zero_()
     model.continues.out.bias.data.fill_(math.log(CONTINUE / (1 - CONTINUE)))
     batch = batch_of(12)
@@ -268,20 +273,21 @@ def test_a_row_that_is_not_terminal_continues_with_the_discount() -> None:
     ],
 )
 def test_parameter_counts(size: str, three_layers: int, rssm: int | None) -> None:
-    """The published counts have a three-layer encoder; ours is one linear map, U units wide.
+    """The published counts have a three-layer encoder; the study's is one linear map, U units wide.
 
     So it lacks two layers of U² weights, and the three biases and gains but for one bias: 2·U² + 5·U.
     """
     with torch.device("meta"):
-        model = DreamerV3(size, 1024, 6)
+        model, linear = (DreamerV3(size, vector(1024), 6, encoder=e) for e in ("mlp", "linear"))
     units = SIZES[size].units
-    assert sum(p.numel() for p in model.parameters()) == three_layers - 2 * units**2 - 5 * units
+    assert sum(p.numel() for p in model.parameters()) == three_layers
+    assert sum(p.numel() for p in linear.parameters()) == three_layers - 2 * units**2 - 5 * units
     if rssm is not None:
         assert sum(p.numel() for p in model.rssm.parameters()) == rssm
 
 
 def test_initialisation_counts_the_fan_in_of_all_blocks() -> None:
-    model = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=0)
+    model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
     for part, fan_in in (
         (model.rssm.gates, 512),
         (model.rssm.core, 512 + 3 * 64 * 8),
@@ -295,7 +301,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=7)
+    first = build_model("dreamerv3", "1m", setting(12, 2), seed=7)
     assert torch.equal(torch.rand(1), expected)
-    second = build_model("dreamerv3", "1m", 12, 2, symlog_inputs=True, seed=7)
+    second = build_model("dreamerv3", "1m", setting(12, 2), seed=7)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.schemas.errors import UnknownNameError
+from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import LaProp, Updater
 from pvrpipe.worldmodel.tdmpc2 import TDMPC2, SimNorm, stacked
+
+from .settings import setting
 
 WIDTH, ACTION = 5, 2
 GENERATOR = torch.Generator()
@@ -23,10 +26,11 @@ def windows(rows: int = 6) -> dict[str, Tensor]:
     is_first = torch.zeros(2, rows, dtype=torch.bool)
     is_first[1, 0] = True
     return {
-        "embedding": lane.unsqueeze(-1).expand(2, rows, WIDTH),
+        "observation": lane.unsqueeze(-1).expand(2, rows, WIDTH),
         "action": lane.unsqueeze(-1).expand(2, rows, ACTION) / 1000,
         "reward": lane,
         "is_first": is_first,
+        "is_terminal": torch.zeros(2, rows, dtype=torch.bool),
     }
 
 
@@ -44,8 +48,8 @@ def test_the_first_row_is_repeated_before_an_episode() -> None:
 
 
 def test_windows_use_true_preceding_rows_and_pair_action_with_the_next_reward() -> None:
-    model = TDMPC2("1m", WIDTH, ACTION)
-    stacks, action, reward = model._aligned(windows())
+    model = TDMPC2("1m", vector(WIDTH), ACTION)
+    stacks, action, reward, _ = model._aligned(windows())
     newest, oldest = stacks[..., -1], stacks[..., 0]
     assert newest.tolist() == [[102, 103, 104, 105], [200, 201, 202, 203]]
     assert oldest.tolist() == [[100, 101, 102, 103], [200, 200, 200, 201]]
@@ -54,18 +58,18 @@ def test_windows_use_true_preceding_rows_and_pair_action_with_the_next_reward() 
 
 
 def test_loss_at_initialisation_and_its_weights() -> None:
-    """The reward loss is ln 101 times the mean of 1, 1/2, 1/4; consistency is weighed by 20, reward by 0.1."""
-    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    """Reward and value know nothing: ln 101 times the mean of 1, 1/2, 1/4. Weights: 20, 0.1, 0.1 and the policy's 1."""
+    model = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)
     loss, terms = model.loss(windows(), GENERATOR)
     assert terms["reward"].item() == pytest.approx(math.log(101) * 1.75 / 3, abs=1e-4)
-    assert loss.item() == pytest.approx(
-        20 * terms["consistency"].item() + 0.1 * terms["reward"].item(), rel=1e-6
-    )
+    assert terms["value"].item() == pytest.approx(math.log(101) * 1.75 / 3, abs=1e-4)
+    weighed = 20 * terms["consistency"] + 0.1 * (terms["reward"] + terms["value"]) + terms["policy"]
+    assert loss.item() == pytest.approx(weighed.item(), rel=1e-6)
 
 
 def test_consistency_equals_a_plain_loop_and_its_target_has_no_gradient() -> None:
-    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
-    stacks, action, _ = model._aligned(windows())
+    model = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)
+    stacks, action, *_ = model._aligned(windows())
     z, expected = model.encoder(stacks[:, 0]), torch.zeros(())
     for t in range(3):
         z = model.dynamics(torch.cat([z, action[:, t]], -1))
@@ -83,17 +87,19 @@ def test_consistency_equals_a_plain_loop_and_its_target_has_no_gradient() -> Non
 def test_parameter_counts_of_the_published_5m(width: int, encoder: int | None) -> None:
     """Observation 24 is our stack of three embeddings of 8; wider stacks only widen the first layer."""
     with torch.device("meta"):
-        model = TDMPC2("5m", width, 6)
+        model = TDMPC2("5m", vector(width), 6)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     assert counts["dynamics"] == 794_112
     assert counts["reward"] == 582_245
+    assert counts["policy"] == 533_516
+    assert counts["values"] == 2_911_225
     assert counts["encoder"] == 139_520 + (3 * width - 24) * 256
     if encoder is not None:
         assert counts["encoder"] == encoder
 
 
 def test_predictions_follow_the_actions_one_by_one() -> None:
-    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    model = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)
     random = torch.Generator().manual_seed(0)
     nn.init.normal_(model.reward[-1].weight, std=0.1, generator=random)
     z, action = torch.rand(3, 128, generator=random), torch.randn(3, 4, ACTION, generator=random)
@@ -108,9 +114,9 @@ def test_predictions_follow_the_actions_one_by_one() -> None:
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="nearest: dreamerv3"):
-        build_model("dreamer", "1m", 8, 2, symlog_inputs=True, seed=0)
+        build_model("dreamer", "1m", setting(8, 2), seed=0)
     with pytest.raises(UnknownNameError, match=r"unknown tdmpc2 size '12m'; nearest: .*1m"):
-        build_model("tdmpc2", "12m", 8, 2, symlog_inputs=True, seed=0)
+        build_model("tdmpc2", "12m", setting(8, 2), seed=0)
 
 
 def test_laprop_with_clipping_equals_a_float64_loop() -> None:
@@ -136,13 +142,20 @@ def test_laprop_with_clipping_equals_a_float64_loop() -> None:
 
 
 def test_tdmpc2_learns_slower_in_its_encoder_and_clips_the_whole_gradient() -> None:
-    model = build_model("tdmpc2", "1m", WIDTH, ACTION, symlog_inputs=True, seed=0)
+    model = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)
     updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    updater.update(1e6 * sum(p.sum() for p in model.parameters()))
-    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert norm.item() == pytest.approx(20.0, rel=1e-3)
+    updater.update(1e6 * sum(p.sum() for p in model.parameters() if p.requires_grad))
+    policy = list(model.policy.parameters())
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("policy.")]
+    for parameters in (policy, rest):
+        assert torch.stack([p.grad.norm() for p in parameters]).norm().item() == pytest.approx(20.0, rel=1e-3)
     for name, parameter in model.named_parameters():
+        if name.startswith("target_values."):
+            source = model.get_parameter(name.removeprefix("target_"))
+            expected_target = torch.lerp(before[name], source.detach(), 0.01)
+            assert torch.allclose(parameter, expected_target), name
+            continue
         step = (parameter - before[name]).abs().max().item()
         expected = 3e-4 * (0.3 if name.startswith("encoder.") else 1.0)
         assert step == pytest.approx(expected, rel=0.02), name

@@ -23,25 +23,12 @@ from safetensors.torch import load_file, save_file
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
     InvalidValueError,
-    NotAStoreError,
     OutputExistsError,
     RunError,
     StoreBusyError,
     UnknownNameError,
 )
-from pvrpipe.schemas.manifest import (
-    Computation,
-    EmbeddingSpecification,
-    EncoderIdentity,
-    Recipe,
-    RolloutSpecification,
-    WeightsIdentity,
-)
-from pvrpipe.schemas.records import Episode, EpisodeInfo
-from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
-from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.files import locked
-from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel import probe as probing
@@ -51,6 +38,9 @@ from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.probe import accumulate, mean_sem, probe, shuffled_actions
 from pvrpipe.worldmodel.training import TrainConfig, train
 
+from .planted import write_planted
+from .settings import setting
+
 LENGTHS = (40, 30, 36, 44) * 5
 WIDTH = 8
 CORNERS = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float32)
@@ -58,12 +48,13 @@ CODES = np.random.default_rng(99).normal(size=(5, WIDTH)).astype(np.float16)
 QUICK = {
     "dreamerv3": TrainConfig("dreamerv3", "1m", 60, 24, 8, learning_rate=3e-3, warmup=10),
     "tdmpc2": TrainConfig("tdmpc2", "1m", 100, 64, 4, learning_rate=2e-3),
+    "dinowm": TrainConfig("dinowm", "1m", 150, 32, 8, learning_rate=1e-3),
 }
 MODELS = tuple(QUICK)
 WriteEmbeddings = Callable[..., Path]
 
 
-def toy_episode(number: int, length: int, shift: int) -> Episode:
+def toy_episode(number: int, length: int, shift: int) -> dict[str, np.ndarray]:
     """``embedding[t + 1]`` is the code of ``action[t]``, ``reward[t + 1]`` its first number.
 
     With ``shift`` 1 the actions are stored one row late, as a loader with an off-by-one would give them.
@@ -71,74 +62,11 @@ def toy_episode(number: int, length: int, shift: int) -> Episode:
     corner = np.random.default_rng(number).integers(4, size=length + 1)
     action = CORNERS[corner]
     reward = np.concatenate([[0], action[:-1, 0]]).astype(np.float32)
-    stored = np.roll(action, shift, 0)
-    stored[-1] = 0
-    arrays = {
+    return {
         "embedding": np.concatenate([CODES[4:], CODES[corner[:-1]]]),
-        "action": stored,
+        "action": np.roll(action, shift, 0),
         "reward": reward,
     }
-    return Episode(EpisodeInfo(number, length, float(reward.sum()), number, "random"), arrays)
-
-
-def specification(episodes: int, steps: int, encoder: str) -> EmbeddingSpecification:
-    rollouts = RolloutSpecification(
-        environment="test:toy",
-        size=8,
-        camera=0,
-        action_repeat=1,
-        episodes=episodes,
-        max_steps=steps,
-        policy="random",
-        seed=0,
-        control_timestep=0.1,
-        action_low=(-1.0, -1.0),
-        action_high=(1.0, 1.0),
-        state_names=(),
-        renderer="none",
-        versions={},
-    )
-    weights = WeightsIdentity(
-        source="none",
-        revision=None,
-        file=None,
-        file_sha256=None,
-        tensors_sha256="0" * 64,
-        loaded=1,
-        expected=1,
-        random_seed=0,
-        licence="none",
-    )
-    recipe = Recipe(
-        resize=None,
-        interpolation="bilinear",
-        antialias=True,
-        crop=8,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
-    identity = EncoderIdentity(
-        name=encoder,
-        title="A toy",
-        architecture="toy",
-        overrides={},
-        positions=None,
-        weights=weights,
-        recipe=recipe,
-        layer="last",
-        blocks=None,
-        final_norm=False,
-        pooling="none",
-        shape=(WIDTH,),
-    )
-    return EmbeddingSpecification(
-        rollouts_id="0" * 64,
-        rollouts=rollouts,
-        encoder=identity,
-        computation=Computation(precision="fp32", device="cpu", threads=None, batch=1),
-        dtype="float16",
-        versions={},
-    )
 
 
 @pytest.fixture
@@ -149,26 +77,17 @@ def write_embeddings(tmp_path: Path) -> WriteEmbeddings:
               tokens: int = 1) -> Path:  # fmt: skip
         episodes = [toy_episode(i, length, shift) for i, length in enumerate(lengths)]
         if tokens > 1:
-            episodes = [Episode(e.info, {**e.arrays, "embedding": e.arrays["embedding"].reshape(len(e), tokens, -1)})
-                        for e in episodes]  # fmt: skip
-        columns = with_bounds(column(n, str(a.dtype), a.shape[1:]) for n, a in episodes[0].arrays.items())
-        plan = plan_shards(len(episodes), max(lengths) + 1)
-        manifest = new_manifest(specification(len(episodes), max(lengths), encoder), columns, plan)
-        with PendingStore.begin(tmp_path / name, manifest) as pending:
-            for shard in pending.todo:
-                with ShardWriter(pending.folder, manifest, shard) as writer:
-                    for episode in episodes[shard.first_episode : shard.first_episode + shard.episodes]:
-                        writer.write_episode(episode)
-                    writer.commit()
-            pending.seal()
-        return tmp_path / name
+            episodes = [
+                {**e, "embedding": e["embedding"].reshape(len(e["reward"]), tokens, -1)} for e in episodes
+            ]
+        return write_planted(tmp_path / name, episodes, encoder=encoder)
 
     return write
 
 
 def short(model: str = "dreamerv3", **changes: Any) -> TrainConfig:
     """A few updates of a small model."""
-    lengths = {"dreamerv3": 6, "tdmpc2": 4}
+    lengths = {"dreamerv3": 6, "tdmpc2": 4, "dinowm": 5}
     usual = {"updates": 6, "batch": 4, "length": lengths[model], "log_every": 2, "save_every": 2}
     return TrainConfig(model, "1m", **{**usual, **changes})
 
@@ -385,14 +304,47 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
             monkey.setattr(Batches, "__call__", lambda self, k: _nan(original(self, k)))
 
     original = Batches.__call__
-    with pytest.MonkeyPatch.context() as monkey, pytest.raises(RunError, match="loss of update 5 is nan"):
+    with (
+        pytest.MonkeyPatch.context() as monkey,
+        pytest.raises(RunError, match=r"loss of update 5 is nan, on windows of episodes \d+ from \d+, "),
+    ):
         train(config, store, run, progress=poison)
     assert (run / checkpoints.CHECKPOINT).read_bytes() == seen["bytes"]
     assert train(config, store, run).updates == 40
 
 
+def test_training_stops_once_validation_no_longer_falls(
+    write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store = write_embeddings()
+    config = short(
+        "dreamerv3", updates=400, learning_rate=0.3, patience=2
+    )  # too fast to get any better for long
+    result = train(config, store, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / runs.METRICS).read_text().splitlines()]
+    losses = [line["val"]["loss"] for line in lines if "val" in line]
+    assert result.updates == 2 * len(losses) < 400
+    assert min(losses) == losses[-3]
+    assert train(config, store, tmp_path / "run") == result
+    (row,) = runs.listed(tmp_path)
+    assert (row["state"], row["updates"]) == ("finished", f"{result.updates} of 400")
+    assert row["val_loss"] == losses[-1]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_half_precision_trains_as_full_precision_does(
+    model: str, write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store = write_embeddings()
+    losses = [
+        train(short(model, precision=precision), store, tmp_path / precision).val["loss"]
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def _nan(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {**batch, "embedding": batch["embedding"] * torch.nan}
+    return {**batch, "observation": batch["observation"] * torch.nan}
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "garbage"])
@@ -402,11 +354,11 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(
     store, run = write_embeddings(), tmp_path / "run"
     train(short(), store, run)
     path = run / checkpoints.CHECKPOINT
-    tensors, name = load_file(path), "model.encoder.weight"
+    tensors, name = load_file(path), "model.encoder.map.weight"
     if damage == "missing":
         del tensors[name]
     elif damage == "extra":
-        name = "model.encoder.wait"
+        name = "model.encoder.map.wait"
         tensors[name] = torch.zeros(1)
     elif damage == "shape":
         tensors[name] = tensors[name].t().contiguous()
@@ -419,7 +371,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(
 
 
 def test_an_optimizer_state_that_does_not_fit_is_refused_on_resume(tmp_path: Path) -> None:
-    model = build_model("tdmpc2", "1m", 4, 2, symlog_inputs=True, seed=0)
+    model = build_model("tdmpc2", "1m", setting(4, 2), seed=0)
     updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
     checkpoints.save(tmp_path, 3, model, updater)
     assert checkpoints.load(tmp_path, model, updater) == 3
@@ -429,12 +381,6 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_on_resume(tmp_path: Pat
     save_file(tensors, path, {"pvrpipe": '{"update": 3}'})
     with pytest.raises(RunError, match=r"optimizer\.exp_avg\.encoder\.0\.weight is missing"):
         checkpoints.load(tmp_path, model, updater)
-
-
-def test_a_rollout_store_is_sent_to_embed(write_rollouts: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(NotAStoreError, match=r"pvrpipe embed .* --pvr NAME"):
-        train(short(), write_rollouts(), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
@@ -455,12 +401,14 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         probe(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_tokens_are_taken_side_by_side(model: str, write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["dreamerv3", "tdmpc2"])
+def test_tokens_are_taken_side_by_side_by_an_mlp(
+    model: str, write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
     """The same numbers stored as two tokens, with normalisation off, train to the same model."""
     for name, tokens in (("flat", 1), ("tokens", 2)):
         store = write_embeddings(name, tokens=tokens)
-        train(short(model, normalize=False), store, tmp_path / f"run-{name}")
+        train(short(model, normalize=False, encoder="mlp"), store, tmp_path / f"run-{name}")
     flat, tokens = ((tmp_path / f"run-{n}" / "metrics.jsonl").read_text() for n in ("flat", "tokens"))
     assert flat == tokens
     train(short(model), tmp_path / "tokens", tmp_path / "normalised")
@@ -477,6 +425,8 @@ def test_normalised_embeddings_have_the_moments_of_the_training_rows(
     rows = np.concatenate([store.read_episode(e, ("embedding",))["embedding"] for e in of_train]).astype(
         float
     )
-    standard = (rows - buffers["model.standardise.mean"].numpy()) * buffers["model.standardise.scale"].numpy()
+    standard = (rows - buffers["model.seen.standardise.mean"].numpy()) * buffers[
+        "model.seen.standardise.scale"
+    ].numpy()
     assert np.allclose(standard.mean(0), 0, atol=1e-4)
     assert np.allclose(standard.std(0), 1, atol=1e-3)

@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pvrpipe.schemas.errors import UnknownNameError
-from pvrpipe.worldmodel import dreamerv3, tdmpc2
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
+from pvrpipe.worldmodel import dinowm, dreamerv3, tdmpc2
+from pvrpipe.worldmodel.inputs import Observation
 
 SMALL = 2_000_000  # parameters
-SIZES = {"dreamerv3": tuple(dreamerv3.SIZES), "tdmpc2": tuple(tdmpc2.SIZES)}
+SIZES = {"dreamerv3": tuple(dreamerv3.SIZES), "tdmpc2": tuple(tdmpc2.SIZES), "dinowm": tuple(dinowm.SIZES)}
 
 
 class WorldModel(Protocol):
     """A ``torch.nn.Module`` that learns from windows and predicts whole episodes.
 
-    ``N`` episodes of ``T`` rows, alignment as in :mod:`pvrpipe.schemas.axes`. ``state`` is whatever the
-    model needs to go on from a row, ``latent`` whatever it compares predictions by.
+    ``N`` episodes of ``T`` rows, alignment as in :mod:`pvrpipe.schemas.axes`. A batch has ``observation`` (…, *shape),
+    ``action``, ``reward``, ``is_first``, ``is_terminal`` and the model's further ``columns``. A state is whatever the
+    model needs to go on from a row, a latent whatever it compares predictions by.
     """
 
-    rows_before: ClassVar[int]  # rows a window needs in front of those it trains on
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the store that it reads besides."""
+
+    @property
+    def rows_before(self) -> int:
+        """Rows that a window needs in front of those it trains on."""
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, rows_before + T, ...) -> the loss and its terms."""
 
-    def filter(self, embedding: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(N, T, D), (N, T, A) -> states (N, T, F) and latents (N, T, ...), each from the rows up to it."""
+    def filter(
+        self, batch: Mapping[str, Tensor], random: torch.Generator
+    ) -> tuple[Callable[[int], Tensor], Tensor]:
+        """Episodes (N, T, ...) -> row t's state (N, F), by t, and latents (N, T, ...), each from the rows up to it."""
 
     def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """A row's state (N, F) and the actions from there (N, T, A) -> latents and rewards of the next rows."""
 
     def divergence(self, predicted: Tensor, filtered: Tensor) -> Tensor:
         """How far predicted latents are from filtered ones: (N, T, ...) twice -> (N, T)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a store decides about a model that is trained on it."""
+
+    observation: Observation
+    action: int
+    """A"""
+    state: int
+    """S, 0 where there is none"""
+    steps: int
+    """transitions of the longest episode"""
+    episodic: bool
+    """whether any episode ended before its time"""
 
 
 @contextlib.contextmanager
@@ -65,12 +91,29 @@ def check_names(model: str, size: str) -> None:
 
 
 def build_model(
-    model: str, size: str, embedding: int, action: int, *, symlog_inputs: bool, seed: int
-) -> dreamerv3.DreamerV3 | tdmpc2.TDMPC2:
+    model: str,
+    size: str,
+    setting: Setting,
+    *,
+    seed: int,
+    encoder: str = "auto",
+    symlog_inputs: bool = True,
+    burn_in: int = 0,
+    proprioception: bool = False,
+) -> dreamerv3.DreamerV3 | tdmpc2.TDMPC2 | dinowm.DinoWM:
     """A model with freshly drawn weights; the same seed gives the same weights, whatever was drawn before."""
     check_names(model, size)
+    observation, action = setting.observation, setting.action
+    if proprioception and not setting.state:
+        raise InvalidValueError("--proprioception: the store has no state column; leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model == "dreamerv3":
-            return dreamerv3.DreamerV3(size, embedding, action, symlog_inputs=symlog_inputs)
-        return tdmpc2.TDMPC2(size, embedding, action)
+            return dreamerv3.DreamerV3(
+                size, observation, action, encoder=encoder, symlog_inputs=symlog_inputs, burn_in=burn_in
+            )
+        if model == "tdmpc2":
+            return tdmpc2.TDMPC2(
+                size, observation, action, encoder=encoder, steps=setting.steps, episodic=setting.episodic
+            )
+        return dinowm.DinoWM(size, observation, action, proprioception=setting.state if proprioception else 0)

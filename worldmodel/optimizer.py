@@ -3,22 +3,26 @@
 * DreamerV3: gradients clipped to a share of their tensor's norm (AGC, Brock et al. 2021), then LaProp
   (Ziyin et al. 2020), which takes the momentum of *normalised* gradients; linear warm-up, no weight decay
   (danijar/dreamerv3 ``embodied/jax/opt.py``).
-* TD-MPC2: Adam with a slower encoder and the whole gradient's norm clipped (nicklashansen/tdmpc2
-  ``tdmpc2/tdmpc2.py``).
+* TD-MPC2: Adam with a slower encoder; the gradient's norm clipped, the policy's apart from the rest; target values that
+  follow the values (nicklashansen/tdmpc2 ``tdmpc2/tdmpc2.py``).
+* DINO-WM: AdamW (gaoyuezhou/dino_wm ``conf/train.yaml``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LEARNING_RATES = {"dreamerv3": 4e-5, "tdmpc2": 3e-4}
+from pvrpipe.worldmodel.tdmpc2_values import TAU
+
+LEARNING_RATES = {"dreamerv3": 4e-5, "tdmpc2": 3e-4, "dinowm": 5e-4}
 ENCODER_SHARE = 0.3
 MAX_NORM = 20.0
+POLICY_EPS = 1e-5
 
 
 class LaProp(torch.optim.Optimizer):
@@ -101,42 +105,67 @@ def clipped(grads: list[Tensor], parameters: list[Tensor], group: dict[str, Any]
 
 @dataclass(frozen=True)
 class Updater:
-    """An optimizer over a model's parameters, and the norm the whole gradient is clipped to."""
+    """An optimizer over a model's parameters, and what happens around its step.
+
+    ``clipped``: groups of parameters whose joint gradient is cut to :data:`MAX_NORM`. ``targets``: tensors that follow
+    others, by a share of the way at each update.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    max_norm: float | None
+    clipped: tuple[list[nn.Parameter], ...] = ()
+    targets: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
 
     @classmethod
     def of(cls, name: str, model: nn.Module, *, learning_rate: float | None, warmup: int) -> Updater:
         """The published one for a model's name; ``learning_rate`` None is the published rate."""
         rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
+        learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if name == "dreamerv3":
-            return cls(model, LaProp(model.parameters(), rate, warmup=warmup), None)
-        encoder = [p for n, p in model.named_parameters() if n.startswith("encoder.")]
-        others = [p for n, p in model.named_parameters() if not n.startswith("encoder.")]
-        groups: list[dict[str, Any]] = [{"params": encoder, "lr": rate * ENCODER_SHARE}, {"params": others}]
-        adam = torch.optim.Adam(groups, lr=rate, fused=True)
-        for p in model.parameters():  # Adam would do this in its first step; a checkpoint is loaded before
-            adam.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-        return cls(model, adam, MAX_NORM)
+            return cls(model, LaProp(learned.values(), rate, warmup=warmup))
+        if name == "dinowm":
+            return cls(model, _ready(torch.optim.AdamW(learned.values(), lr=rate, fused=True)))
+        part = {n: n.partition(".")[0] for n in learned}
+        policy = [p for n, p in learned.items() if part[n] == "policy"]
+        encoder = [p for n, p in learned.items() if part[n] in ("encoder", "pool")]
+        others = [p for n, p in learned.items() if part[n] not in ("encoder", "pool", "policy")]
+        groups: list[dict[str, Any]] = [
+            {"params": encoder, "lr": rate * ENCODER_SHARE},
+            {"params": others},
+            {"params": policy, "eps": POLICY_EPS},
+        ]
+        values, targets = (list(getattr(model, part).parameters()) for part in ("values", "target_values"))
+        adam = _ready(torch.optim.Adam(groups, lr=rate, fused=True))
+        return cls(model, adam, ([*encoder, *others], policy), (targets, values))
 
     def update(self, loss: Tensor) -> None:
         """One update along the gradient of a loss."""
         self.optimizer.zero_grad()
         loss.backward()
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        for parameters in self.clipped:
+            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         self.optimizer.step()
+        following, followed = self.targets
+        if following:
+            with torch.no_grad():
+                torch._foreach_lerp_(following, followed, TAU)
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by parameter: ``momentum.encoder.weight`` and so on."""
         return {
             f"{part}.{name}": value
             for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
             for part, value in self.optimizer.state[parameter].items()
         }
+
+
+def _ready(adam: torch.optim.Adam | torch.optim.AdamW) -> torch.optim.Optimizer:
+    """With the state that Adam would make in its first step: a checkpoint is loaded before."""
+    for p in (p for group in adam.param_groups for p in group["params"]):
+        adam.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return adam

@@ -5,7 +5,7 @@ without seeing another observation.
 
 * Dynamics error: how far each predicted latent is from the one filtered from the true observations.
   DreamerV3: mean of forward and backward KL between prior and posterior, in nats, no free nats.
-  TD-MPC2: mean squared error of the latent.
+  TD-MPC2: mean squared error of the latent. DINO-WM: mean squared error of the standardised embedding.
 * Reward error: ``|r - r̂|``.
 
 Both accumulated over the rows of a horizon, or up to the episode's end where that comes first, and per
@@ -36,12 +36,14 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.batches import chance, open_embeddings, tensors_of
+from pvrpipe.worldmodel.batches import OBSERVED, chance, open_observations, tensors_of
+from pvrpipe.worldmodel.inputs import Observation
 from pvrpipe.worldmodel.models import WorldModel, suitable_threads
 from pvrpipe.worldmodel.training import load_model
 
 SPLITS = ("train", "val")
-TOGETHER = 32  # episodes predicted in one batch
+TOGETHER = 32  # episodes predicted in one batch, fewer where
+BATCH_NUMBERS = 1 << 26  # the observations of a batch would be more numbers than this
 VARIANTS = ("model", "shuffled_actions", "no_change")
 Floats = NDArray[np.float64]
 
@@ -59,9 +61,7 @@ class Errors:
 class Padded:
     """Episodes side by side, padded with zeros to the longest: (N, T, ...), and their numbers of rows."""
 
-    embedding: Tensor
-    action: Tensor
-    reward: Tensor
+    batch: dict[str, Tensor]
     rows: NDArray[np.int64]
 
 
@@ -111,29 +111,34 @@ def probe(
     if split not in SPLITS:
         raise UnknownNameError.among("split", split, SPLITS)
     model, record = load_model(folder, device)
-    embeddings = open_embeddings(record.store if store is None else store)
-    _check_encoder(record, embeddings)
-    of_split = embeddings.episodes.filter(embeddings.episodes["split"] == split)
+    held_out = open_observations(record.store if store is None else store)
+    _check_encoder(record, held_out)
+    of_split = held_out.episodes.filter(held_out.episodes["split"] == split)
     numbers = of_split.filter(of_split["rows"] > context)["episode"].to_list()
     if not numbers:
         raise InvalidValueError(
-            f"{embeddings.path} has no {split} episode longer than {context} rows; give another --split"
+            f"{held_out.path} has no {split} episode longer than {context} rows; give another --split"
         )
-    usual = training_reward(embeddings)
+    usual = training_reward(held_out)
     parts = []
+    columns = (OBSERVED[held_out.manifest.kind], "action", "reward", *model.columns)
+    row = record.setting.observation.width * int(of_split["rows"].max())  # type: ignore[arg-type]
+    together = max(1, min(TOGETHER, BATCH_NUMBERS // row))
     with suitable_threads(model, device):
-        for start in range(0, len(numbers), TOGETHER):
-            batch = padded(embeddings, numbers[start : start + TOGETHER], device)
+        for start in range(0, len(numbers), together):
+            batch = padded(
+                held_out, numbers[start : start + together], columns, record.setting.observation, device
+            )
             parts.append(open_loop_errors(model, batch, context, usual, (seed, start)))
-            progress(min(start + TOGETHER, len(numbers)), len(numbers), "episodes")
+            progress(min(start + together, len(numbers)), len(numbers), "episodes")
     report = {
         "run": str(folder),
         "model": record.config["model"],
         "size": record.config["size"],
-        "pvr": record.encoder.name,
-        "random_weights": record.encoder.weights.random_seed is not None,
-        "store": str(embeddings.path),
-        "store_id": embeddings.manifest.id,
+        "pvr": record.pvr,
+        "random_weights": record.random_weights,
+        "store": str(held_out.path),
+        "store_id": held_out.manifest.id,
         "split": split,
         "context": context,
         "seed": seed,
@@ -158,9 +163,9 @@ def open_loop_errors(
         usual_reward: what predicting no change says of every reward.
         key: seed of the samples and of the shuffled actions.
     """
-    action, reward = episodes.action, episodes.reward[:, context:].cpu().double().numpy()
-    states, latents = model.filter(episodes.embedding, action, chance(*key, 0))
-    begin, truth = states[:, context - 1], latents[:, context:]
+    action, reward = episodes.batch["action"], episodes.batch["reward"][:, context:].cpu().double().numpy()
+    state, latents = model.filter(episodes.batch, chance(*key, 0))
+    begin, truth = state(context - 1), latents[:, context:]
     shuffled = shuffled_actions(action, episodes.rows, context, np.random.default_rng((*key, 1)))
     dynamics, rewards = {}, {}
     for name, along in (("model", action), ("shuffled_actions", shuffled)):
@@ -219,18 +224,23 @@ def shuffled_actions(
     return action[lanes, torch.from_numpy(order)]
 
 
-def padded(store: Store, numbers: Sequence[int], device: torch.device) -> Padded:
+def padded(
+    store: Store,
+    numbers: Sequence[int],
+    columns: Sequence[str],
+    observation: Observation,
+    device: torch.device,
+) -> Padded:
     """Read whole episodes and lay them side by side."""
-    names = ("embedding", "action", "reward")
-    episodes = [store.read_episode(n, names) for n in numbers]
+    episodes = [store.read_episode(n, columns) for n in numbers]
     rows = np.array([len(e["reward"]) for e in episodes])
     arrays = {}
-    for name in names:
+    for name in columns:
         first = episodes[0][name]
         arrays[name] = np.zeros((len(episodes), rows.max(), *first.shape[1:]), first.dtype)
         for lane, episode in enumerate(episodes):
             arrays[name][lane, : rows[lane]] = episode[name]
-    return Padded(**tensors_of(arrays, device), rows=rows)
+    return Padded(tensors_of(arrays, device, observation), rows)
 
 
 def training_reward(store: Store) -> float:
@@ -241,10 +251,17 @@ def training_reward(store: Store) -> float:
 
 
 def _check_encoder(record: runs.RunRecord, store: Store) -> None:
-    """Refuse embeddings that are not comparable with those the run was trained on."""
+    """Refuse observations that are not comparable with those the run was trained on."""
     specification = store.manifest.specification
-    assert isinstance(specification, EmbeddingSpecification)
-    if differ := differences(record.encoder.model_dump(), specification.encoder.model_dump(), "there"):
+    own = specification.encoder if isinstance(specification, EmbeddingSpecification) else None
+    if (record.encoder is None) != (own is None):
+        learned = "frames" if record.encoder is None else f"embeddings of {record.pvr}"
+        raise RunError(
+            f"the run was trained on {learned}, which {store.path} does not hold; give a store that does"
+        )
+    if record.encoder is None or own is None:
+        return
+    if differ := differences(record.encoder.model_dump(), own.model_dump(), "there"):
         raise RunError(
             f"the run was trained on another encoder than that of {store.path} ({differ}); "
             "give a store that was embedded as the run's own was"

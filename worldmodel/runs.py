@@ -29,8 +29,9 @@ import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.schemas.manifest import EncoderIdentity, Frozen, canonical_json
 from pvrpipe.store.files import TEMPORARY, disk_errors, locked, make_folder, remove_temporaries, write_whole
-from pvrpipe.store.workspace import RUN
+from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, PROBE, TENSORBOARD = RUN, "metrics.jsonl", "metrics.json", "tensorboard"
 
@@ -44,13 +45,22 @@ class RunRecord(Frozen):
     config: dict[str, Any]
     store: str
     store_id: str
-    encoder: EncoderIdentity
-    embedding: int  # D, tokens taken side by side
-    action: int  # A
+    encoder: EncoderIdentity | None  # None: learned from frames
+    setting: Setting
     parameters: int
     device: str
     versions: dict[str, str]
     result: dict[str, Any] | None = None
+
+    @property
+    def pvr(self) -> str:
+        """The representation by name."""
+        return "from scratch" if self.encoder is None else self.encoder.name
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether nobody trained the representation."""
+        return self.encoder is not None and self.encoder.weights.random_seed is not None
 
 
 def versions() -> dict[str, str]:
@@ -131,18 +141,41 @@ def _clear(folder: Path) -> None:
 
 def updates_done(folder: Path) -> int:
     """How far a run has come, as far as it has logged; 0 where there is none."""
-    try:
-        whole_lines, _, _ = (folder / METRICS).read_text().rpartition("\n")  # another process may be writing
-    except FileNotFoundError:
-        return 0
-    lines = whole_lines.splitlines()
+    lines = _lines(folder / METRICS)
     return int(json.loads(lines[-1])["update"]) if lines else 0
+
+
+def listed(home: Path) -> list[dict[str, Any]]:
+    """The runs in a folder, the one begun or finished last first; what cannot be read says so in its state."""
+    return [_row(record.parent) for record in latest_first(home.glob(f"*/{RECORD}"))]
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = dict.fromkeys(("model", "size", "pvr", "store_id", "updates", "loss", "val_loss"))
+    about |= {"run": str(folder), "state": "unreadable"}
+    try:
+        record, last = read_run(folder), MetricsLog.read(folder)
+    except (RunError, ValueError):
+        return about
+    done, wanted = updates_done(folder), record.config["updates"]
+    return {
+        **about,
+        "model": record.config["model"],
+        "size": record.config["size"],
+        "pvr": record.pvr + (" (random weights)" if record.random_weights else ""),
+        "store_id": record.store_id,
+        "state": record.state,
+        "updates": str(done) if done == wanted else f"{done} of {wanted}",
+        "loss": last["train"].get("loss"),
+        "val_loss": last["val"].get("loss"),
+    }
 
 
 class MetricsLog:
     """Losses by update, to ``metrics.jsonl`` and to TensorBoard.
 
-    The file holds nothing that a rerun would not repeat. ``last`` holds the newest losses of each part.
+    The file holds nothing that a rerun would not repeat. ``last`` holds the newest losses of each part, ``validation``
+    all validation losses in order.
 
     Args:
         folder: of the run.
@@ -151,16 +184,17 @@ class MetricsLog:
 
     def __init__(self, folder: Path, done: int) -> None:
         self.path = folder / METRICS
-        self.last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
-        kept = [line for line in self._lines() if json.loads(line)["update"] <= done]
-        for line in kept:
-            self.last |= {part: values for part, values in json.loads(line).items() if part != "update"}
+        kept = [line for line in _lines(self.path) if json.loads(line)["update"] <= done]
+        self.last = _last_of(kept)
+        self.validation = [json.loads(line)["val"]["loss"] for line in kept if "val" in json.loads(line)]
         write_whole(self.path, "".join(line + "\n" for line in kept).encode())
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
 
     def write(self, update: int, part: Literal["train", "val"], values: Mapping[str, float]) -> None:
         """Append one line, and one point to each curve."""
         self.last[part] = dict(values)
+        if part == "val":
+            self.validation.append(values["loss"])
         with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
         for name, value in values.items():
@@ -176,7 +210,20 @@ class MetricsLog:
         """Let TensorBoard write what it holds back."""
         self._board.close()
 
-    def _lines(self) -> list[str]:
-        """The whole lines that are there; a killed writer may have left half of one."""
-        text = self.path.read_text() if self.path.exists() else ""
-        return text.split("\n")[:-1]
+    @staticmethod
+    def read(folder: Path) -> dict[str, dict[str, float]]:
+        """The newest losses of each part that a run has logged."""
+        return _last_of(_lines(folder / METRICS))
+
+
+def _last_of(lines: list[str]) -> dict[str, dict[str, float]]:
+    last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
+    for line in lines:
+        last |= {part: values for part, values in json.loads(line).items() if part != "update"}
+    return last
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines that are there; a killed writer may have left half of one, another may be writing."""
+    text = path.read_text() if path.exists() else ""
+    return text.split("\n")[:-1]

@@ -5,7 +5,7 @@ differentiation would also form every weight's gradient B rows at a time and add
 loop holds only what truly depends on the step before: forward, activations go to buffers; backward, only
 the gradient of the state is carried, and each weight's gradient is one product over T·B rows.
 
-:meth:`pvrpipe.worldmodel.dreamerv3.RSSM.step` is the same mathematics one step at a time; the tests hold
+:meth:`pvrpipe.worldmodel.rssm.RSSM.step` is the same mathematics one step at a time; the tests hold
 the two together, values and gradients. Inside, time comes first: (T, B, ...).
 """
 

@@ -1,15 +1,16 @@
-"""TD-MPC2's world model on embeddings: a SimNorm latent, its dynamics and the reward.
+"""TD-MPC2 offline: a SimNorm latent with its dynamics, reward, values and policy prior.
 
 After nicklashansen/tdmpc2 at e9f5932 (``tdmpc2/common/world_model.py``, ``layers.py``, ``tdmpc2.py``) with
-the input of Schneider et al. (NeurIPS 2024): the last three embeddings side by side. The part that needs
-no policy: consistency and reward; value and policy come with the agent.
+the input of Schneider et al. (NeurIPS 2024): the last three embeddings side by side; or three frames of 64 × 64.
+All losses are one sum and one backward pass: the policy's own term moves the policy alone, and sees the values as
+they were before the update, where upstream updates the policy after the model.
 
-Reward is predicted from (z[t], a[t]) and compared with reward[t + 1], which is received on arriving.
+Reward is predicted from (z[t], a[t]) and compared with reward[t + 1], which is received on arriving; so is termination.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,33 +18,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel.distributions import TwoHot
-from pvrpipe.worldmodel.inputs import Standardise
+from pvrpipe.worldmodel.inputs import Observation, Seen
+from pvrpipe.worldmodel.observations import AttentionPool
+from pvrpipe.worldmodel.tdmpc2_values import (
+    ENTROPY,
+    Ensemble,
+    RunningScale,
+    discount_of,
+    sample_action,
+)
 
 STACK = 3
 GROUP = 8  # a latent is groups of eight numbers that sum to one
 RHO = 0.5
 CONSISTENCY = 20.0
-REWARD = 0.1
+REWARD = VALUE = 0.1
+TERMINATION = 1.0
 INIT_STD = 0.02
+PIXELS, CHANNELS, PAD = 64, 32, 3  # of the frames, of the convolutions, of the random shift
+ENCODERS = {"vector": ("mlp",), "tokens": ("attention",), "pixels": ("cnn",)}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of a published size, and the number of layers of its encoder."""
+    """Widths of a published size, the number of layers of its encoder, and of its values."""
 
     encoder: int
     hidden: int
     latent: int
     encoder_layers: int
+    values: int
 
 
 SIZES = {
-    "1m": Size(256, 384, 128, 2),
-    "5m": Size(256, 512, 512, 2),
-    "19m": Size(1024, 1024, 768, 3),
-    "48m": Size(1792, 1792, 768, 4),
-    "317m": Size(4096, 4096, 1376, 5),
+    "1m": Size(256, 384, 128, 2, 2),
+    "5m": Size(256, 512, 512, 2, 5),
+    "19m": Size(1024, 1024, 768, 3, 5),
+    "48m": Size(1792, 1792, 768, 4, 5),
+    "317m": Size(4096, 4096, 1376, 5, 8),
 }
 
 
@@ -67,109 +81,246 @@ def mlp(features: int, units: int, layers: int, last: list[nn.Module]) -> nn.Seq
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal of one width everywhere, no biases."""
+    """Truncated normal of one width in linear maps, the ensemble's too, no biases; convolutions as torch has them."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=INIT_STD)
             nn.init.zeros_(part.bias)
+        elif isinstance(part, Ensemble):
+            for weight in part.weights:
+                nn.init.trunc_normal_(weight, std=INIT_STD)
 
 
-def stacked(embedding: Tensor, first: Tensor | None = None) -> Tensor:
-    """The last three embeddings of each row side by side, oldest first.
+def stacked(observation: Tensor, first: Tensor | None = None) -> Tensor:
+    """The last three observations of each row side by side along their last axis, oldest first.
 
     Args:
-        embedding: (B, T, D).
+        observation: (B, T, ..., D).
         first: (B,), the earliest row that may be looked back to; before it, it is repeated. Row 0 if None.
 
     Returns:
-        (B, T, 3·D).
+        (B, T, ..., 3·D).
     """
-    B, T, _ = embedding.shape
-    row = torch.arange(T, device=embedding.device)
+    B, T = observation.shape[:2]
+    row = torch.arange(T, device=observation.device)
     earliest = torch.zeros(B, 1, dtype=row.dtype, device=row.device) if first is None else first.unsqueeze(1)
     batch = torch.arange(B, device=row.device).unsqueeze(1)
-    back = [embedding[batch, torch.maximum(row - lag, earliest)] for lag in reversed(range(STACK))]
+    back = [observation[batch, torch.maximum(row - lag, earliest)] for lag in reversed(range(STACK))]
     return torch.cat(back, -1)
 
 
+class ConvEncoder(nn.Module):
+    """Upstream's convolutions over three frames of 64 × 64, randomly shifted while learning, onto the latent.
+
+    Their 512 numbers are the latent of the published size for pixels, 5m; other sizes get a linear map.
+    """
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        widths, kernels, strides = (3 * STACK, *[CHANNELS] * 4), (7, 5, 3, 3), (2, 2, 2, 1)
+        convolutions = [
+            nn.Conv2d(a, b, kernel, stride)
+            for a, b, kernel, stride in zip(widths, widths[1:], kernels, strides, strict=False)
+        ]
+        layers = [part for c in convolutions for part in (c, nn.ReLU())][:-1]
+        flat = CHANNELS * 4 * 4
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), *([nn.Linear(flat, latent)] if latent != flat else [])
+        )
+        self.simnorm = SimNorm()
+
+    def forward(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
+        """(..., 64, 64, 9) in [0, 1] -> (..., latent); with ``random``, each stack is shifted by up to three pixels."""
+        frames = x.flatten(0, -4).permute(0, 3, 1, 2) - 0.5
+        if random is not None:
+            frames = shifted(frames, random)
+        return self.simnorm(self.layers(frames)).unflatten(0, x.shape[:-3])
+
+
+def shifted(frames: Tensor, random: torch.Generator) -> Tensor:
+    """Frames (N, C, H, W) moved by -3 … 3 pixels each way, their edges repeated (Yarats et al. 2021)."""
+    N, _, H, W = frames.shape
+    by = torch.randint(-PAD, PAD + 1, (2, N, 1), generator=random, device=frames.device)
+    rows, columns = (
+        (torch.arange(side, device=frames.device) + shift).clamp(0, side - 1)
+        for side, shift in zip((H, W), by, strict=True)
+    )
+    lanes = torch.arange(N, device=frames.device)[:, None, None]
+    return frames.permute(0, 2, 3, 1)[lanes, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 class TDMPC2(nn.Module):
-    """Encoder, latent dynamics and reward.
+    """Encoder, latent dynamics, reward, termination, values and policy.
 
     Args:
         size: a name in :data:`SIZES`.
-        embedding: D.
+        observation: what a row shows.
         action: A.
+        encoder: how the observation is read, a name in :data:`ENCODERS`.
+        steps: transitions of an episode, which the discount follows from.
+        episodic: whether episodes end before their time; only then is termination learned.
     """
 
+    discount: Tensor
+    columns: ClassVar[tuple[str, ...]] = ()  # beside observation, action, reward and the flags
     rows_before: ClassVar[int] = STACK - 1  # rows a window needs besides those it trains on
 
-    def __init__(self, size: str, embedding: int, action: int) -> None:
+    def __init__(
+        self,
+        size: str,
+        observation: Observation,
+        action: int,
+        *,
+        encoder: str = "auto",
+        steps: int = 500,
+        episodic: bool = False,
+    ) -> None:
         super().__init__()
         self.size = widths = SIZES[size]
         joint, latent = widths.latent + action, widths.latent
         self.two_hot = TwoHot.tdmpc2()
-        self.standardise = Standardise(embedding)
-        self.encoder = mlp(
-            STACK * embedding,
-            widths.encoder,
-            widths.encoder_layers - 1,
-            layer(widths.encoder, latent, SimNorm()),
-        )
+        bins = len(self.two_hot.bins)
+        self.seen = Seen(observation)
+        self.pool, self.encoder = self._encoders(observation, encoder, widths)
         self.dynamics = mlp(joint, widths.hidden, 2, layer(widths.hidden, latent, SimNorm()))
-        logits = nn.Linear(widths.hidden, len(self.two_hot.bins))
-        self.reward = mlp(joint, widths.hidden, 2, [logits])
+        self.reward = mlp(joint, widths.hidden, 2, [nn.Linear(widths.hidden, bins)])
+        self.policy = mlp(latent, widths.hidden, 2, [nn.Linear(widths.hidden, 2 * action)])
+        self.termination = mlp(latent, widths.hidden, 2, [nn.Linear(widths.hidden, 1)]) if episodic else None
+        self.values, self.target_values = (
+            Ensemble(joint, widths.hidden, bins, widths.values) for _ in range(2)
+        )
+        self.scale = RunningScale()
+        self.register_buffer("discount", torch.tensor(discount_of(steps)))
         initialise(self)
-        nn.init.zeros_(logits.weight)
+        for weight in (self.reward[-1].weight, self.values.weights[-1]):
+            nn.init.zeros_(weight)  # type: ignore[arg-type]
+        self.target_values.load_state_dict(self.values.state_dict())
+        self.target_values.requires_grad_(False)
+
+    @staticmethod
+    def _encoders(observation: Observation, encoder: str, widths: Size) -> tuple[nn.Module, nn.Module]:
+        """What pools tokens, if anything, and what turns a stack into a latent."""
+        names = ENCODERS[observation.kind]
+        name = names[0] if encoder == "auto" else encoder
+        if name not in names:
+            raise UnknownNameError.among(
+                f"encoder of {observation.kind} for tdmpc2", encoder, ("auto", *names)
+            )
+        if name == "cnn":
+            if observation.shape != (PIXELS, PIXELS, 3):
+                raise InvalidValueError(f"tdmpc2 reads frames of {PIXELS} × {PIXELS}; give --pixels {PIXELS}")
+            return nn.Identity(), ConvEncoder(widths.latent)
+        pool = AttentionPool(observation, widths.encoder) if name == "attention" else nn.Identity()
+        width = widths.encoder if name == "attention" else observation.width
+        last = layer(widths.encoder, widths.latent, SimNorm())
+        return pool, mlp(STACK * width, widths.encoder, widths.encoder_layers - 1, last)
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Consistency and reward along the rolled-out latent (TD-MPC2, equation 3, without the value).
+        """All losses along the rolled-out latent (TD-MPC2, equations 3 and 4).
 
         Args:
-            batch: embedding (B, 2 + H + 1, D), action (B, 2 + H + 1, A), reward and is_first
+            batch: observation (B, 2 + H + 1, *shape), action (B, 2 + H + 1, A), reward, is_terminal and is_first
                 (B, 2 + H + 1): windows of one episode, led by two rows that only fill the stack.
-            random: not used, nothing is sampled here.
+            random: decides the shifts of frames, what is dropped, the policy's actions and which values are compared.
 
         Returns:
             The loss, and its terms before scaling.
         """
-        del random
-        embedding, action, reward = self._aligned(batch)
+        chance = on_device(random, batch["reward"].device)
+        noisy = chance if torch.is_grad_enabled() else None
+        stacks, action, reward, terminal = self._aligned(batch)
         H = reward.shape[1]
         rho = RHO ** torch.arange(H, device=reward.device) / H
         with torch.no_grad():
-            target = self.encoder(embedding[:, 1:])
-        z = self.encoder(embedding[:, 0])
-        rolled = [z]
+            following = self._encode(stacks[:, 1:], noisy)
+            wanted = self._td_target(following, reward, terminal, chance)
+        rolled = [self._encode(stacks[:, 0], noisy)]
         for t in range(H):
             rolled.append(self.dynamics(torch.cat([rolled[-1], action[:, t]], -1)))
         latents = torch.stack(rolled, 1)
-        logits = self.reward(torch.cat([latents[:, :-1], action], -1))
-        consistency = (latents[:, 1:] - target).square().mean((0, 2))
-        reward_loss = self.two_hot.loss(logits, reward).mean(0)
-        terms = {"consistency": (consistency * rho).sum(), "reward": (reward_loss * rho).sum()}
-        loss = CONSISTENCY * terms["consistency"] + REWARD * terms["reward"]
+        joint = torch.cat([latents[:, :-1], action], -1)
+        values = self.values(joint.flatten(0, 1), noisy).unflatten(1, joint.shape[:2])
+        consistency = (latents[:, 1:] - following).square().mean((0, 2))
+        reward_loss = self.two_hot.loss(self.reward(joint), reward).mean(0)
+        value_loss = self.two_hot.loss(values, wanted.expand(values.shape[:-1])).mean((0, 1))
+        terms = {
+            "consistency": (consistency * rho).sum(),
+            "reward": (reward_loss * rho).sum(),
+            "value": (value_loss * rho).sum(),
+            "policy": self._policy_loss(latents.detach(), chance),
+        }
+        loss = (
+            CONSISTENCY * terms["consistency"]
+            + REWARD * terms["reward"]
+            + VALUE * terms["value"]
+            + terms["policy"]
+        )
+        if self.termination is not None:
+            ends = self.termination(latents[:, 1:]).squeeze(-1)
+            terms["termination"] = F.binary_cross_entropy_with_logits(ends, terminal)
+            loss = loss + TERMINATION * terms["termination"]
         return loss, {"loss": loss, **terms}
 
-    def _aligned(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Stacks (B, H + 1, 3·D), the actions between them (B, H, A), the rewards these bring (B, H).
+    def _td_target(self, z: Tensor, reward: Tensor, terminal: Tensor, chance: torch.Generator) -> Tensor:
+        """Reward and the smaller of two target values of the policy's next action: (B, H)."""
+        action, _ = sample_action(self.policy(z), chance)
+        pair = self._two_values(self.target_values, z, action, chance)
+        return reward + self.discount * (1 - terminal) * pair.amin(0)
+
+    def _policy_loss(self, z: Tensor, chance: torch.Generator) -> Tensor:
+        """What moves the policy, and it alone, to actions of high value and entropy."""
+        action, entropy = sample_action(self.policy(z), chance)
+        value = self._two_values(self.values, z, action, chance, frozen=True).mean(0)
+        if torch.is_grad_enabled():
+            self.scale.update(value[:, 0])
+        rho = RHO ** torch.arange(z.shape[1], device=z.device)
+        return -((ENTROPY * entropy.squeeze(-1) + self.scale(value)).mean(0) * rho).mean()
+
+    def _two_values(
+        self, ensemble: Ensemble, z: Tensor, action: Tensor, chance: torch.Generator, *, frozen: bool = False
+    ) -> Tensor:
+        """Two values of the ensemble, drawn without replacement: (2, B, T)."""
+        joint = torch.cat([z, action], -1)
+        if frozen:
+            parameters = {name: p.detach() for name, p in ensemble.named_parameters()}
+            logits = torch.func.functional_call(ensemble, parameters, (joint.flatten(0, 1),))
+        else:
+            logits = ensemble(joint.flatten(0, 1))
+        pair = torch.randperm(self.size.values, generator=chance, device=z.device)[:2]
+        return self.two_hot.decode(logits[pair]).unflatten(1, joint.shape[:2])
+
+    def _encode(self, stacks: Tensor, noisy: torch.Generator | None = None) -> Tensor:
+        if isinstance(self.encoder, ConvEncoder):
+            return self.encoder(stacks, noisy)
+        return self.encoder(stacks)
+
+    def _aligned(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Stacks (B, H + 1, ...), the actions between them (B, H, A), what these bring: reward, termination (B, H).
 
         A window that begins with its episode has no rows before it to look back to: there the first row
         is repeated and the window's last two rows are left out instead.
         """
-        embedding, action, reward = self.standardise(batch["embedding"]), batch["action"], batch["reward"]
+        seen, action, reward = self.pool(self.seen(batch["observation"])), batch["action"], batch["reward"]
         begins = batch["is_first"][:, 0]
-        rows = embedding.shape[1] - self.rows_before
+        rows = seen.shape[1] - self.rows_before
         start = torch.where(begins, 0, self.rows_before)
         kept = start.unsqueeze(1) + torch.arange(rows, device=start.device)
         lanes = torch.arange(len(kept), device=start.device).unsqueeze(1)
-        stacks = stacked(embedding)[lanes, kept]
-        return stacks, action[lanes, kept[:, :-1]], reward[lanes, kept[:, 1:]]
+        after, terminal = kept[:, 1:], batch["is_terminal"].to(reward.dtype)
+        return (
+            stacked(seen)[lanes, kept],
+            action[lanes, kept[:, :-1]],
+            reward[lanes, after],
+            terminal[lanes, after],
+        )
 
-    def filter(self, embedding: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The encoded latent of each row of whole episodes (N, T, D), twice: to start from, to compare with."""
-        del action, random
-        z = self.encoder(stacked(self.standardise(embedding)))
-        return z, z
+    def filter(
+        self, batch: Mapping[str, Tensor], random: torch.Generator
+    ) -> tuple[Callable[[int], Tensor], Tensor]:
+        """Row t's encoded latent (N, n), by t, and those of all rows of whole episodes (N, T, n)."""
+        del random
+        z = self._encode(stacked(self.pool(self.seen(batch["observation"]))))
+        return lambda t: z[:, t], z
 
     def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Open loop from one row's latent (N, n) along actions (N, T, A).
@@ -189,3 +340,11 @@ class TDMPC2(nn.Module):
     def divergence(predicted: Tensor, filtered: Tensor) -> Tensor:
         """Mean squared error over the latent: (..., n) twice -> (...). At most 2 / 8."""
         return F.mse_loss(predicted, filtered, reduction="none").mean(-1)
+
+
+def on_device(random: torch.Generator, device: torch.device) -> torch.Generator:
+    """A generator for a device that follows from one for the CPU."""
+    if device.type == "cpu":
+        return random
+    seed = int(torch.randint(2**62, (), generator=random))
+    return torch.Generator(device).manual_seed(seed)

@@ -1,14 +1,16 @@
-"""Train a world model from an embedding store: one loop, from the first update to the last."""
+"""Train a world model from a store: one loop, from the first update to the last."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +19,14 @@ from pvrpipe.schemas.manifest import EmbeddingSpecification
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
-from pvrpipe.worldmodel.batches import Backing, Batches, chance, embedding_width, open_embeddings
-from pvrpipe.worldmodel.models import WorldModel, build_model, check_names, suitable_threads
+from pvrpipe.worldmodel.batches import Backing, Batches, chance, open_observations, setting_of
+from pvrpipe.worldmodel.models import Setting, WorldModel, build_model, check_names, suitable_threads
 from pvrpipe.worldmodel.optimizer import Updater
 
-BATCH = {"dreamerv3": 16, "tdmpc2": 256}
-LENGTH = {"dreamerv3": 64, "tdmpc2": 4}
+BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
+LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
 VALIDATION_BATCHES = 4
+Precision = Literal["fp32", "bf16"]
 VALIDATION = 1  # sets validation's chance apart from training's
 
 
@@ -32,25 +35,37 @@ class TrainConfig:
     """What is trained and how; with the store's id it decides every number of a run."""
 
     model: str = "dreamerv3"
-    """dreamerv3 or tdmpc2"""
+    """dreamerv3, tdmpc2 or dinowm"""
     size: str = "1m"
     """a published size of that model"""
     updates: int = 1000
     """gradient steps"""
     batch: int | None = None
-    """windows in a batch; None: 16 for dreamerv3, 256 for tdmpc2"""
+    """windows in a batch; None: 16 for dreamerv3, 256 for tdmpc2, 32 for dinowm"""
     length: int | None = None
-    """rows of a window; None: 64 for dreamerv3, 4 (a horizon of 3) for tdmpc2"""
+    """rows of a window; None: 64 for dreamerv3, 4 for tdmpc2 (a horizon of 3) and dinowm (three frames and the next)"""
     seed: int = 0
     """decides weights, windows and samples"""
     learning_rate: float | None = None
-    """None: the published one, 4e-5 for dreamerv3 and 3e-4 for tdmpc2"""
+    """None: the published one, 4e-5 for dreamerv3, 3e-4 for tdmpc2, 5e-4 for dinowm"""
     warmup: int = 1000
     """updates over which dreamerv3's learning rate rises"""
     normalize: bool = True
     """embeddings to zero mean and unit variance, by the store's own statistics"""
     symlog_inputs: bool = True
     """dreamerv3 squashes embeddings, as input and as target"""
+    encoder: str = "auto"
+    """how a model reads what it observes: linear, mlp, attention or cnn; auto: the first that fits"""
+    burn_in: int = 0
+    """rows in front of a window that only carry dreamerv3's state to it"""
+    proprioception: bool = False
+    """dinowm sees and predicts the state too"""
+    pixels: int = 64
+    """side of the frames that a model from scratch is shown"""
+    precision: Precision = "fp32"
+    """what products are computed in; weights, optimizer and the recurrence of dreamerv3 stay in float32"""
+    patience: int = 0
+    """stop once the validation loss has not fallen for so many checkpoints; 0: train to the end"""
     log_every: int = 50
     """updates between two lines of training losses"""
     save_every: int = 500
@@ -59,7 +74,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
         check_names(self.model, self.size)
-        for name in ("updates", "log_every", "save_every", "rows", "windows"):
+        for name in ("updates", "log_every", "save_every", "rows", "windows", "pixels"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.rows < 2:
@@ -123,19 +138,12 @@ def train(
         OutputExistsError: the run was begun with another configuration; it is left as it is.
         RunError: a loss is not finite, or the checkpoint does not fit; the last good one is kept.
     """
-    store, folder, device = open_embeddings(store_path), Path(run), torch.device(device)
-    model = build_model(
-        config.model,
-        config.size,
-        embedding_width(store),
-        store.column("action").shape[0],
-        symlog_inputs=config.symlog_inputs,
-        seed=config.seed,
-    ).to(device)
+    store, folder, device = open_observations(store_path), Path(run), torch.device(device)
+    setting = setting_of(store, pixels=config.pixels, encoder=config.encoder)
+    model = model_of(config, setting).to(device)
     updater = Updater.of(config.model, model, learning_rate=config.learning_rate, warmup=config.warmup)
     if config.normalize:
-        statistics = store.manifest.statistics["embedding"]
-        model.standardise.set(statistics.mean, statistics.std)
+        standardise(model, store)
     length = config.rows + model.rows_before
     data, held_out = (
         Batches(
@@ -145,11 +153,13 @@ def train(
             length=length,
             seed=config.seed,
             device=device,
+            observation=setting.observation,
+            columns=model.columns,
             backing=backing,
         )
         for split in ("train", "val")
     )
-    draft = _record(config, store, model, device)
+    draft = _record(config, store, setting, model, device)
     with suitable_threads(model, device), runs.begun(folder, draft, overwrite=overwrite) as record:
         if record.result is not None:
             return TrainResult(**{**record.result, "run": str(folder)})
@@ -158,25 +168,32 @@ def train(
         log = runs.MetricsLog(folder, done)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
-        begun = time.perf_counter()
-        for k in range(done + 1, config.updates + 1):
-            loss, terms = model.loss(data(k), chance(config.seed, k))
+        begun, k = time.perf_counter(), done
+        while k < config.updates and not stale(log.validation, config.patience):
+            k += 1
+            with computing(config.precision, device):
+                loss, terms = model.loss(data(k), chance(config.seed, k))
             updater.update(loss)
             unlogged.append({name: term.detach() for name, term in terms.items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
-                log.write(k, "train", _means(unlogged, k))
+                log.write(k, "train", _means(unlogged, k, data))
                 unlogged.clear()
             if k % config.save_every == 0 or last:
-                log.write(k, "val", validate(model, held_out.first(VALIDATION_BATCHES), config.seed))
+                with computing(config.precision, device):
+                    losses = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
+                check_finite(
+                    losses["loss"], k, data
+                )  # an update whose gradient was not leaves weights that are not
+                log.write(k, "val", losses)
                 checkpoints.save(folder, k, model, updater)
             progress(k, config.updates, log.note)
         seconds = max(time.perf_counter() - begun, 1e-9)
         log.close()
         result = TrainResult(
             run=str(folder),
-            updates=config.updates,
-            updates_per_second=(config.updates - done) / seconds,
+            updates=k,
+            updates_per_second=(k - done) / seconds,
             data_wait_fraction=data.waited / seconds,
             backing=data.backing,
             train=log.last["train"],
@@ -196,33 +213,75 @@ def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int)
     return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
 
 
-def _means(unlogged: list[dict[str, Tensor]], k: int) -> dict[str, float]:
+def stale(validation: list[float], patience: int) -> bool:
+    """Whether the best of the validation losses is more than ``patience`` checkpoints old."""
+    return 0 < patience <= len(validation) - 1 - validation.index(min(validation)) if validation else False
+
+
+@contextlib.contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Products in bfloat16 where that is asked for."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+def check_finite(loss: float, update: int, data: Batches) -> None:
+    """Raise RunError, naming the update and its windows, unless a loss is a number."""
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss of update {update} is {loss}, on windows of {data.origin(update)}; the last checkpoint is "
+            "kept: try a smaller learning rate, or look at the store with `pvrpipe verify`"
+        )
+
+
+def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str, float]:
     """Mean of each term over the updates up to k; a loss that is not finite ends the run here."""
     losses = torch.stack([terms["loss"] for terms in unlogged]).tolist()
     for update, loss in enumerate(losses, start=k - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss of update {update} is {loss}; the last checkpoint is kept: "
-                "try a smaller learning rate, or look at the embeddings with `pvrpipe verify`"
-            )
+        check_finite(loss, update, data)
     return {name: float(torch.stack([t[name] for t in unlogged]).mean()) for name in unlogged[0]}
 
 
+def model_of(config: TrainConfig, setting: Setting) -> Any:
+    """The model that a configuration asks for, with fresh weights."""
+    return build_model(
+        config.model,
+        config.size,
+        setting,
+        seed=config.seed,
+        encoder=config.encoder,
+        symlog_inputs=config.symlog_inputs,
+        burn_in=config.burn_in,
+        proprioception=config.proprioception,
+    )
+
+
+def standardise(model: Any, store: Store) -> None:
+    """Give the model the moments of the store's training rows."""
+    if "embedding" in store.manifest.statistics:
+        moments = store.manifest.statistics["embedding"]
+        model.seen.standardise.set(moments.mean, moments.std)
+    if "state" in model.columns:
+        train = store.episodes.filter(store.episodes["split"] == "train")["episode"].to_list()
+        states = np.concatenate([store.read_episode(e, ("state",))["state"] for e in train]).astype(
+            np.float64
+        )
+        model.seen_state.set(states.mean(0), states.std(0))
+
+
 def _record(
-    config: TrainConfig, store: Store, model: torch.nn.Module, device: torch.device
+    config: TrainConfig, store: Store, setting: Setting, model: torch.nn.Module, device: torch.device
 ) -> runs.RunRecord:
     """What ``run.json`` says when a run begins."""
     specification = store.manifest.specification
-    assert isinstance(specification, EmbeddingSpecification)
     assert store.manifest.id is not None
     return runs.RunRecord(
         state="training",
         config=asdict(config),
         store=str(store.path),
         store_id=store.manifest.id,
-        encoder=specification.encoder,
-        embedding=embedding_width(store),
-        action=store.column("action").shape[0],
+        encoder=specification.encoder if isinstance(specification, EmbeddingSpecification) else None,
+        setting=setting,
         parameters=sum(p.numel() for p in model.parameters()),
         device=str(device),
         versions=runs.versions(),
@@ -236,14 +295,6 @@ def load_model(folder: Path, device: torch.device) -> tuple[Any, runs.RunRecord]
         RunError: there is no run, no checkpoint, or a checkpoint that does not fit.
     """
     record = runs.read_run(folder)
-    config = TrainConfig(**record.config)
-    model = build_model(
-        config.model,
-        config.size,
-        record.embedding,
-        record.action,
-        symlog_inputs=config.symlog_inputs,
-        seed=config.seed,
-    ).to(device)
+    model = model_of(TrainConfig(**record.config), record.setting).to(device)
     checkpoints.load(folder, model)
     return model, record

@@ -1,0 +1,65 @@
+"""Read-outs on embeddings whose content is planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.worldmodel.readout import judged, read_out, ridge
+
+from .planted import write_planted
+
+WIDTH = 6
+
+
+def state_and_embedding(random: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """A state whose first two numbers lie in the embedding, the first as it is, the second only as a product."""
+    state = random.normal(size=(rows, 3)).astype(np.float32)
+    factor = random.normal(size=rows)
+    embedding = np.stack(
+        [state[:, 0], factor, state[:, 1] * np.sign(factor), *random.normal(size=(3, rows))], 1
+    )
+    return {
+        "embedding": (embedding @ MIX).astype(np.float32),
+        "action": random.uniform(-1, 1, (rows, 2)).astype(np.float32),
+        "reward": (2 * state[:, 0]).astype(np.float32),
+        "state": state,
+    }
+
+
+MIX = np.linalg.qr(np.random.default_rng(5).normal(size=(WIDTH, WIDTH)))[0]
+
+
+def test_what_is_in_an_embedding_is_found_and_what_is_not_is_not(tmp_path: Path) -> None:
+    store = write_planted(
+        tmp_path / "store", [state_and_embedding(np.random.default_rng(e), 60) for e in range(60)]
+    )
+    report = read_out(store, updates=700)
+    assert report["reward"]["linear"]["r2"] > 0.999
+    assert report["reward"]["linear"]["mae"] < 0.05 * report["reward"]["mean"]["mae"]
+    assert report["reward"]["mean"]["r2"] == pytest.approx(0, abs=1e-9)
+    linear, mlp = (report["state"][reader]["r2"] for reader in ("linear", "mlp"))
+    assert linear == pytest.approx(1 / 3, abs=0.05)  # one number of three; the third is nowhere
+    assert 0.5 < mlp < 0.72
+
+
+def test_ridge_equals_its_closed_form_solved_otherwise() -> None:
+    random = np.random.default_rng(0)
+    x, y, at = random.normal(size=(50, 4)), random.normal(size=(50, 2)), random.normal(size=(7, 4))
+    augmented = np.concatenate([x, np.sqrt(1e-4 * 50) * np.eye(4)])
+    weights = np.linalg.lstsq(augmented, np.concatenate([y, np.zeros((4, 2))]), rcond=None)[0]
+    np.testing.assert_allclose(ridge(x, y, at), at @ weights, rtol=1e-9)
+
+
+def test_numbers_that_never_change_do_not_count() -> None:
+    true = np.array([[1.0, 5.0], [3.0, 5.0]])
+    assert judged(true + 1, true, np.array([2.0, 5.0])) == {"r2": 0.0, "mae": 1.0}
+
+
+def test_a_store_without_held_out_episodes_is_one_line(tmp_path: Path) -> None:
+    store = write_planted(tmp_path / "store", [state_and_embedding(np.random.default_rng(0), 20)])
+    with pytest.raises(InvalidValueError, match=r"no (val|train) episodes"):
+        read_out(store)

@@ -1,0 +1,100 @@
+"""TD-MPC2's action values and its policy prior, on latents.
+
+After nicklashansen/tdmpc2 at e9f5932 (``common/world_model.py``, ``math.py``, ``scale.py``). Chance comes from a
+generator that is handed in; dropout is on only while gradients are recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DROPOUT = 0.01  # in the first layer of each value
+LOG_STD = (-10.0, 2.0)
+ENTROPY = 1e-4
+PERCENTILES = (0.05, 0.95)
+TAU = 0.01  # of the target values, and of the scale
+
+
+class Ensemble(nn.Module):
+    """``members`` networks of two hidden Mish layers side by side, each product one batched product.
+
+    Args:
+        features: of the input.
+        units: of a hidden layer.
+        out: of the output.
+        members: how many.
+    """
+
+    def __init__(self, features: int, units: int, out: int, members: int) -> None:
+        super().__init__()
+        widths = (features, units, units, out)
+        self.weights = nn.ParameterList(torch.empty(members, a, b) for a, b in itertools.pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(members, 1, width) for width in widths[1:])
+        self.gains = nn.ParameterList(torch.ones(members, 1, units) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.zeros(members, 1, units) for _ in range(2))
+
+    def forward(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
+        """(N, features) -> (members, N, out); with ``random``, units of the first layer are dropped."""
+        x = x.expand(len(self.weights[0]), *x.shape)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer == len(self.gains):
+                return x
+            if layer == 0 and random is not None:
+                kept = torch.empty_like(x).bernoulli_(1 - DROPOUT, generator=random)
+                x = x * kept / (1 - DROPOUT)
+            x = F.layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.shifts[layer]
+            x = F.mish(x)
+        raise AssertionError("an ensemble ends in a linear layer")
+
+
+def sample_action(mean_and_log_std: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A squashed Gaussian action and its scaled entropy.
+
+    Args:
+        mean_and_log_std: (..., 2·A), the latter squeezed into :data:`LOG_STD`.
+        random: decides the noise.
+
+    Returns:
+        Actions (..., A) in [-1, 1]; entropy (..., 1), scaled as upstream does, by A times the Gaussian's share of it.
+    """
+    mean, log_std = mean_and_log_std.chunk(2, -1)
+    log_std = LOG_STD[0] + (LOG_STD[1] - LOG_STD[0]) / 2 * (torch.tanh(log_std) + 1)
+    noise = torch.empty_like(mean).normal_(generator=random)
+    gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+    action = torch.tanh(mean + noise * log_std.exp())
+    squashed = torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1, keepdim=True)
+    logp = gaussian - squashed
+    scale = gaussian * mean.shape[-1] / (logp + 1e-8)
+    return action, -logp * scale
+
+
+class RunningScale(nn.Module):
+    """How far values are spread, from their 5th to their 95th percentile; at least 1."""
+
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.ones(()))
+
+    @torch.no_grad()
+    def update(self, values: Tensor) -> None:
+        """Move towards the spread of these values (N,)."""
+        low, high = torch.quantile(values.float(), values.new_tensor(PERCENTILES))
+        self.value.lerp_((high - low).clamp_min(1.0), TAU)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Values in units of their spread."""
+        return values / self.value
+
+
+def discount_of(steps: int) -> float:
+    """The discount that upstream chooses for episodes of so many transitions (``tdmpc2.py: _get_discount``)."""
+    fraction = steps / 5
+    return min(max((fraction - 1) / fraction, 0.95), 0.995)
