@@ -30,9 +30,25 @@ SIZE = 128  # pixels; above this, software rendering costs half as much again
 #: Diverse trajectories, as the study's analysis has them: aimless, wandering, good, and nearly good.
 POLICY = "random:0.2,ou:0.2,mpc:0.3,mpc+0.3:0.3"
 MODELS: dict[str, dict[str, Any]] = {
-    "dreamerv3": {"size": "1m", "batch": 16, "length": 32, "learning_rate": 1e-3, "warmup": 50},
-    "tdmpc2": {"size": "1m", "batch": 256, "learning_rate": 1e-3},
+    "dreamerv3": {"batch": 16, "length": 32, "learning_rate": 1e-3, "warmup": 50},
+    "tdmpc2": {"batch": 128, "learning_rate": 1e-3},
+    "dinowm": {"batch": 32, "learning_rate": 1e-3},
 }
+#: From scratch, on the frames themselves: smaller batches, for convolutions cost ten times a linear map.
+SCRATCH: dict[str, dict[str, Any]] = {
+    "dreamerv3": {**MODELS["dreamerv3"], "batch": 8, "length": 16},
+    "tdmpc2": {**MODELS["tdmpc2"], "batch": 32},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train and to probe."""
+
+    run: Path
+    store: Path
+    pvr: str
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -72,45 +88,54 @@ def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
         ]
         with watching("embed", "frames") as progress:
             stores = embed(rollouts, outputs, EmbedConfig(engine=config.engine), progress)
-        return _compare_all(workspace, stores, config)
+        return _compare_all(_jobs(workspace, rollouts, stores, config), config)
 
 
-def _compare_all(
-    workspace: Workspace, stores: Sequence[EmbedResult], config: DemoConfig
-) -> list[dict[str, str]]:
-    """Train and probe every model on every store; on Ray, as many at once as there are processors."""
-    jobs = [
-        (workspace.run(f"{store.store.name}-{model}"), store, model) for store in stores for model in MODELS
-    ]
+def _jobs(
+    workspace: Workspace, rollouts: Path, stores: Sequence[EmbedResult], config: DemoConfig
+) -> list[Job]:
+    """From scratch first, which takes longest; then every model on every store of embeddings."""
+
+    def job(store: Path, folder: str, pvr: str, model: str, settings: dict[str, Any]) -> Job:
+        wanted = TrainConfig(model=model, updates=config.updates, seed=config.seed, **settings)
+        return Job(workspace.run(f"{folder}-{model}"), store, pvr, wanted)
+
+    jobs = [job(rollouts, "scratch", "from scratch", model, how) for model, how in SCRATCH.items()]
+    for store in stores:
+        pvr = store.pvr + (" (random weights)" if store.random_weights else "")
+        jobs += [job(store.store, store.store.name, pvr, model, how) for model, how in MODELS.items()]
+    return jobs
+
+
+def _compare_all(jobs: Sequence[Job], config: DemoConfig) -> list[dict[str, str]]:
+    """Train and probe; on Ray, as many at once as there are processors."""
     with watching("models", "updates") as progress:
 
         def watch() -> None:
-            done = sum(updates_done(run) for run, _, _ in jobs)
+            done = sum(updates_done(job.run) for job in jobs)
             progress(done, len(jobs) * config.updates, "train and probe")
 
         if config.engine == "inline":
             tables = []
             for job in jobs:
-                tables.append(_compare(*job, config))
+                tables.append(_compare(job))
                 watch()
             return [row for table in tables for row in table]
         import ray
 
         compare = ray.remote(num_cpus=1)(_compare)
-        pending = references = [compare.remote(*job, config) for job in jobs]
+        pending = references = [compare.remote(job) for job in jobs]
         while pending:
             _, pending = ray.wait(pending, num_returns=len(pending), timeout=1)
             watch()
         return [row for table in ray.get(references) for row in table]
 
 
-def _compare(run: Path, store: EmbedResult, model: str, config: DemoConfig) -> list[dict[str, str]]:
-    """Train one model on one store and probe it: its rows of the table."""
-    train(
-        TrainConfig(model=model, updates=config.updates, seed=config.seed, **MODELS[model]), store.store, run
-    )
-    pvr = store.pvr + (" (random weights)" if store.random_weights else "")
-    return [{"pvr": pvr, "model": model, **row} for row in error_rows(probe(run, seed=config.seed))]
+def _compare(job: Job) -> list[dict[str, str]]:
+    """Train one model and probe it: its rows of the table."""
+    train(job.config, job.store, job.run)
+    rows = error_rows(probe(job.run, seed=job.config.seed))
+    return [{"pvr": job.pvr, "model": job.config.model, **row} for row in rows]
 
 
 def _real_pvr() -> list[EncoderRequest]:

@@ -139,7 +139,7 @@ def test_mistakes_on_a_store_that_is_there(write_rollouts: WriteStore, tmp_path:
         (("embed", store, "--pvr", "vc1", "--weights", "random"), "random:SEED"),
         (("embed", store, "out", "--pvr", "vc1", "--pvr", "resnet18"), "leave OUT out"),
         (("embed", store, "--pvr", "vc1", "--weights", "random:0", "--device", "cuda"), "--device cpu"),
-        (("train-model", store), "pvrpipe embed"),
+        (("train-model", store, "--model", "dinowm"), "pvrpipe embed"),
     ):
         if "cuda" in arguments:
             import torch
@@ -220,12 +220,12 @@ def test_doctor_tries_everything_for_real(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_ends_in_a_table_of_both_models_on_both_encoders(tmp_path: Path) -> None:
+def test_demo_ends_in_a_table_of_every_model_on_both_encoders_and_from_scratch(tmp_path: Path) -> None:
     small = ("--episodes", "5", "--max-steps", "40", "--updates", "5")
     table = last_json(run("demo", *small, "--json", cwd=tmp_path, timeout=900))["table"]
     assert {(row["pvr"], row["model"]) for row in table} >= {
-        (pvr, model)
-        for pvr in ("autoencoder", "resnet18 (random weights)")
-        for model in ("dreamerv3", "tdmpc2")
+        *(("from scratch", model) for model in ("dreamerv3", "tdmpc2")),
+        *(("autoencoder", model) for model in ("dreamerv3", "tdmpc2", "dinowm")),
+        *(("resnet18 (random weights)", model) for model in ("dreamerv3", "tdmpc2", "dinowm")),
     }
     assert {row["horizon"] for row in table} == {"33", "500 (end at 40)"}

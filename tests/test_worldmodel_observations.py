@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_one_line() -> None:
         DreamerV3("1m", Observation("pixels", (40, 40, 3)), 2)
     with pytest.raises(InvalidValueError, match="--pixels 64"):
         build_model("tdmpc2", "1m", Setting(Observation("pixels", (128, 128, 3)), 2, 0, 50, False), seed=0)
-    with pytest.raises(UnknownNameError, match="dreamerv3"):
+    with pytest.raises(InvalidValueError, match="pvrpipe embed --pvr NAME"):
         build_model("dinowm", "1m", Setting(FRAMES, 2, 0, 50, False), seed=0)
     with pytest.raises(InvalidValueError, match="no state column"):
         build_model("dinowm", "1m", Setting(vector(4), 2, 0, 50, False), seed=0, proprioception=True)

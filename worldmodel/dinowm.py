@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvrpipe.schemas.errors import UnknownNameError
+from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation, Seen, Standardise
 
@@ -91,7 +91,10 @@ class DinoWM(nn.Module):
     def __init__(self, size: str, observation: Observation, action: int, *, proprioception: int = 0) -> None:
         super().__init__()
         if observation.kind == "pixels":
-            raise UnknownNameError.among("model that reads frames", "dinowm", ("dreamerv3", "tdmpc2"))
+            raise InvalidValueError(
+                "dinowm learns from embeddings, and this store holds frames; first run `pvrpipe embed --pvr NAME`, "
+                "or take --model dreamerv3 or tdmpc2"
+            )
         self.size = widths = SIZES[size]
         self.columns: tuple[str, ...] = ("state",) if proprioception else ()
         self.tokens, self.features = (
