@@ -254,7 +254,7 @@ def draft_manifest(config: CollectConfig) -> Manifest:
             discrete=environment.discrete,
             state_names=environment.state_names,
             renderer=environment.renderer(),
-            versions=_versions(environment),
+            versions=_versions(environment) | {k: v for m in mixture.members for k, v in m.versions.items()},
             variation=str(variation),
         )
         plan = plan_shards(config.episodes, environment.max_steps + 1, config.shard_rows)

@@ -89,7 +89,7 @@ def run_episode(
         InvalidValueError: the policy returned no action of this environment.
     """
     tape = Tape(_played(environment), folder or Path())
-    actions = member.actions(environment, np.random.default_rng(seed))
+    actions = member.actions(environment, np.random.default_rng(seed), lambda: step)
     row = 0
     try:
         step = environment.reset(seed, look)

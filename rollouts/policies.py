@@ -3,7 +3,7 @@
 ::
 
     mixture = member {"," member}                              random:0.5,mpc@0.5+0.3:0.5
-    member  = name ["@" quality] ["+" noise] ["~" epsilon] [":" weight]
+    member  = name ["=" argument] ["@" quality] ["+" noise] ["~" epsilon] [":" weight]
 
 ``random`` draws uniformly within the bounds; ``ou`` is an Ornstein-Uhlenbeck process, smooth over about a
 third of a second; ``pink`` and ``brown`` are noise whose power falls with the frequency and with its square
@@ -13,7 +13,9 @@ third of a second; ``pink`` and ``brown`` are noise whose power falls with the f
 deviation half of half the action range; ``~0.1`` takes a random action in one of ten rows. Where actions
 are one of A, the largest of the A numbers of a policy is the one that is taken.
 
-Other packages add policies by entry points of the group ``pvrpipe.policies``.
+Other packages add policies by entry points of the group ``pvrpipe.policies``; where an argument is given, what the
+entry point names is called with it first (``run=data/runs/NAME``: the policy of a trained run). A policy that
+``watches`` is also given a function that returns the row the environment is at.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +36,7 @@ from pvrpipe.rollouts.environments import Environment, Foreseeing, Scripted
 from pvrpipe.rollouts.mixtures import Mixture, number_above_zero, parse_mixture
 from pvrpipe.rollouts.planning import planned_actions
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
+from pvrpipe.schemas.records import Step
 
 OU_SECONDS = 0.3  # in which the process forgets 63 % of what it was
 OU_DEVIATION = 0.6  # of the processes, as a fraction of half the action range
@@ -48,6 +53,7 @@ class Member:
     """One policy of a mixture."""
 
     name: str
+    argument: str = ""  # of a policy of another package
     quality: float = 1.0  # of mpc
     noise: float = 0.0  # standard deviation, as a fraction of half the action range
     epsilon: float = 0.0  # share of rows in which the action is random
@@ -56,16 +62,31 @@ class Member:
     def label(self) -> str:
         """Name and what is done to it, as recorded with each episode, e.g. ``mpc@0.5+0.3~0.1``."""
         parts = (("@", self.quality if self.quality != 1 else 0), ("+", self.noise), ("~", self.epsilon))
-        return self.name + "".join(f"{mark}{value:g}" for mark, value in parts if value)
+        name = f"{self.name}={self.argument}" if self.argument else self.name
+        return name + "".join(f"{mark}{value:g}" for mark, value in parts if value)
 
-    def actions(self, environment: Environment, rng: np.random.Generator) -> Actions:
+    @property
+    def versions(self) -> dict[str, str]:
+        """What else decides the policy's actions, e.g. the hash of what was trained."""
+        return dict(getattr(self._policy(), "versions", {}))
+
+    def actions(
+        self, environment: Environment, rng: np.random.Generator, seen: Callable[[], Step] | None = None
+    ) -> Actions:
         """Actions (A,) within the bounds, without end; each is asked for once the last was taken.
+
+        Args:
+            environment: that is acted in.
+            rng: decides all that is drawn.
+            seen: returns the row that the environment is at, for policies that watch.
 
         Raises:
             InvalidValueError: the policy returned something that is no action of the environment.
         """
         low, high = environment.action_low, environment.action_high
-        for found in self._policy()(environment, rng):
+        policy: Any = self._policy()
+        watches = getattr(policy, "watches", False)
+        for found in policy(environment, rng, seen) if watches else policy(environment, rng):
             action = np.asarray(found, np.float64)
             if action.shape != low.shape or not np.isfinite(action).all():
                 raise InvalidValueError(
@@ -81,7 +102,11 @@ class Member:
     def _policy(self) -> Policy:
         if self.name == "mpc":
             return partial(planned_actions, quality=self.quality)
-        return POLICIES[self.name] if self.name in POLICIES else _others()[self.name]()
+        if self.name in POLICIES:
+            return POLICIES[self.name]
+        loaded: Any = _others()[self.name]()
+        policy: Policy = loaded(self.argument) if self.argument else loaded
+        return policy
 
 
 def parse_policy(text: str) -> Mixture[Member]:
@@ -120,9 +145,14 @@ def one_hot(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _parse_member(text: str, part: str) -> Member:
     """One member, without its weight."""
-    name, *marked = re.split("([@+~])", part)
+    named, *marked = re.split("([@+~])", part)
+    name, equals, argument = named.partition("=")
     if name not in POLICIES and name not in _others():
         raise UnknownNameError.among("policy", name, [*POLICIES, *_others()], hint=EXAMPLE)
+    if bool(equals) != bool(argument) or (argument and name in POLICIES):
+        raise InvalidValueError(f"policy '{text}': {name} takes no argument; {EXAMPLE}")
+    if Path(argument).exists():  # workers run in other folders
+        argument = str(Path(argument).absolute()) if argument else ""
     numbers: dict[str, float] = {}
     for mark, value in zip(marked[::2], marked[1::2], strict=True):
         what = MARKS[mark]
@@ -132,7 +162,7 @@ def _parse_member(text: str, part: str) -> Member:
         numbers[what] = number_above_zero(value, f"policy '{text}': {what}", EXAMPLE)
         if what != "noise" and numbers[what] > 1:
             raise InvalidValueError(f"policy '{text}': {what} is at most 1; {EXAMPLE}")
-    return Member(name, **numbers)
+    return Member(name, argument, **numbers)
 
 
 def _others() -> dict[str, Callable[[], Policy]]:

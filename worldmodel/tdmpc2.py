@@ -336,6 +336,12 @@ class TDMPC2(nn.Module):
         logits = self.reward(torch.cat([before, action], -1))
         return torch.stack(latents[1:], 1), self.two_hot.decode(logits)
 
+    @torch.no_grad()
+    def act(self, observation: Tensor) -> Tensor:
+        """The policy's action, without noise, after the last of some rows (N, T, *shape): (N, A) in [-1, 1]."""
+        z = self._encode(stacked(self.pool(self.seen(observation))))[:, -1]
+        return torch.tanh(self.policy(z).chunk(2, -1)[0])
+
     @staticmethod
     def divergence(predicted: Tensor, filtered: Tensor) -> Tensor:
         """Mean squared error over the latent: (..., n) twice -> (...). At most 2 / 8."""
