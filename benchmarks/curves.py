@@ -76,7 +76,11 @@ def draw(task: str, told: dict[str, Curves], path: Path) -> None:
     """A row for each model: reward on the left, dynamics on the right."""
     width, height = 700, 330
     picture = Image.new("RGB", (2 * width, height * len(told)), PAPER)
-    for row, (model, by_store) in enumerate(told.items()):
+    for row, (model, curves_of) in enumerate(told.items()):
+        last = ("from scratch",)  # which not every model has, so that the others keep their colours
+        by_store = {
+            name: curves_of[name] for name in sorted(curves_of, key=lambda name: (name in last, name))
+        }
         for column, loss in enumerate(("reward", DYNAMICS[model])):
             box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
             panel = Panel(picture, box, f"{model}, {task}: held-out {loss}")
