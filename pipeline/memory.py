@@ -12,7 +12,7 @@ import torch
 
 from pvrpipe.pipeline.encoders import BATCH, Encoder
 from pvrpipe.schemas.errors import EncodingError
-from pvrpipe.schemas.manifest import EncoderIdentity
+from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.store.paging import available_memory
 
 SHARE = 0.8  # of the free memory that is planned with; allocators need room to round up

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvrpipe.schemas.errors import EncodingError
-from pvrpipe.schemas.manifest import Recipe
+from pvrpipe.schemas.specifications import Recipe
 
 
 def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
