@@ -45,11 +45,13 @@ from pvrpipe.pipeline.memory import peak_of
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr, WeightsSource
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
-from pvrpipe.schemas.manifest import Recipe, canonical_json
+from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.schemas.specifications import Recipe
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.reading import Store
 
 ARCHITECTURES = {
+    "resnet18": ("resnet18", 512),
     "vit-s": ("vit_small_patch16_224", 384),
     "vit-b": ("vit_base_patch16_224", 768),
     "resnet50": ("resnet50", 2048),
@@ -144,9 +146,9 @@ def specification(network: str, size: int, folder: Path) -> Path:
         title=own.name,
         source=WeightsSource(file="none"),
         architecture=architecture,
-        overrides={} if network == "resnet50" else {"img_size": size},
+        overrides={} if network.startswith("resnet") else {"img_size": size},
         recipe=Recipe(resize=size, interpolation="bicubic", antialias=True, crop=size, mean=MEAN, std=STD),
-        pooling="average" if network == "resnet50" else "cls",
+        pooling="average" if network.startswith("resnet") else "cls",
         width=width,
         licence="none",
     )

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pvrpipe.schemas.manifest import Manifest, RolloutSpecification
+from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.records import Episode, EpisodeInfo
+from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,6 +41,8 @@ def inspect(
         return tell(True, found, [], ())
     for key in ("kind", "environment", "id", "episodes", "rows", "shards", "bytes"):
         print(f"{key:12} {found[key]}")
+    if found["kind"] == "embeddings":
+        _tell_encoder(found["specification"])
     if found["random_weights"]:
         print("RANDOM WEIGHTS: nobody trained this encoder")
     if found["smaller_batches"]:
@@ -53,6 +55,18 @@ def inspect(
     )
     show(found["coverage"], ("of", "minimum", "mean", "maximum", "deviation", "bins_reached"))
     return show(found["failed"], ("episode", "seed", "policy", "reason"))
+
+
+def _tell_encoder(made: dict[str, Any]) -> None:
+    """Which encoder made a store's embeddings, of which weights, and of what of it."""
+    encoder, computed = made["encoder"], made["computation"]
+    weights, recipe = encoder["weights"], encoder["recipe"]
+    file = f" {weights['file']}" if weights["file"] else ""
+    print(f"encoder      {encoder['name']}: {encoder['title']}")
+    print(f"weights      {weights['source']}{file}, tensors {weights['tensors_sha256'][:12]}…")
+    print(f"embedding    layer {encoder['layer']}, {encoder['pooling']}, {encoder['shape']} {made['dtype']}")
+    print(f"frames       {recipe['resize'] or 'as they are'}, crop {recipe['crop'] or 'none'}")
+    print(f"computed     {computed['precision']} on {computed['device']}, batches of {computed['batch']}")
 
 
 def preview(

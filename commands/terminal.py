@@ -18,6 +18,7 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+NAME = 40  # characters of what a row is about that are never broken: it is to be typed again
 WHOLE = "{task.completed:,.0f}/{task.total:,.0f}"
 
 
@@ -85,10 +86,16 @@ def show(rows: Iterable[Any], columns: Sequence[str], title: str | None = None) 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title)
-    for row in rows:
-        cells = plain(row)
-        table.add_row(*(f"{c:,.3f}" if isinstance(c := cells[name], float) else str(c) for name in columns))
+    lines = [
+        [f"{c:,.3f}" if isinstance(c := cells[name], float) else str(c) for name in columns]
+        for cells in map(plain, rows)
+    ]
+    table = Table(title=title)
+    for place, name in enumerate(columns):
+        whole = max((len(line[0]) for line in lines), default=0) if place == 0 else 0
+        table.add_column(name, overflow="fold", min_width=min(whole, NAME))
+    for line in lines:
+        table.add_row(*line)
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -19,7 +19,8 @@ from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_determini
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import Upload, download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
-from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
+from pvrpipe.schemas.manifest import Manifest
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.growing import grown

@@ -23,7 +23,8 @@ from pvrpipe.pipeline.memory import no_room, smaller
 from pvrpipe.pipeline.transfers import Upload, download, one_behind, read_ahead
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
-from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest
+from pvrpipe.schemas.manifest import Manifest
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store

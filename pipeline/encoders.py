@@ -21,7 +21,7 @@ from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
-from pvrpipe.schemas.manifest import Computation, EncoderIdentity
+from pvrpipe.schemas.specifications import Computation, EncoderIdentity
 
 Precision = Literal["fp32", "bf16"]
 BATCH = {"cpu": 32, "cuda": 256}  # on a GPU the most; how much memory there is decides (memory.py)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 
 from pvrpipe.pipeline.encoders import BATCH, Encoder
 from pvrpipe.schemas.errors import EncodingError
-from pvrpipe.schemas.manifest import EncoderIdentity
+from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.store.paging import available_memory
 
 SHARE = 0.8  # of the free memory that is planned with; allocators need room to round up
@@ -165,7 +166,13 @@ def _refuse_another_shape(identity: EncoderIdentity, shape: tuple[int, ...]) -> 
 
 
 def _reset_peak() -> bool:
-    """Let the kernel count the peak of this process anew (man 5 proc, clear_refs)."""
+    """Let the kernel count the peak of this process anew (man 5 proc, clear_refs).
+
+    What the C library keeps of freed memory is given back first: used again, it would not show.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU library's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -174,12 +181,9 @@ def _reset_peak() -> bool:
 
 
 def _status(field: str) -> int:
-    return _kilobytes(Path("/proc/self/status"), field) or 0
-
-
-def _kilobytes(path: Path, field: str) -> int | None:
+    """Bytes that the kernel counts of this process; 0 where it does not say."""
     try:
-        lines = path.read_text().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:")), 0)

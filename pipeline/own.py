@@ -15,7 +15,7 @@ from pvrpipe.pipeline.pvrs import IMAGENET, KeyMap, Properties, Pvr, WeightsSour
 from pvrpipe.pipeline.zoo_language import LANGUAGE_PVRS
 from pvrpipe.pipeline.zoo_vit import VIT_PVRS, VIT_RENAMES
 from pvrpipe.schemas.errors import UnknownNameError, WeightsError, one_line
-from pvrpipe.schemas.manifest import Recipe
+from pvrpipe.schemas.specifications import Recipe
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvrpipe.schemas.errors import EncodingError
-from pvrpipe.schemas.manifest import Recipe
+from pvrpipe.schemas.specifications import Recipe
 
 
 def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
@@ -39,27 +39,38 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
 def _resized(pixels: Tensor, recipe: Recipe, side: int) -> Tensor:
     """The shortest side, or with ``squash`` both, to ``side`` pixels.
 
-    ``rounded``: as Pillow up to 12 does, the width and then the height, 8 bits in between. In one pass, an
-    overshoot of the bicubic filter along one axis would be seen along the other, and values next to black and
-    white would come out up to 18 grey levels away from PIL's. Not ``rounded``: as torchvision resizes a float
-    tensor.
+    ``rounded``: as Pillow up to 12 does; on a CPU by torch's kernels for bytes, which compute in fixed point as Pillow
+    does, and take a tenth of the time. Not ``rounded``: as torchvision resizes a float tensor.
     """
     height, width = pixels.shape[2:]
     shortest = min(height, width)
     wide, tall = (side, side) if recipe.squash else (side * width // shortest, side * height // shortest)
     if (tall, wide) == (height, width):
         return pixels
-    for size in ([height, wide], [tall, wide]) if recipe.rounded else ([tall, wide],):
-        pixels = F.interpolate(
-            pixels.float(),
-            size=size,
-            mode=recipe.interpolation,
-            antialias=recipe.antialias,
-            align_corners=False,
-        )
-        if recipe.rounded:
-            pixels = pixels.add_(0.5).floor_().clamp_(0, 255)  # halves go up, as in PIL
-    return pixels
+    if not recipe.rounded:
+        return _interpolated(pixels.float(), recipe, tall, wide)
+    if pixels.device.type == "cpu":
+        return _interpolated(pixels, recipe, tall, wide)
+    return resized_in_two_passes(pixels, recipe, tall, wide)
+
+
+def resized_in_two_passes(pixels: Tensor, recipe: Recipe, tall: int, wide: int) -> Tensor:
+    """Bytes (B, 3, H, W) to whole floats (B, 3, tall, wide): the width and then the height, 8 bits in between.
+
+    In one pass, an overshoot of the bicubic filter along one axis would be seen along the other, and values next
+    to black and white would come out up to 18 grey levels away from PIL's.
+    """
+    values = pixels.float()
+    for size in ((pixels.shape[2], wide), (tall, wide)):
+        values = _interpolated(values, recipe, *size)
+        values = values.add_(0.5).floor_().clamp_(0, 255)  # halves go up, as in PIL
+    return values
+
+
+def _interpolated(pixels: Tensor, recipe: Recipe, tall: int, wide: int) -> Tensor:
+    return F.interpolate(
+        pixels, size=[tall, wide], mode=recipe.interpolation, antialias=recipe.antialias, align_corners=False
+    )
 
 
 def _middle(pixels: Tensor, crop: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pvrpipe.pipeline.preprocessing import preprocess
-from pvrpipe.schemas.manifest import Recipe
+from pvrpipe.schemas.specifications import Recipe
 from pvrpipe.store.reading import Store
 
 READ_BATCH = 64  # frames decoded at a time

@@ -22,8 +22,9 @@ from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
 from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
 from pvrpipe.pipeline.pvrs import SPEC_FILE, WEIGHTS_FILE, Pvr, WeightsSource
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, OutputExistsError
-from pvrpipe.schemas.manifest import Recipe, canonical_json
+from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.schemas.specifications import Recipe
 from pvrpipe.store.files import locked, make_folder, remove_temporaries, sha256_of, write_whole
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pvrpipe.schemas.manifest import Frozen, Recipe
+from pvrpipe.schemas.specifications import Frozen, Recipe
 
 SPEC_FILE = "pvr.json"  # what makes a folder an encoder of one's own
 WEIGHTS_FILE = "encoder.safetensors"

@@ -10,7 +10,7 @@ from typing import get_args
 
 from pvrpipe.pipeline.pvrs import Pooling, Pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
-from pvrpipe.schemas.manifest import EncoderIdentity
+from pvrpipe.schemas.specifications import EncoderIdentity
 
 
 @dataclass(frozen=True)

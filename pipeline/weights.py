@@ -21,7 +21,7 @@ from pvrpipe.pipeline.checkpoints import tensors_of
 from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.schemas.errors import WeightsError
-from pvrpipe.schemas.manifest import WeightsIdentity
+from pvrpipe.schemas.specifications import WeightsIdentity
 from pvrpipe.store.files import sha256_of
 
 

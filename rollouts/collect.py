@@ -27,8 +27,9 @@ from pvrpipe.rollouts.replay import ReplayShard
 from pvrpipe.rollouts.variation import check_possible, parse_variation
 from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
-from pvrpipe.schemas.manifest import Manifest, RolloutSpecification, ShardCommit, ShardPlan
+from pvrpipe.schemas.manifest import Manifest, ShardCommit, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column
 from pvrpipe.store.growing import grown

@@ -13,8 +13,9 @@ from pvrpipe.rollouts.policies import Member, parse_policy
 from pvrpipe.rollouts.tape import Tape
 from pvrpipe.rollouts.variation import AS_IT_IS, PLAIN, STREAM, Look, Variation, columns_of, parse_variation
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
-from pvrpipe.schemas.manifest import Column, Failed, Manifest, RolloutSpecification, ShardCommit, ShardPlan
+from pvrpipe.schemas.manifest import Column, Failed, Manifest, ShardCommit, ShardPlan
 from pvrpipe.schemas.records import Episode, EpisodeInfo, Step
+from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import ShardWriter
 from pvrpipe.store.columns import column, with_bounds
 

@@ -24,9 +24,10 @@ from pvrpipe.rollouts.import_survey import Survey, bounds_of, look_through
 from pvrpipe.rollouts.pixels import squared
 from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import InvalidValueError, SourceError, UnknownNameError
-from pvrpipe.schemas.manifest import Column, Manifest, RolloutSpecification, ShardPlan
+from pvrpipe.schemas.manifest import Column, Manifest, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.records import Episode, EpisodeInfo
+from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards

@@ -22,14 +22,7 @@ from pvrpipe.schemas.errors import (
     PvrpipeError,
     UnfinishedStoreError,
 )
-from pvrpipe.schemas.manifest import (
-    Column,
-    Manifest,
-    ShardCommit,
-    ShardEntry,
-    ShardPlan,
-    store_id,
-)
+from pvrpipe.schemas.manifest import Column, Manifest, ShardCommit, ShardEntry, ShardPlan, store_id
 from pvrpipe.store.card import card
 from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.files import (

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest, RolloutSpecification
+from pvrpipe.schemas.manifest import Manifest
+from pvrpipe.schemas.specifications import EmbeddingSpecification, RolloutSpecification
 from pvrpipe.store.licences import hub_licence
 
 SIZES = {

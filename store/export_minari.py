@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pvrpipe.schemas.manifest import Column, EpisodeRecord, RolloutSpecification
+from pvrpipe.schemas.manifest import Column, EpisodeRecord
 from pvrpipe.schemas.progress import Progress
+from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.columns import BOUNDS
 from pvrpipe.store.export_hdf5 import h5py_or_cure
 from pvrpipe.store.selection import Selection

@@ -8,8 +8,9 @@ from typing import Any
 
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
-from pvrpipe.schemas.manifest import EmbeddingSpecification, Manifest, ShardPlan
+from pvrpipe.schemas.manifest import Manifest, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.growing import unlike
 from pvrpipe.store.licences import strictest
 from pvrpipe.store.places import Place

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError
-from pvrpipe.schemas.manifest import Column, EmbeddingSpecification, EpisodeRecord, Part, Taken
+from pvrpipe.schemas.manifest import Column, EpisodeRecord, Part, Taken
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.files import sha256_of
 from pvrpipe.store.reading import Store

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr, WeightsSource
-from pvrpipe.schemas.manifest import Recipe, canonical_json
+from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.schemas.specifications import Recipe
 
 SETTINGS = ("size", "width", "most", "nan_at", "die_at", "lives", "wait")
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from pvrpipe.schemas.manifest import Manifest, RolloutSpecification
+from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.records import Episode, EpisodeInfo
+from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards

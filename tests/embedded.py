@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from pvrpipe.schemas.manifest import (
+from pvrpipe.schemas.records import Episode
+from pvrpipe.schemas.specifications import (
     Computation,
     EmbeddingSpecification,
     EncoderIdentity,
     Recipe,
     WeightsIdentity,
 )
-from pvrpipe.schemas.records import Episode
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pvrpipe.schemas.manifest import (
+from pvrpipe.schemas.records import Episode, EpisodeInfo
+from pvrpipe.schemas.specifications import (
     Computation,
     EmbeddingSpecification,
     EncoderIdentity,
     Recipe,
     WeightsIdentity,
 )
-from pvrpipe.schemas.records import Episode, EpisodeInfo
 from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards

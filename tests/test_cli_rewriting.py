@@ -51,6 +51,7 @@ def test_card_and_picture(tmp_path: Path) -> None:
     assert "https://lab.example/e/shards/00000.parquet" in (tmp_path / "e" / "croissant.json").read_text()
     shown = run("inspect", "e", "--picture", "e.png", "--json", cwd=tmp_path)
     assert last_json(shown)["rows"] == 193
+    assert "\nencoder      toy: " in run("inspect", "e", cwd=tmp_path).stdout
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
 
 

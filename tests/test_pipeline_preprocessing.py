@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from pvrpipe.pipeline.preprocessing import preprocess
+from pvrpipe.pipeline.preprocessing import preprocess, resized_in_two_passes
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import EncodingError
 from pvrpipe.schemas.manifest import canonical_json
@@ -59,6 +59,20 @@ def test_agrees_with_the_authors_pipeline(name: str, size: tuple[int, int]) -> N
     assert difference.max() < 2.01  # PIL computes in fixed point: a tie may fall to the other side twice
     assert (difference > 1.01).double().mean() < 2e-4
     assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("filter_", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(256, 256), (64, 64), (480, 640), (300, 200)])
+def test_a_gpu_resizes_as_pil_does_too(filter_: str, size: tuple[int, int]) -> None:
+    """Where torch has no kernels for bytes, two passes in float stand in for them."""
+    frames = smooth_frames(*size)
+    recipe = PVRS["vc1"].recipe.model_copy(update={"interpolation": filter_})
+    tall, wide = (224 * side // min(size) for side in size)
+    theirs = np.asarray(widths_first(Image.fromarray(frames[0]), (wide, tall), filter_))
+    ours = resized_in_two_passes(torch.from_numpy(frames).permute(0, 3, 1, 2), recipe, tall, wide)
+    difference = np.abs(ours[0].permute(1, 2, 0).numpy() - theirs)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.11  # halves of a bilinear filter: PIL's fixed point takes them down
 
 
 def test_an_overwide_frame_is_squashed_or_cropped_as_its_recipe_says() -> None:

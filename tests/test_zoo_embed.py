@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 import torchvision
 import transformers
-from torch import nn
 
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
@@ -21,7 +20,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
 from .conftest import WriteStore
-from .test_zoo_cnn import pooled, reference_taskonomy
+from .test_zoo_cnn import pooled, reference_taskonomy, taskonomy_encoder
 from .test_zoo_language import clip_resnet, of_openai
 from .test_zoo_vit import mocov3_checkpoint, plain_vit
 from .upstream import noise, pixels_for, published, randomised, relative_error
@@ -83,12 +82,8 @@ def fabricated(folder: Path) -> dict[str, tuple[Path, Any]]:
     state = {f"module.convnet.{k}": v for k, v in resnet.state_dict().items() if not k.startswith("fc")}
     torch.save({"r3m": state}, folder / "r3m.pt")
 
-    from pvrpipe.pipeline.taskonomy import TaskonomyEncoder
-
-    encoder = randomised(TaskonomyEncoder())
-    encoder.compress1.weight.data.mul_(1e-3)
-    nn.init.constant_(encoder.compress_bn.bias, 1.0)
-    torch.save({"state_dict": encoder.state_dict()}, folder / "taskonomy.pth")
+    taskonomy = taskonomy_encoder().state_dict()
+    torch.save({"state_dict": taskonomy}, folder / "taskonomy.pth")
     return {
         "mocov3-s": (folder / "vit.pth.tar", lambda x: vit(x).last_hidden_state[:, 0]),
         "siglip-b16": (folder / "siglip.safetensors", lambda x: siglip(x).pooler_output),
@@ -96,7 +91,7 @@ def fabricated(folder: Path) -> dict[str, tuple[Path, Any]]:
         "r3m-18": (folder / "r3m.pt", lambda x: pooled(resnet, x)),
         "taskonomy-depth-zbuffer": (
             folder / "taskonomy.pth",
-            lambda x: reference_taskonomy(encoder.state_dict(), x).flatten(1),
+            lambda x: reference_taskonomy(taskonomy, x).flatten(1),
         ),
     }
 

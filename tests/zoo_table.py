@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.zoo import PVRS
-from pvrpipe.schemas.manifest import Recipe
+from pvrpipe.schemas.specifications import Recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pvrs.md"
 BEGIN, END = "<!-- the zoo -->\n", "<!-- the end of the zoo -->\n"

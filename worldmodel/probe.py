@@ -31,8 +31,9 @@ from torch import Tensor
 
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
-from pvrpipe.schemas.manifest import EmbeddingSpecification, canonical_json
+from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs

@@ -27,7 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
-from pvrpipe.schemas.manifest import EncoderIdentity, Frozen, canonical_json
+from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.schemas.specifications import EncoderIdentity, Frozen
 from pvrpipe.store.files import TEMPORARY, disk_errors, locked, make_folder, remove_temporaries, write_whole
 from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError, RunError
-from pvrpipe.schemas.manifest import EmbeddingSpecification
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.batches import Backing, Batches, chance, open_observations, setting_of
