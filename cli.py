@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pvrpipe.commands import embeddings, importing, machine, models, rollouts, stores
+from pvrpipe.commands import embeddings, importing, machine, models, rollouts, stores, sweeps
 from pvrpipe.schemas.errors import PvrpipeError, one_line
 
 STOPPED = 130  # what typer returns for Ctrl-C
@@ -22,6 +22,7 @@ app.command()(rollouts.collect)
 app.command("import")(importing.import_)
 app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
+app.command()(sweeps.sweep)
 app.command()(models.probe)
 app.command()(models.runs)
 app.command()(embeddings.pretrain)

@@ -24,6 +24,25 @@ from pvrpipe.commands.options import (
 from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, watching
 
 LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
+MODELS = "dreamerv3, tdmpc2 or dinowm."
+SIZES = "Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm)."
+
+Updates = Annotated[int, typer.Option(min=1, help="Gradient steps.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Rows per window; default: the paper's.")]
+LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default: the paper's.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="What products are computed in.")]
+ValidateEvery = Annotated[
+    int, typer.Option(min=1, help="Updates between two checkpoints, each with validation losses.")
+]
+Patience = Annotated[
+    int, typer.Option(min=0, help="Stop after so many checkpoints without a better validation; 0: never.")
+]
+Encoder = Annotated[
+    Literal["auto", "linear", "mlp", "attention", "cnn"],
+    typer.Option(help="How the model reads embeddings, tokens or frames; auto: the first that fits."),
+]
 
 
 def train_model(
@@ -34,30 +53,17 @@ def train_model(
     run: Annotated[
         Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
     ] = None,
-    model: Annotated[str, typer.Option(help="dreamerv3, tdmpc2 or dinowm.")] = "dreamerv3",
-    size: Annotated[
-        str, typer.Option(help="Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm).")
-    ] = "1m",
-    updates: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 1000,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Rows per window; default: the paper's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Default: the paper's.")] = None,
-    warmup: Annotated[
-        int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")
-    ] = 1000,
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="What products are computed in.")
-    ] = "fp32",
-    validate_every: Annotated[
-        int, typer.Option(min=1, help="Updates between two checkpoints, each with validation losses.")
-    ] = 500,
-    patience: Annotated[
-        int, typer.Option(min=0, help="Stop after so many checkpoints without a better validation; 0: never.")
-    ] = 0,
-    encoder: Annotated[
-        Literal["auto", "linear", "mlp", "attention", "cnn"],
-        typer.Option(help="How the model reads embeddings, tokens or frames; auto: the first that fits."),
-    ] = "auto",
+    model: Annotated[str, typer.Option(help=MODELS)] = "dreamerv3",
+    size: Annotated[str, typer.Option(help=SIZES)] = "1m",
+    updates: Updates = 1000,
+    batch: Batch = None,
+    length: Length = None,
+    learning_rate: LearningRate = None,
+    warmup: Warmup = 1000,
+    precision: Precision = "fp32",
+    validate_every: ValidateEvery = 500,
+    patience: Patience = 0,
+    encoder: Encoder = "auto",
     symlog: Annotated[bool, typer.Option(help="dreamerv3: squash embeddings by symlog.")] = True,
     burn_in: Annotated[
         int, typer.Option(min=0, help="dreamerv3: rows before each window that only carry the state to it.")
@@ -81,18 +87,13 @@ def train_model(
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
-    from pvrpipe.store.places import place_of
-    from pvrpipe.store.reading import Store
     from pvrpipe.store.workspace import Workspace
 
     store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
 
     from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
 
-    label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
-    scratch = "" if Store.open(store).manifest.kind == "embeddings" else "-scratch"
-    name = f"{label.removeprefix('dmc-').removeprefix('dmc:')}{scratch}-{model}-{size}-s{seed}"
-    run = run or Workspace(root).run(name)
+    run = run or Workspace(root).run(f"{run_label(root, store)}-{model}-{size}-s{seed}")
     config = TrainConfig(
         model=model,
         size=size,
@@ -124,6 +125,17 @@ def train_model(
         )
     note(f"windows came from {result.backing}")
     tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
+
+
+def run_label(root: Path, store: str) -> str:
+    """What the names of a store's runs begin with."""
+    from pvrpipe.store.places import place_of
+    from pvrpipe.store.reading import Store
+    from pvrpipe.store.workspace import Workspace
+
+    label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
+    scratch = "" if Store.open(store).manifest.kind == "embeddings" else "-scratch"
+    return label.removeprefix("dmc-").removeprefix("dmc:") + scratch
 
 
 def probe(

@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "worldmodel": {"schemas", "store", "worldmodel"},
     "commands": {"schemas", "store", "rollouts", "pipeline", "worldmodel", "commands"},
 }
-RAY_FILES = {"rollouts/ray_engine.py", "pipeline/ray_engine.py", "commands/demo.py", "commands/doctor.py"}
+RAY_FILES = {
+    *(f"{stage}/ray_engine.py" for stage in ("rollouts", "pipeline", "worldmodel")),
+    "commands/demo.py",
+    "commands/doctor.py",
+}
 NO_TORCH = ("schemas", "store", "rollouts")
 TORCH_FILES = {"store/loading.py"}  # windows as tensors; windows as arrays need no torch
 

@@ -66,12 +66,17 @@ def sample_action(mean_and_log_std: Tensor, random: torch.Generator) -> tuple[Te
     mean, log_std = mean_and_log_std.chunk(2, -1)
     log_std = LOG_STD[0] + (LOG_STD[1] - LOG_STD[0]) / 2 * (torch.tanh(log_std) + 1)
     noise = torch.empty_like(mean).normal_(generator=random)
-    gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
     action = torch.tanh(mean + noise * log_std.exp())
-    squashed = torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1, keepdim=True)
-    logp = gaussian - squashed
+    gaussian, logp = log_probabilities(noise, log_std, action)
     scale = gaussian * mean.shape[-1] / (logp + 1e-8)
     return action, -logp * scale
+
+
+def log_probabilities(noise: Tensor, log_std: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a Gaussian before and after its squashing onto ``action``: (..., A) thrice -> (..., 1) twice."""
+    gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+    squashed = torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1, keepdim=True)
+    return gaussian, gaussian - squashed
 
 
 class RunningScale(nn.Module):
@@ -86,7 +91,7 @@ class RunningScale(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Move towards the spread of these values (N,)."""
-        low, high = torch.quantile(values.float(), values.new_tensor(PERCENTILES))
+        low, high = torch.quantile(values.to(self.value.dtype), self.value.new_tensor(PERCENTILES))
         self.value.lerp_((high - low).clamp_min(1.0), TAU)
 
     def forward(self, values: Tensor) -> Tensor:

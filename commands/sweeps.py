@@ -1,0 +1,119 @@
+"""``sweep``: stores × models × sizes × seeds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pvrpipe.commands.models import (
+    LOG_EVERY,
+    MODELS,
+    SIZES,
+    Batch,
+    Encoder,
+    LearningRate,
+    Length,
+    Patience,
+    Precision,
+    Updates,
+    ValidateEvery,
+    Warmup,
+    run_label,
+)
+from pvrpipe.commands.options import (
+    DATA,
+    Address,
+    Debug,
+    Device,
+    Engine,
+    Json,
+    Overwrite,
+    Root,
+    Workers,
+    pick_device,
+)
+from pvrpipe.commands.terminal import note, tell, watching
+
+
+def sweep(
+    stores: Annotated[list[str], typer.Argument(help="Embeddings, or rollouts to learn from pixels.")],
+    model: Annotated[list[str], typer.Option(help=f"{MODELS[:-1]}; repeatable.")] = ["dreamerv3"],
+    size: Annotated[list[str], typer.Option(help=f"{SIZES[:-1]}; repeatable.")] = ["1m"],
+    seed: Annotated[list[int], typer.Option(min=0, help="Decides everything that is drawn; repeatable.")] = [
+        0
+    ],
+    updates: Updates = 1000,
+    batch: Batch = None,
+    length: Length = None,
+    learning_rate: LearningRate = None,
+    warmup: Warmup = 1000,
+    precision: Precision = "fp32",
+    validate_every: ValidateEvery = 500,
+    patience: Patience = 0,
+    encoder: Encoder = "auto",
+    probe: Annotated[bool, typer.Option("--probe", help="Probe each run once it is trained.")] = False,
+    horizon: Annotated[
+        list[int], typer.Option(min=1, help="Rows that --probe accumulates over; repeatable.")
+    ] = [33, 500],
+    engine: Engine = "ray",
+    address: Address = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train every model in every size with every seed on every store; the same command goes on where it stopped.
+
+    Example: pvrpipe sweep data/embeddings/*/* --model dreamerv3 --model tdmpc2 --seed 0 --seed 1 --probe
+    """
+    from pvrpipe.store.places import is_url
+    from pvrpipe.store.workspace import Workspace
+
+    stores = [store if is_url(store) else str(Path(store).absolute()) for store in stores]
+    labels = {store: run_label(root, store) for store in stores}
+
+    from pvrpipe.worldmodel.sweep import Job
+    from pvrpipe.worldmodel.sweep import sweep as schedule
+    from pvrpipe.worldmodel.training import TrainConfig  # torch: after the mistakes
+
+    chosen = pick_device(device)
+    jobs = [
+        Job(
+            store=store,
+            run=Workspace(root).run(f"{labels[store]}-{each}-{width}-s{number}").absolute(),
+            config=TrainConfig(
+                model=each,
+                size=width,
+                updates=updates,
+                batch=batch,
+                length=length,
+                seed=number,
+                learning_rate=learning_rate,
+                warmup=warmup,
+                encoder=encoder,
+                precision=precision,
+                patience=patience,
+                save_every=validate_every,
+                log_every=math.gcd(validate_every, LOG_EVERY),
+            ),
+            horizons=tuple(horizon) if probe else (),
+            device=chosen,
+            overwrite=overwrite,
+        )
+        for store, each, width, number in itertools.product(stores, model, size, seed)
+    ]
+    with watching("sweep", "updates", f"{len(jobs)} runs in {root / 'runs'}") as progress:
+        outcomes = schedule(jobs, engine=engine, address=address, workers=workers, progress=progress)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    for outcome in failed:
+        note(f"{outcome.run}: {outcome.failure}")
+    columns = ("run", "model", "size", "seed", "state", "updates", "loss", "val_loss")
+    tell(json_, {"runs": outcomes, "failed": len(failed)}, outcomes, columns)
+    if failed:
+        raise typer.Exit(1)
