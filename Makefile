@@ -43,8 +43,8 @@ $(READY): requirements.lock pyproject.toml
 demo: setup  ## the whole way on a real environment, in minutes
 	@$(BIN)/pvrpipe demo
 
-test: setup  ## everything that is not marked slow
-	@$(BIN)/python -m pytest
+test: setup  ## everything that is not marked slow, a file at a time on each of two processors
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup  ## what takes minutes
 	@$(BIN)/python -m pytest -m slow

@@ -20,7 +20,7 @@ from pvrpipe.pipeline.readout import Readout
 from pvrpipe.rollouts.environments import Environment
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import InvalidValueError, RunError
-from pvrpipe.schemas.manifest import EncoderIdentity
+from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.schemas.records import Step
 from pvrpipe.store.files import sha256_of
 from pvrpipe.worldmodel.batches import tensors_of
