@@ -56,7 +56,7 @@ def stores(workspace: Workspace, task: str, episodes: int, steps: int) -> dict[s
     return {"from scratch": rollouts} | dict(zip(names, (folder for _, folder in outputs), strict=True))
 
 
-def curves(workspace: Workspace, model: str, held: dict[str, Path], updates: int) -> Curves:
+def curves(workspace: Workspace, task: str, model: str, held: dict[str, Path], updates: int) -> Curves:
     """Losses of held-out windows of one model on every store that it can learn from."""
     found: Curves = {}
     for number, (name, store) in enumerate(held.items()):
@@ -65,7 +65,7 @@ def curves(workspace: Workspace, model: str, held: dict[str, Path], updates: int
             continue
         settings = {**SETTINGS[model], **(SCRATCH[model] if scratch else {})}
         every = {"log_every": 10, "save_every": 10}
-        run = workspace.run(f"{store.parent.name}-{number}-{model}")
+        run = workspace.run(f"{task}-{number}-{model}")
         train(TrainConfig(model, updates=updates, **settings, **every), store, run)
         lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
         found[name] = [(line["update"], line["val"]) for line in lines if "val" in line]
@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     workspace = Workspace(options.data)
     held = stores(workspace, options.task, options.episodes, options.steps)
-    told = {model: curves(workspace, model, held, options.updates) for model in SETTINGS}
+    told = {model: curves(workspace, options.task, model, held, options.updates) for model in SETTINGS}
     draw(options.task, told, options.out)
     last = {model: {name: curve[-1][1] for name, curve in by.items()} for model, by in told.items()}
     print(json.dumps({"benchmark": "curves", "task": options.task, "updates": options.updates, "last": last}))

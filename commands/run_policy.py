@@ -20,8 +20,8 @@ from pvrpipe.pipeline.readout import Readout
 from pvrpipe.rollouts.environments import Environment
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import InvalidValueError, RunError
-from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.schemas.records import Step
+from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.store.files import sha256_of
 from pvrpipe.worldmodel.batches import tensors_of
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
