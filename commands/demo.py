@@ -18,14 +18,14 @@ from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
-from pvrpipe.schemas.errors import WeightsError, one_line
+from pvrpipe.schemas.errors import RunError, WeightsError, one_line
 from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.workspace import Workspace
-from pvrpipe.worldmodel.probe import probe
-from pvrpipe.worldmodel.runs import updates_done
-from pvrpipe.worldmodel.training import TrainConfig, train
+from pvrpipe.worldmodel.sweep import Job, sweep
+from pvrpipe.worldmodel.training import TrainConfig
 
 ENVIRONMENT = "dmc:pendulum-swingup"
+HORIZONS = (33, 500)
 SIZE = 128  # pixels; above this, software rendering costs half as much again
 #: Diverse trajectories, as the study's analysis has them: aimless, wandering, good, and nearly good.
 POLICY = "random:0.2,ou:0.2,mpc:0.3,mpc+0.3:0.3"
@@ -39,16 +39,6 @@ SCRATCH: dict[str, dict[str, Any]] = {
     "dreamerv3": {**MODELS["dreamerv3"], "batch": 8, "length": 16},
     "tdmpc2": {**MODELS["tdmpc2"], "batch": 32},
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to train and to probe."""
-
-    run: Path
-    store: Path
-    pvr: str
-    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -96,46 +86,27 @@ def _jobs(
 ) -> list[Job]:
     """From scratch first, which takes longest; then every model on every store of embeddings."""
 
-    def job(store: Path, folder: str, pvr: str, model: str, settings: dict[str, Any]) -> Job:
+    def job(store: Path, name: str, model: str, settings: dict[str, Any]) -> Job:
         wanted = TrainConfig(model=model, updates=config.updates, seed=config.seed, **settings)
-        return Job(workspace.run(f"{folder}-{model}"), store, pvr, wanted)
+        return Job(str(store.absolute()), workspace.run(f"{name}-{model}").absolute(), wanted, HORIZONS)
 
-    jobs = [job(rollouts, "scratch", "from scratch", model, how) for model, how in SCRATCH.items()]
-    for store in stores:
-        pvr = store.pvr + (" (random weights)" if store.random_weights else "")
-        jobs += [job(store.store, store.store.name, pvr, model, how) for model, how in MODELS.items()]
-    return jobs
+    scratch = [job(rollouts, "scratch", model, how) for model, how in SCRATCH.items()]
+    return scratch + [
+        job(each.store, each.store.name, model, how) for each in stores for model, how in MODELS.items()
+    ]
 
 
 def _compare_all(jobs: Sequence[Job], config: DemoConfig) -> list[dict[str, str]]:
-    """Train and probe; on Ray, as many at once as there are processors."""
+    """Train and probe; the rows of the table."""
     with watching("models", "updates") as progress:
-
-        def watch() -> None:
-            done = sum(updates_done(job.run) for job in jobs)
-            progress(done, len(jobs) * config.updates, "train and probe")
-
-        if config.engine == "inline":
-            tables = []
-            for job in jobs:
-                tables.append(_compare(job))
-                watch()
-            return [row for table in tables for row in table]
-        import ray
-
-        compare = ray.remote(num_cpus=1)(_compare)
-        pending = references = [compare.remote(job) for job in jobs]
-        while pending:
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=1)
-            watch()
-        return [row for table in ray.get(references) for row in table]
-
-
-def _compare(job: Job) -> list[dict[str, str]]:
-    """Train one model and probe it: its rows of the table."""
-    train(job.config, job.store, job.run)
-    rows = error_rows(probe(job.run, seed=job.config.seed))
-    return [{"pvr": job.pvr, "model": job.config.model, **row} for row in rows]
+        outcomes = sweep(jobs, engine=config.engine, progress=progress)
+    rows = []
+    for outcome in outcomes:
+        if outcome.probe is None:
+            raise RunError(f"{outcome.run}: {outcome.failure}")
+        pvr = outcome.probe["pvr"] + (" (random weights)" if outcome.probe["random_weights"] else "")
+        rows += [{"pvr": pvr, "model": outcome.model, **row} for row in error_rows(outcome.probe)]
+    return rows
 
 
 def _real_pvr() -> list[EncoderRequest]:
