@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -141,7 +143,8 @@ def pretrain(
         report, resumed = _finished(out, asked, overwrite), config.updates
         reused = report is not None
         if report is None:
-            report, resumed = _train(store, out, config, asked, progress, torch.device(device))
+            with every_thread():
+                report, resumed = _train(store, out, config, asked, progress, torch.device(device))
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return PretrainResult(
         out,
@@ -151,6 +154,17 @@ def pretrain(
         reused=reused,
         resumed_updates=resumed,
     )
+
+
+@contextlib.contextmanager
+def every_thread() -> Iterator[None]:
+    """Compute on all processors, whatever was computed in this process before: their number decides the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(
