@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -19,11 +20,14 @@ pyglet.options["headless"] = True  # before Miniworld opens its window, which it
 import miniworld  # noqa: E402, F401 (registers its environments)
 from miniworld.entity import Agent, Box, Entity, MeshEnt  # noqa: E402
 from miniworld.objmesh import ObjMesh  # noqa: E402
+from pyglet.libs.egl import egl  # noqa: E402
 
 from pvrpipe.rollouts.colours import paint_of  # noqa: E402
 from pvrpipe.rollouts.gym import UNENDING, GymEnvironment, made, options_of  # noqa: E402
 from pvrpipe.rollouts.pixels import IMAGE_FACTORS  # noqa: E402
+from pvrpipe.rollouts.variation import PLAIN, Look  # noqa: E402
 from pvrpipe.schemas.errors import SimulationError, UnknownNameError, one_line  # noqa: E402
+from pvrpipe.schemas.records import Step  # noqa: E402
 
 PREFIX, SUFFIX = "MiniWorld-", "-v0"
 FACTORS = IMAGE_FACTORS | {"background", "colour", "size", "camera", "fov", "lighting"}
@@ -44,8 +48,21 @@ def make(
     world, options = options_of(name.removeprefix("miniworld:"))
     if f"miniworld:{world}" not in names():
         raise UnknownNameError.among("environment", f"miniworld:{world}", names(), hint="see `pvrpipe envs`")
-    env = made(f"{PREFIX}{world}{SUFFIX}", name, {"obs_width": size, "obs_height": size, **options})
-    return RoomEnvironment(name, env, size, camera, action_repeat or 1, max_steps)
+    with others_context_kept():
+        env = made(f"{PREFIX}{world}{SUFFIX}", name, {"obs_width": size, "obs_height": size, **options})
+        return RoomEnvironment(name, env, size, camera, action_repeat or 1, max_steps)
+
+
+@contextlib.contextmanager
+def others_context_kept() -> Iterator[None]:
+    """Make the OpenGL context current again that was: MuJoCo's renderers do not ask whether theirs still is."""
+    display, context = egl.eglGetCurrentDisplay(), egl.eglGetCurrentContext()
+    drawn, read = (egl.eglGetCurrentSurface(which) for which in (egl.EGL_DRAW, egl.EGL_READ))
+    try:
+        yield
+    finally:
+        if context:
+            egl.eglMakeCurrent(display, drawn, read, context)
 
 
 class RoomEnvironment(GymEnvironment):
@@ -78,11 +95,33 @@ class RoomEnvironment(GymEnvironment):
         """Whose versions decide what happens and how it looks."""
         return ("miniworld", "pyglet", *super().packages())
 
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """This world's OpenGL context is current."""
+        with others_context_kept():
+            self._world.shadow_window.switch_to()
+            yield
+
+    def reset(self, seed: int, look: Look = PLAIN) -> Step:
+        """Begin the episode of that seed in a look; its first row."""
+        with self._drawing():
+            return super().reset(seed, look)
+
+    def step(self, action: NDArray[np.float32]) -> Step:
+        """Take an action (A,), repeated ``action_repeat`` times; the row it arrives at."""
+        with self._drawing():
+            return super().step(action)
+
+    def close(self) -> None:
+        """Free the renderer."""
+        with self._drawing():
+            super().close()
+
     def renderer(self) -> str:
         """Vendor and version of the OpenGL that draws."""
         try:
-            self._world.shadow_window.switch_to()
-            about = self._world.shadow_window.context.get_info()
+            with self._drawing():
+                about = self._world.shadow_window.context.get_info()
         except Exception as error:  # pyglet's own types
             raise SimulationError(
                 f"the renderer does not start ({one_line(error)}); check it with `pvrpipe doctor`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, draft_manifest, replay
 from pvrpipe.rollouts.environments import (
+    Environment,
     Restorable,
     choose_backend,
     list_environments,
@@ -41,9 +43,14 @@ BASE = ("frame", "action", "reward", "episode", "step", "is_first", "is_last", "
 def test_each_family_is_collected_varied_and_replayed(
     tmp_path: Path, name: str, policy: str, variation: str, width: int
 ) -> None:
+    """Each in a process of its own, as in collection: OpenGL contexts of two libraries get into each other's way."""
+    assert not run_killed(collected_varied_and_replayed, tmp_path, name, policy, variation, width)
+
+
+def collected_varied_and_replayed(folder: Path, name: str, policy: str, variation: str, width: int) -> None:
     config = CollectConfig(name, size=48, episodes=2, max_steps=5, policy=policy, variation=variation, seed=1)
-    collect(config, tmp_path / "varied", INLINE)
-    store = Store.open(tmp_path / "varied")
+    collect(config, folder / "varied", INLINE)
+    store = Store.open(folder / "varied")
     assert verify(store.path) == []
     assert set(store.columns) - {"state", "physics", "success"} == set(BASE)
     rows = store.read_episode(1)
@@ -52,8 +59,8 @@ def test_each_family_is_collected_varied_and_replayed(
     assert rows["action"].shape == (6, width)
     assert np.abs(rows["action"][:-1]).sum(axis=1).all()
     assert any(column.startswith("factor_") for column in store.episodes.columns)
-    replay(store, tmp_path / "plain", INLINE)
-    plain = Store.open(tmp_path / "plain")
+    replay(store, folder / "plain", INLINE)
+    plain = Store.open(folder / "plain")
     for name_, array in plain.read_episode(1).items():
         assert np.array_equal(array, rows[name_]) == (name_ != "frame")
 
@@ -98,7 +105,6 @@ def test_all_fifty_tasks_and_the_names_of_the_literature() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*list_environments("metaworld"), *list_environments("miniworld")])
 def test_every_task_runs(name: str) -> None:
-    """Each in a process of its own, as in collection: OpenGL contexts of two libraries get into each other's way."""
     assert not run_killed(runs, name)
 
 
@@ -231,3 +237,23 @@ def test_the_example_of_an_environment_of_ones_own_installs_and_is_collected(tmp
         text=True,
     )
     assert done.stdout.strip() == "30", done.stderr
+
+
+def test_miniworld_takes_turns_with_a_simulator_that_does_not_know_of_it() -> None:
+    """Each has an OpenGL context of its own, and MuJoCo's renderers do not ask whether theirs is the current one."""
+    assert not run_killed(take_turns, ("dmc:walker-walk", "miniworld:OneRoom"))
+
+
+def take_turns(names: tuple[str, ...]) -> None:
+    choose_backend()
+    alone = [list(seen_on_the_way(make_environment(name, size=32))) for name in names]
+    worlds = [make_environment(name, size=32) for name in names]
+    together = zip(*(seen_on_the_way(world) for world in worlds), strict=True)
+    for row, frames in zip(together, zip(*alone, strict=True), strict=True):
+        assert all(np.array_equal(now, before) for now, before in zip(row, frames, strict=True))
+
+
+def seen_on_the_way(environment: Environment) -> Iterator[np.ndarray]:
+    yield environment.reset(3)["frame"]
+    for action in np.eye(len(environment.action_low), dtype=np.float32)[:3]:
+        yield environment.step(action)["frame"]

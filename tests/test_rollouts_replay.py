@@ -13,6 +13,8 @@ from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, Simulation
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
+from .killing import run_killed
+
 INLINE = Engine("inline")
 SMALL = CollectConfig("dmc:reacher-easy", size=32, episodes=3, max_steps=6, policy="random,ou", seed=2)
 
@@ -80,6 +82,10 @@ def test_factors_are_columns_to_choose_episodes_by(source: Store, tmp_path: Path
 
 
 def test_an_environment_that_cannot_be_set_takes_its_actions_again(tmp_path: Path) -> None:
+    assert not run_killed(takes_its_actions_again, tmp_path)
+
+
+def takes_its_actions_again(tmp_path: Path) -> None:
     config = CollectConfig("miniworld:PickupObjects", size=32, episodes=2, max_steps=12, policy="random")
     collect(config, tmp_path / "source", INLINE)
     source = Store.open(tmp_path / "source")
