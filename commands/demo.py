@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
+from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import RunError, WeightsError, one_line
 from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.workspace import Workspace
@@ -129,7 +129,7 @@ def _ray(engine: str) -> Iterator[None]:
     import ray
 
     with quiet_start():
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**ray_arguments("local"))
     try:
         yield
     finally:

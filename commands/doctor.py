@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import one_line
 from pvrpipe.schemas.quiet import quiet_start
 
@@ -81,7 +81,7 @@ def _ray() -> str:
     import ray
 
     with quiet_start():
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**ray_arguments("local"))
     try:
         ray.get(ray.remote(lambda: 0).remote())
         return f"{ray.__version__} with {ray.cluster_resources()['CPU']:.0f} processors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,6 @@ from pvrpipe.commands.options import (
     Seed,
     Workers,
     environment_of,
-    pick_device,
     pvr_label,
     took,
 )
@@ -152,6 +152,11 @@ def pretrain(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames per batch.")] = 64,
     device: Device = "auto",
+    engine: Annotated[
+        Literal["ray", "inline"],
+        typer.Option(help="This process, or a worker of a Ray cluster, on a GPU if --device says so."),
+    ] = "inline",
+    address: Address = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     root: Root = DATA,
@@ -164,6 +169,7 @@ def pretrain(
     """
     from pvrpipe.pipeline.pretraining import UPDATES, WIDTHS, PretrainConfig
     from pvrpipe.pipeline.pretraining import pretrain as train
+    from pvrpipe.store.places import place_of
     from pvrpipe.store.workspace import Workspace
 
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
@@ -172,7 +178,13 @@ def pretrain(
     updates = updates or UPDATES[method]
     config = PretrainConfig(method, size, width=WIDTHS[method], updates=updates, batch=batch, seed=seed)
     with watching("pretrain", "updates", f"training by {method} into {out}") as progress:
-        result = train(rollouts, out, config, overwrite, progress, pick_device(device))
+        work = partial(train, place_of(rollouts).resolve(), out.absolute(), config, overwrite, device=device)
+        if engine == "ray":
+            from pvrpipe.pipeline.ray_engine import run_one
+
+            result = run_one(work, address, device, progress)
+        else:
+            result = work(progress=progress)
     tell(json_, result, [result], ("pvr", "updates", "loss", "val_loss", "val_accuracy", "reused"))
 
 

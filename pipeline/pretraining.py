@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.pipeline.autoencoder import Autoencoder
+from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
 from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
@@ -130,7 +131,10 @@ def pretrain(
         OutputExistsError: ``out`` holds an encoder, or the checkpoint of one, of another configuration.
     """
     started = time.perf_counter()
-    store = Store.open(rollouts, kind="rollouts")
+    store, computer = (
+        Store.open(rollouts, kind="rollouts"),
+        EncoderRequest("", device=device).resolved_device(),
+    )
     make_folder(out)
     with locked(out):
         remove_temporaries(out)
@@ -138,13 +142,13 @@ def pretrain(
             **asdict(config),
             "rollouts": store.manifest.id,
             "torch": version("torch"),
-            "device": torch.device(device).type,
+            "device": computer.type,
         }
         report, resumed = _finished(out, asked, overwrite), config.updates
         reused = report is not None
         if report is None:
             with every_thread():
-                report, resumed = _train(store, out, config, asked, progress, torch.device(device))
+                report, resumed = _train(store, out, config, asked, progress, computer)
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return PretrainResult(
         out,

@@ -1,27 +1,33 @@
-"""The embedding stage on Ray Data: an autoscaling pool of actors over shards, on a GPU where there is one."""
+"""The embedding stage on Ray Data: an autoscaling pool of actors over shards, on a GPU where there is one.
+
+Pretraining is one task. The only file here that knows Ray.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 import ray.data
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
-from pvrpipe.schemas.addresses import check_answers
+from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import ClusterError, EncodingError, PvrpipeError, one_line
+from pvrpipe.schemas.progress import Progress
 from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.files import left_behind, marked
 from pvrpipe.store.layout import shard_file
 from pvrpipe.store.places import Place, place_of
 
 DEATHS = 3  # of workers that had one shard, until that is this shard's failure
+LOOK_AROUND = 0.5  # seconds between two looks at how far a worker is
+
+R = TypeVar("R")
 
 
 class _Actor:
@@ -79,23 +85,72 @@ def run_on_ray(
     Raises:
         ClusterError: Ray cannot be reached, or fails.
     """
-    started = not ray.is_initialized()
-    address = address or os.environ.get("RAY_ADDRESS")
-    try:
-        if started:
-            if address:
-                check_answers(address)
-            with quiet_start():
-                ray.init(
-                    address=address
-                    or "local",  # None would join whatever cluster somebody runs on this machine
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+    with _ray(address):
         for targets, todo in jobs:
             yield from _pass(rollouts, targets, todo, workers)
-    except RayError as error:
+
+
+def run_one(work: Callable[..., R], address: str | None, device: str, progress: Progress) -> R:
+    """One piece of work on a worker of the cluster; begun again where its process or node dies.
+
+    Args:
+        work: takes ``progress``.
+        address: as of :func:`run_on_ray`.
+        device: that it computes on; a GPU is asked of the cluster for ``cuda``, and for ``auto`` where it has any.
+        progress: told what the work tells.
+
+    Raises:
+        ClusterError: Ray cannot be reached, or fails.
+        PvrpipeError: whatever the work raises.
+    """
+    with _ray(address):
+        on_gpu = device.startswith("cuda") or (device == "auto" and "GPU" in ray.cluster_resources())
+        told = ray.remote(num_cpus=0)(_Told).remote()
+        task = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=DEATHS - 1)(_telling)
+        result = task.remote(work, told)
+        while not ray.wait([result], timeout=LOOK_AROUND)[0]:
+            if last := ray.get(told.last.remote()):
+                progress(*last)
+        try:
+            made: R = ray.get(result)
+        except RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, PvrpipeError) else error) from None
+        return made
+
+
+class _Told:
+    """The last that a worker said of its progress."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float, str] | None = None
+
+    def tell(self, *progress: Any) -> None:
+        self._last = progress
+
+    def last(self) -> tuple[float, float, str] | None:
+        return self._last
+
+
+def _telling(work: Callable[..., R], told: Any) -> R:
+    def tell(done: float, total: float, note: str = "") -> None:
+        told.tell.remote(done, total, note)
+
+    return work(progress=tell)
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Ray for as long as it is needed, on this machine or at an address."""
+    started = not ray.is_initialized()
+    try:
+        if started:
+            with quiet_start():
+                ray.init(**ray_arguments(address))
+        yield
+    except (RayError, ConnectionError) as error:
+        if isinstance(error, RayTaskError):
+            raise  # a bug in a worker: show where
         raise ClusterError(
             f"Ray failed ({one_line(error)[:200]}); run the same command again to go on, or with --engine inline"
         ) from error

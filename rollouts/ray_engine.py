@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import deque
@@ -22,7 +21,7 @@ from ray.exceptions import (
 )
 
 from pvrpipe.rollouts.episodes import Trying
-from pvrpipe.schemas.addresses import check_answers
+from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 from pvrpipe.schemas.quiet import quiet_start
@@ -228,19 +227,12 @@ def _start_ray(address: str | None, workers: int | None) -> bool:
     """Connect to Ray, starting it if need be; whether this call did so, and must leave it again."""
     if ray.is_initialized():
         return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        check_answers(address)
+    arguments = ray_arguments(address)
+    if arguments["address"] == "local":
+        arguments["num_cpus"] = workers  # a running cluster has its own
     try:
         with quiet_start():
-            ray.init(
-                address=address or "local",  # None would join whatever cluster somebody runs on this machine
-                num_cpus=None if address else workers,  # a running cluster has its own
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                ignore_reinit_error=True,
-            )
+            ray.init(**arguments, ignore_reinit_error=True)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise SimulationError(
             f"Ray does not start ({one_line(error)[:200]}); "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 from pvrpipe.schemas.errors import ClusterError, InvalidValueError, one_line
 
@@ -26,6 +29,23 @@ def check_answers(address: str) -> None:
         raise ClusterError(
             f"no Ray cluster answers at {address} ({one_line(error)}); check --address, or leave it out"
         ) from error
+
+
+def ray_arguments(address: str | None) -> dict[str, Any]:
+    """How ``ray.init`` is called everywhere here: at an address, at ``RAY_ADDRESS``, or on this machine.
+
+    Raises:
+        ClusterError: nobody answers at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        check_answers(address)
+    return {
+        "address": address or "local",  # None would join whatever cluster somebody runs on this machine
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
 
 
 def refuse_url(output: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from ray.cluster_utils import Cluster
 
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.pretraining import (
+    CHECKPOINT_EVERY,
+    WEIGHTS_FILE,
+    PretrainConfig,
+    PretrainResult,
+    pretrain,
+)
+from pvrpipe.pipeline.ray_engine import run_one
 from pvrpipe.schemas.errors import EncodingError
+from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.files import sha256_of
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
@@ -104,6 +115,31 @@ def test_a_shard_that_always_takes_its_worker_along_does_not_stop_the_others(
     assert {p.stem for p in (tmp_path / "e" / "shards").glob("*.json")} == {
         f"{n:05d}" for n in range(16) if n != 5
     }
+
+
+def dying_once(mark: Path, rollouts: Path, out: Path, progress: Progress = silent) -> PretrainResult:
+    """Pretraining in a process that is killed behind its first checkpoint, the first time."""
+
+    def tell(done: float, total: float, note: str = "") -> None:
+        if done > CHECKPOINT_EVERY and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        progress(done, total, note)
+
+    return pretrain(rollouts, out, PretrainConfig(size=16, updates=CHECKPOINT_EVERY + 20), progress=tell)
+
+
+def test_pretraining_whose_worker_dies_goes_on_from_its_checkpoint(
+    cluster: Cluster, rollouts: Path, tmp_path: Path
+) -> None:
+    told: list[float] = []
+    work = partial(dying_once, tmp_path / "mark", rollouts, tmp_path / "there")
+    made = run_one(work, None, "cpu", lambda done, total, note="": told.append(done))
+    assert made.resumed_updates == CHECKPOINT_EVERY
+    assert told == sorted(told)
+    (tmp_path / "mark-here").touch()
+    dying_once(tmp_path / "mark-here", rollouts, tmp_path / "here")
+    assert sha256_of(tmp_path / "there" / WEIGHTS_FILE) == sha256_of(tmp_path / "here" / WEIGHTS_FILE)
 
 
 DRIVER = """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from pvrpipe.schemas.addresses import check_answers
+from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import ClusterError, one_line
 from pvrpipe.schemas.quiet import quiet_start
 
@@ -70,18 +68,10 @@ def _result(reference: Any) -> Any:
 def _ray(address: str | None) -> Iterator[None]:
     """Ray for as long as it is needed, on this machine or at an address."""
     started = not ray.is_initialized()
-    address = address or os.environ.get("RAY_ADDRESS")
     try:
         if started:
-            if address:
-                check_answers(address)
             with quiet_start():
-                ray.init(
-                    address=address or "local",  # None would join whatever cluster runs on this machine
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                ray.init(**ray_arguments(address))
         yield
     except (RayError, ConnectionError) as error:
         raise ClusterError(
