@@ -11,17 +11,20 @@ import typer
 
 from pvrpipe.commands.options import (
     DATA,
+    Address,
     Debug,
     Device,
     Json,
     Overwrite,
     Root,
     Seed,
+    Workers,
     environment_of,
     pick_device,
     took,
 )
 from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, watching
+from pvrpipe.schemas.progress import silent
 
 LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
 MODELS = "dreamerv3, tdmpc2 or dinowm."
@@ -76,6 +79,12 @@ def train_model(
         Literal["auto", "mapped", "ram", "device"],
         typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
     ] = "auto",
+    engine: Annotated[
+        Literal["ray", "inline"],
+        typer.Option(help="This process, or those torchrun starts; or with ray so many --workers."),
+    ] = "inline",
+    address: Address = None,
+    workers: Workers = None,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -91,7 +100,10 @@ def train_model(
 
     store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
 
-    from pvrpipe.worldmodel.training import TrainConfig, train  # torch: after the mistakes
+    from pvrpipe.worldmodel.ranks import joined, of_several  # torch: after the mistakes
+    from pvrpipe.worldmodel.training import TrainConfig, train
+
+    first = of_several().rank == 0
 
     run = run or Workspace(root).run(f"{run_label(root, store)}-{model}-{size}-s{seed}")
     config = TrainConfig(
@@ -114,15 +126,28 @@ def train_model(
         log_every=math.gcd(validate_every, LOG_EVERY),
     )
     with watching("train", "updates", f"training {model} {size} into {run}") as progress:
-        result = train(
-            config,
-            store,
-            run,
-            device=pick_device(device),
-            overwrite=overwrite,
-            backing=backing,
-            progress=progress,
-        )
+        asked: dict[str, Any] = {
+            "overwrite": overwrite,
+            "backing": backing,
+            "progress": progress if first else silent,
+        }
+        if engine == "ray":
+            from pvrpipe.worldmodel.ray_engine import train_together
+
+            result = train_together(
+                config,
+                store,
+                run.absolute(),
+                workers=workers or 1,
+                device=pick_device(device),
+                address=address,
+                **asked,
+            )
+        else:
+            with joined(pick_device(device)) as own:
+                result = train(config, store, run, device=own, **asked)
+    if not first:
+        return
     note(f"windows came from {result.backing}")
     tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
 

@@ -58,7 +58,7 @@ class WindowSampler:
         store: a sealed store.
         columns: and the other fields of :class:`WindowPlan`, by keyword.
         backing: where rows are read from: ``mapped`` files, ``ram``, or ``auto``.
-        rank: of this process among ``ranks``: it gets every ``ranks``-th window of each batch.
+        rank: of this process among ``ranks``: it gets one of ``ranks`` equal parts of each batch.
         ranks: processes that share each batch.
         batch, length, seed, split, where, weight, joined: see :class:`WindowPlan`.
 
@@ -126,7 +126,7 @@ class WindowSampler:
         block, within = divmod(k, DRAWN_TOGETHER)
         if self._drawn is None or self._drawn[0] != block:
             self._drawn = block, self._draw(np.random.default_rng((self.plan.seed, block)))
-        return self._drawn[1][within, self.rank :: self.ranks]
+        return self._drawn[1][within].reshape(self.ranks, -1)[self.rank]
 
     def starts(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """First rows of windows, in the stream of chosen episodes."""

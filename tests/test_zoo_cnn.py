@@ -134,7 +134,7 @@ def taskonomy_encoder() -> nn.Module:
     network = randomised(TaskonomyEncoder())
     for name, parameter in network.named_parameters():
         if name.endswith("bn3.weight"):
-            parameter.data.mul_(0.3)
+            parameter.data.mul_(0.05)
     nn.init.constant_(network.compress_bn.bias, 1.0)
     return network
 

@@ -21,6 +21,7 @@ from pvrpipe.store.shards import Rows
 from pvrpipe.store.windows import WindowSampler
 from pvrpipe.worldmodel.inputs import Observation
 from pvrpipe.worldmodel.models import Setting
+from pvrpipe.worldmodel.ranks import ranks
 
 Backing = Literal["auto", "mapped", "ram", "device"]
 OBSERVED = {"embeddings": "embedding", "rollouts": "frame"}  # column by kind of store
@@ -96,7 +97,14 @@ class Batches:
         names = (OBSERVED[store.manifest.kind], *COLUMNS, *columns)
         files: gathering.Backing = "auto" if backing == "device" else backing
         sampler = WindowSampler(
-            store, names, batch=batch, length=length, seed=seed, split=split, backing=files
+            store,
+            names,
+            batch=batch,
+            length=length,
+            seed=seed,
+            split=split,
+            backing=files,
+            **ranks()._asdict(),
         )
         resident: Literal["auto"] | bool = "auto" if backing == "auto" else backing == "device"
         self._sampler = sampler

@@ -21,6 +21,7 @@ from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, categorical_kl
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.layers import MLP, initialise
 from pvrpipe.worldmodel.observations import decoder_for, encoder_for
+from pvrpipe.worldmodel.ranks import averaged, own_part
 from pvrpipe.worldmodel.rssm import RSSM, Size
 
 SCALES = {"reconstruction": 1.0, "reward": 1.0, "continue": 1.0, "dynamics": 1.0, "representation": 0.1}
@@ -152,10 +153,11 @@ class DreamerV3(nn.Module):
             return torch.mean
         learned = torch.ones_like(is_first, dtype=torch.float32)
         learned[:, : self.rows_before] = is_first[:, :1].float()
-        share = learned / learned.sum()
+        share = learned / averaged(learned.sum())
         return lambda values: (values * share).sum()
 
     def _uniform(self, rows: Tensor, random: torch.Generator) -> Tensor:
         """Chance for every row (B, T, ...), drawn on the CPU so that devices agree: (B, T, S)."""
-        drawn = torch.rand(*rows.shape[:2], self.size.categoricals, generator=random)
+        shape = (*rows.shape[:2], self.size.categoricals)
+        drawn = own_part(lambda whole: torch.rand(whole, generator=random), shape)
         return drawn.to(rows.device, self.rssm.core.bias.dtype)

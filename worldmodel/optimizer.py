@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvrpipe.worldmodel.ranks import average_gradients
 from pvrpipe.worldmodel.tdmpc2_values import TAU
 
 LEARNING_RATES = {"dreamerv3": 4e-5, "tdmpc2": 3e-4, "dinowm": 5e-4}
@@ -142,6 +143,7 @@ class Updater:
         """One update along the gradient of a loss."""
         self.optimizer.zero_grad()
         loss.backward()
+        average_gradients(self.model)
         for parameters in self.clipped:
             nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         self.optimizer.step()

@@ -1,18 +1,26 @@
-"""Jobs as Ray tasks, in whatever order they are done; the only file here that knows Ray."""
+"""Jobs as Ray tasks, in whatever order they are done, or one by several workers; the only file here that knows Ray."""
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
 from pvrpipe.schemas.addresses import ray_arguments
-from pvrpipe.schemas.errors import ClusterError, one_line
+from pvrpipe.schemas.errors import ClusterError, PvrpipeError, one_line
+from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.quiet import quiet_start
+from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.batches import Backing
+from pvrpipe.worldmodel.runs import updates_done
+from pvrpipe.worldmodel.training import TrainConfig, TrainResult, train
 
 AGAIN = 2  # times that a job whose process or node died is begun again
 LOOK_AROUND = 1.0  # seconds between two looks at how far the jobs are
@@ -54,6 +62,96 @@ def outcomes(
             watch()
             for reference in ready:
                 yield busy.pop(reference), _result(reference)
+
+
+def train_together(
+    config: TrainConfig,
+    store: str,
+    run: Path,
+    *,
+    workers: int,
+    device: str = "cpu",
+    address: str | None = None,
+    overwrite: bool = False,
+    backing: Backing = "auto",
+    progress: Progress = silent,
+) -> TrainResult:
+    """Train one model by several workers, each with its part of every batch.
+
+    When one dies, all go on from the checkpoint.
+
+    Args:
+        config: what and how, as of :func:`pvrpipe.worldmodel.training.train`.
+        store: which all workers reach under the same path.
+        run: likewise.
+        workers: processes; their number must divide the batch.
+        device: ``cpu``, or ``cuda`` for a GPU each.
+        address: of a running cluster; None starts Ray on this machine, unless it is initialised already.
+        overwrite: replace a run of another configuration.
+        backing: where windows are read from.
+        progress: told updates done and to do.
+
+    Raises:
+        ClusterError: Ray cannot be reached, or its workers die again and again.
+        PvrpipeError: what training raises.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    if overwrite:  # here, for workers that begin again are not to
+        runs.remove(run)
+    scratch = run.parent / f".{run.name}-ray"
+    trainer = TorchTrainer(
+        _train_part,
+        train_loop_config={"arguments": (config, store, run), "device": device, "backing": backing},
+        scaling_config=ScalingConfig(workers, use_gpu=device.startswith("cuda")),
+        run_config=RunConfig(
+            name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=AGAIN)
+        ),
+    )
+    watch = lambda: progress(updates_done(run), config.updates, f"{workers} workers")  # noqa: E731
+    try:
+        with _ray(address), _watched(watch):
+            trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, PvrpipeError):
+                raise failure from None
+        raise ClusterError(
+            f"the workers failed ({one_line(error)[:200]}); run the same command again to go on"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    result = runs.read_run(run).result
+    assert result is not None
+    return TrainResult(**{**result, "run": str(run)})
+
+
+def _train_part(asked: dict[str, Any]) -> None:
+    """What each worker does; Ray Train has made the process group."""
+    from ray.train.torch import get_device
+
+    device = get_device() if asked["device"].startswith("cuda") else "cpu"
+    train(*asked["arguments"], device=device, backing=asked["backing"])
+
+
+@contextmanager
+def _watched(watch: Callable[[], None]) -> Iterator[None]:
+    """Look every second, from a thread, while something else blocks."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_AROUND):
+            watch()
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
 
 
 def _result(reference: Any) -> Any:

@@ -50,6 +50,7 @@ class RunRecord(Frozen):
     setting: Setting
     parameters: int
     device: str
+    processes: int = 1
     versions: dict[str, str]
     result: dict[str, Any] | None = None
 
@@ -133,6 +134,13 @@ def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
         )
 
 
+def remove(folder: Path) -> None:
+    """Remove a run, and nothing else that lies in its folder, unless somebody trains there."""
+    if (folder / RECORD).exists():
+        with locked(folder):
+            _clear(folder)
+
+
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
@@ -181,21 +189,25 @@ class MetricsLog:
     Args:
         folder: of the run.
         done: updates of the checkpoint that training goes on from; what was logged after it is dropped.
+        writes: whether it does; of several processes that train together, one.
     """
 
-    def __init__(self, folder: Path, done: int) -> None:
-        self.path = folder / METRICS
+    def __init__(self, folder: Path, done: int, *, writes: bool = True) -> None:
+        self.path, self._board = folder / METRICS, None
         kept = [line for line in _lines(self.path) if json.loads(line)["update"] <= done]
         self.last = _last_of(kept)
         self.validation = [json.loads(line)["val"]["loss"] for line in kept if "val" in json.loads(line)]
-        write_whole(self.path, "".join(line + "\n" for line in kept).encode())
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
+        if writes:
+            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
 
     def write(self, update: int, part: Literal["train", "val"], values: Mapping[str, float]) -> None:
         """Append one line, and one point to each curve."""
         self.last[part] = dict(values)
         if part == "val":
             self.validation.append(values["loss"])
+        if self._board is None:
+            return
         with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
         for name, value in values.items():
@@ -209,7 +221,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Let TensorBoard write what it holds back."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     @staticmethod
     def read(folder: Path) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.observations import AttentionPool
+from pvrpipe.worldmodel.ranks import own_part
 from pvrpipe.worldmodel.tdmpc2_values import (
     ENTROPY,
     Ensemble,
@@ -140,7 +141,11 @@ class ConvEncoder(nn.Module):
 def shifted(frames: Tensor, random: torch.Generator) -> Tensor:
     """Frames (N, C, H, W) moved by -3 … 3 pixels each way, their edges repeated (Yarats et al. 2021)."""
     N, _, H, W = frames.shape
-    by = torch.randint(-PAD, PAD + 1, (2, N, 1), generator=random, device=frames.device)
+    by = own_part(
+        lambda whole: torch.randint(-PAD, PAD + 1, whole, generator=random, device=frames.device),
+        (2, N, 1),
+        1,
+    )
     rows, columns = (
         (torch.arange(side, device=frames.device) + shift).clamp(0, side - 1)
         for side, shift in zip((H, W), by, strict=True)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pvrpipe.worldmodel.ranks import gathered, own_part
 
 DROPOUT = 0.01  # in the first layer of each value
 LOG_STD = (-10.0, 2.0)
@@ -46,11 +49,16 @@ class Ensemble(nn.Module):
             if layer == len(self.gains):
                 return x
             if layer == 0 and random is not None:
-                kept = torch.empty_like(x).bernoulli_(1 - DROPOUT, generator=random)
+                kept = own_part(partial(_kept, x, random), x.shape, 1)
                 x = x * kept / (1 - DROPOUT)
             x = F.layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.shifts[layer]
             x = F.mish(x)
         raise AssertionError("an ensemble ends in a linear layer")
+
+
+def _kept(like: Tensor, random: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Which units dropout keeps: ones, among zeros."""
+    return like.new_empty(shape).bernoulli_(1 - DROPOUT, generator=random)
 
 
 def sample_action(mean_and_log_std: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -65,7 +73,7 @@ def sample_action(mean_and_log_std: Tensor, random: torch.Generator) -> tuple[Te
     """
     mean, log_std = mean_and_log_std.chunk(2, -1)
     log_std = LOG_STD[0] + (LOG_STD[1] - LOG_STD[0]) / 2 * (torch.tanh(log_std) + 1)
-    noise = torch.empty_like(mean).normal_(generator=random)
+    noise = own_part(lambda whole: mean.new_empty(whole).normal_(generator=random), mean.shape)
     action = torch.tanh(mean + noise * log_std.exp())
     gaussian, logp = log_probabilities(noise, log_std, action)
     scale = gaussian * mean.shape[-1] / (logp + 1e-8)
@@ -91,7 +99,7 @@ class RunningScale(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Move towards the spread of these values (N,)."""
-        low, high = torch.quantile(values.to(self.value.dtype), self.value.new_tensor(PERCENTILES))
+        low, high = torch.quantile(gathered(values).to(self.value.dtype), self.value.new_tensor(PERCENTILES))
         self.value.lerp_((high - low).clamp_min(1.0), TAU)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.batches import Backing, Batches, chance, open_observations, setting_of
+from pvrpipe.worldmodel.memory import check_room
 from pvrpipe.worldmodel.models import Setting, WorldModel, build_model, check_names, suitable_threads
 from pvrpipe.worldmodel.optimizer import Updater
+from pvrpipe.worldmodel.ranks import averaged, ranks, told_by_first
 
 BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
 LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
@@ -121,6 +123,8 @@ def train(
 ) -> TrainResult:
     """Train to the end, going on from the last checkpoint if the run was begun before.
 
+    In a process group, each process has its part of every batch, see :mod:`pvrpipe.worldmodel.ranks`.
+
     Args:
         config: what and how.
         store_path: an embedding store.
@@ -135,10 +139,12 @@ def train(
 
     Raises:
         NotAStoreError: the store holds no embeddings.
+        InvalidValueError: no window fits an episode, or the batch does not fit into the device's memory.
         OutputExistsError: the run was begun with another configuration; it is left as it is.
         RunError: a loss is not finite, or the checkpoint does not fit; the last good one is kept.
     """
     store, folder, device = open_observations(store_path), Path(run), torch.device(device)
+    first = ranks().rank == 0  # of several processes, the one that writes
     setting = setting_of(store, pixels=config.pixels, encoder=config.encoder)
     model = model_of(config, setting).to(device)
     updater = Updater.of(config.model, model, learning_rate=config.learning_rate, warmup=config.warmup)
@@ -160,12 +166,16 @@ def train(
         for split in ("train", "val")
     )
     draft = _record(config, store, setting, model, device)
-    with suitable_threads(model, device), runs.begun(folder, draft, overwrite=overwrite) as record:
+    begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
+    with suitable_threads(model, device), begin as record:
+        record = told_by_first(record)
         if record.result is not None:
             return TrainResult(**{**record.result, "run": str(folder)})
         resumed = (folder / checkpoints.CHECKPOINT).exists()
         done = checkpoints.load(folder, model, updater) if resumed else 0
-        log = runs.MetricsLog(folder, done)
+        with computing(config.precision, device):
+            check_room(model, setting, length, config.windows // ranks().ranks, device)
+        log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
         begun, k = time.perf_counter(), done
@@ -186,7 +196,8 @@ def train(
                     losses["loss"], k, data
                 )  # an update whose gradient was not leaves weights that are not
                 log.write(k, "val", losses)
-                checkpoints.save(folder, k, model, updater)
+                if first:
+                    checkpoints.save(folder, k, model, updater)
             progress(k, config.updates, log.note)
         seconds = max(time.perf_counter() - begun, 1e-9)
         log.close()
@@ -199,7 +210,8 @@ def train(
             train=log.last["train"],
             val=log.last["val"],
         )
-        runs.write_run(folder, record.model_copy(update={"state": "finished", "result": asdict(result)}))
+        if first:
+            runs.write_run(folder, record.model_copy(update={"state": "finished", "result": asdict(result)}))
     return result
 
 
@@ -207,7 +219,7 @@ def train(
 def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int) -> dict[str, float]:
     """Mean losses over batches, with the same chance every time."""
     losses = [
-        {name: float(term) for name, term in model.loss(batch, chance(seed, k, VALIDATION))[1].items()}
+        {name: float(averaged(t)) for name, t in model.loss(batch, chance(seed, k, VALIDATION))[1].items()}
         for k, batch in enumerate(batches)
     ]
     return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
@@ -236,10 +248,10 @@ def check_finite(loss: float, update: int, data: Batches) -> None:
 
 def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str, float]:
     """Mean of each term over the updates up to k; a loss that is not finite ends the run here."""
-    losses = torch.stack([terms["loss"] for terms in unlogged]).tolist()
+    losses = averaged(torch.stack([terms["loss"] for terms in unlogged])).tolist()
     for update, loss in enumerate(losses, start=k - len(losses) + 1):
         check_finite(loss, update, data)
-    return {name: float(torch.stack([t[name] for t in unlogged]).mean()) for name in unlogged[0]}
+    return {name: float(averaged(torch.stack([t[name] for t in unlogged]).mean())) for name in unlogged[0]}
 
 
 def model_of(config: TrainConfig, setting: Setting) -> Any:
@@ -284,6 +296,7 @@ def _record(
         setting=setting,
         parameters=sum(p.numel() for p in model.parameters()),
         device=str(device),
+        processes=ranks().ranks,
         versions=runs.versions(),
     )
 

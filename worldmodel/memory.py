@@ -1,0 +1,99 @@
+"""What a training will need of the device's memory, said before it begins.
+
+Parameters, their gradients and the optimizer's state follow from the model; what is kept for the backward pass is
+counted in a forward pass over one window, and grows with their number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.store.paging import available_memory
+from pvrpipe.worldmodel.batches import chance
+from pvrpipe.worldmodel.models import Setting
+
+STATES = 4  # of each parameter: itself, its gradient, and the optimizer's two
+PASSING = 1.3  # gradients of what is kept, while the backward pass goes through it
+TORCH = 200 << 20  # what the libraries take with the first backward pass
+GIB = 1 << 30
+
+
+def check_room(model: Any, setting: Setting, rows: int, windows: int, device: torch.device) -> None:
+    """Refuse a training that the device's memory does not suffice for.
+
+    Args:
+        model: a world model, on the device.
+        setting: what it was built for.
+        rows: of a window, with those a model needs in front.
+        windows: of a batch, in this process.
+        device: where to.
+
+    Raises:
+        InvalidValueError: it does not; says what is needed and what is there.
+    """
+    fixed, each = training_bytes(model, setting, rows, device)
+    needed, there = fixed + windows * each, room(device)
+    if needed <= there:
+        return
+    fitting = int((there - fixed) // each)
+    smaller = f"--batch {fitting} or less, or a smaller --length or --size"
+    cure = f"give {smaller if fitting > 0 else 'a smaller --size'}"
+    raise InvalidValueError(
+        f"training needs about {needed / GIB:.1f} GiB of {device}'s memory ({fixed / GIB:.1f} for the weights and "
+        f"their optimizer), {there / GIB:.1f} are free; {cure}"
+    )
+
+
+def training_bytes(model: Any, setting: Setting, rows: int, device: torch.device) -> tuple[int, float]:
+    """Bytes that training takes beyond the weights, and besides for each window of a batch.
+
+    Args:
+        model: a world model; it is left as it was.
+        setting: what it was built for.
+        rows: of a window, with those a model needs in front.
+        device: where the model is.
+    """
+    before = [buffer.clone() for buffer in model.buffers()]
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.loss(empty_window(setting, rows, device), chance(0))
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return TORCH + (STATES - 1) * weights, PASSING * sum(kept.values())
+
+
+def empty_window(setting: Setting, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """A batch of one window (1, T, ...) of zeros."""
+    shapes = {
+        "observation": setting.observation.shape,
+        "action": (setting.action,),
+        "state": (setting.state,),
+        "reward": (),
+        "is_first": (),
+        "is_terminal": (),
+    }
+    dtypes = {"is_first": torch.bool, "is_terminal": torch.bool}
+    if setting.observation.kind == "pixels":
+        dtypes["observation"] = torch.uint8
+    return {
+        name: torch.zeros((1, rows, *shape), dtype=dtypes.get(name, torch.float32), device=device)
+        for name, shape in shapes.items()
+    }
+
+
+def room(device: torch.device) -> int:
+    """Bytes that are free there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
