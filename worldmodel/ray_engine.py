@@ -105,7 +105,7 @@ def train_together(
     trainer = TorchTrainer(
         _train_part,
         train_loop_config={"arguments": (config, store, run), "device": device, "backing": backing},
-        scaling_config=ScalingConfig(workers, use_gpu=device.startswith("cuda")),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=device.startswith("cuda")),
         run_config=RunConfig(
             name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=AGAIN)
         ),
