@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 from pvrpipe.commands.options import DATA, Debug, Device, Json, Overwrite, Root, ShardRows
 from pvrpipe.commands.terminal import note, show, tell, watching
 
+RUN_SHARED = ("run", "url", "files", "bytes")
 SHARED = ("store", "url", "files", "resumed", "bytes", "licence")
 REWRITTEN = ("store", "id", "episodes", "rows", "shards", "resumed_shards", "bytes")
 CONVERTED = ("store", "format", "episodes", "rows", "bytes")
@@ -120,31 +122,44 @@ def verify(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every byte and number of a store; exit status 1 and what fails, if anything does.
+    """Check every byte and number of a store, or of a run; exit status 1 and what fails, if anything does.
 
     Example: pvrpipe verify data/embeddings/dmc-pendulum-swingup/vc1
     """
     from pvrpipe.store.verifying import verify as check
+    from pvrpipe.store.workspace import RUN
 
+    if (Path(store) / RUN).is_file():
+        from pvrpipe.worldmodel.sharing import verify_run
+
+        return _tell_checked(store, {}, verify_run(Path(store)), json_)
     with watching("verify", "shards") as progress:
         failures = check(store, progress, sample)
-    report: dict[str, object] = {"ok": not failures, "failures": failures}
+    report: dict[str, object] = {}
     if golden and not failures:
         from pvrpipe.pipeline.golden import check_golden
         from pvrpipe.store.reading import Store
 
         checked = check_golden(Store.open(store), pvr, weights, device)
-        report |= {"ok": checked.ok, "golden": checked}
+        report = {"ok": checked.ok, "golden": checked}
         note(
             f"golden frames: largest difference {checked.largest_difference:.3g}, "
             f"smallest cosine {checked.smallest_cosine:.6f}"
             + (f"; another encoder: {checked.differs}" if checked.differs else "")
         )
+    return _tell_checked(store, report, failures, json_, f" of a sample of {sample} shards" if sample else "")
+
+
+def _tell_checked(
+    store: str, more: Mapping[str, object], failures: list[Any], json_: bool, extent: str = ""
+) -> None:
+    """What a check found; exit status 1 if anything."""
+    report = {"ok": not failures, "failures": failures, **more}
     tell(json_, report, failures, ("where", "what"))
     if not report["ok"]:
         raise typer.Exit(1)
     if not json_:
-        print(f"{store}: every byte and number{f' of a sample of {sample} shards' if sample else ''} holds")
+        print(f"{store}: every byte and number{extent} holds")
 
 
 def push(
@@ -155,19 +170,26 @@ def push(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Publish a store that verifies; the same command goes on after a stop.
+    """Publish a store, or a run, that verifies; the same command goes on after a stop.
 
     Example: pvrpipe push data/embeddings/dmc-pendulum-swingup/vc1 s3://lab/pendulum-vc1
     """
     from pvrpipe.store.sharing import push as run
+    from pvrpipe.store.workspace import RUN
 
+    if (Path(store) / RUN).is_file():
+        from pvrpipe.worldmodel.sharing import push_run
+
+        with watching("push", "files") as progress:
+            pushed = push_run(Path(store), url, overwrite=overwrite, progress=progress)
+        return tell(json_, pushed, [pushed], RUN_SHARED)
     with watching("push", "MiB") as progress:
         result = run(store, url, workers=workers, overwrite=overwrite, progress=progress)
     if result.resumed == result.files:
         note(f"{url} holds all of it already; nothing was pushed")
     if result.licence is not None:
         note(f"the embeddings go under the licence of their encoder's weights: {result.licence}")
-    tell(json_, result, [result], SHARED)
+    return tell(json_, result, [result], SHARED)
 
 
 def pull(
@@ -180,22 +202,39 @@ def pull(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch a published store, every byte checked; the same command goes on after a stop.
+    """Fetch a published store or run, every byte checked; the same command goes on after a stop.
 
     Example: pvrpipe pull s3://lab/pendulum-vc1
     """
+    from pvrpipe.schemas.errors import NotAStoreError
     from pvrpipe.store.places import place_of
     from pvrpipe.store.remote import Source
     from pvrpipe.store.sharing import pull as run
     from pvrpipe.store.workspace import Workspace
 
-    folder = folder or Workspace(root).home(Source(place_of(url)).manifest()[1])
+    try:
+        manifest = Source(place_of(url)).manifest()[1]
+    except NotAStoreError as error:
+        return _pull_run(url, folder or Workspace(root).run(place_of(url).name), json_, error)
+    folder = folder or Workspace(root).home(manifest)
     note(f"pulling into {folder}")
     with watching("pull", "MiB") as progress:
         result = run(url, folder, workers=workers, progress=progress)
     if result.resumed == result.files:
         note(f"{folder} holds all of it already; nothing was pulled")
-    tell(json_, result, [result], SHARED)
+    return tell(json_, result, [result], SHARED)
+
+
+def _pull_run(url: str, folder: Path, json_: bool, otherwise: Exception) -> None:
+    """Fetch a run; where there is none either, there is no store."""
+    from pvrpipe.worldmodel.sharing import holds_run, pull_run
+
+    if not holds_run(url):
+        raise otherwise
+    note(f"pulling into {folder}")
+    with watching("pull", "files") as progress:
+        result = pull_run(url, folder, progress=progress)
+    tell(json_, result, [result], RUN_SHARED)
 
 
 def merge(

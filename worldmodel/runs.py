@@ -22,19 +22,34 @@ from typing import Any, Literal
 
 import numpy
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch.utils.tensorboard import SummaryWriter
 
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.specifications import EncoderIdentity, Frozen
-from pvrpipe.store.files import TEMPORARY, disk_errors, locked, make_folder, remove_temporaries, write_whole
+from pvrpipe.store.files import (
+    TEMPORARY,
+    disk_errors,
+    locked,
+    make_folder,
+    remove_temporaries,
+    sha256_of,
+    write_whole,
+)
 from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, PROBE, TENSORBOARD = RUN, "metrics.jsonl", "metrics.json", "tensorboard"
+
+
+class RunFile(Frozen):
+    """What a finished run's file must be."""
+
+    size: int
+    sha256: str
 
 
 class RunRecord(Frozen):
@@ -53,6 +68,8 @@ class RunRecord(Frozen):
     processes: int = 1
     versions: dict[str, str]
     result: dict[str, Any] | None = None
+    files: dict[Literal["checkpoint.safetensors", "metrics.jsonl"], RunFile] = Field(default_factory=dict)
+    """of a finished run"""
 
     @property
     def pvr(self) -> str:
@@ -88,6 +105,16 @@ def read_run(folder: Path) -> RunRecord:
     except (OSError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{folder / RECORD} cannot be read ({reason}); train again with --overwrite") from None
+
+
+def finish(folder: Path, record: RunRecord, result: dict[str, Any]) -> None:
+    """Write what became of a run, and which files it left."""
+    files = {
+        name: RunFile(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+        for name in (CHECKPOINT, METRICS)
+    }
+    ended = {"state": "finished", "result": result, "files": files}
+    write_run(folder, record.model_copy(update=ended))
 
 
 def write_run(folder: Path, record: RunRecord) -> None:

@@ -211,7 +211,7 @@ def train(
             val=log.last["val"],
         )
         if first:
-            runs.write_run(folder, record.model_copy(update={"state": "finished", "result": asdict(result)}))
+            runs.finish(folder, record, asdict(result))
     return result
 
 

@@ -1,0 +1,126 @@
+"""Runs that are verified, published and fetched like stores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pvrpipe.cli import app
+from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunError
+from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.runs import METRICS, PROBE, RECORD
+from pvrpipe.worldmodel.sharing import pull_run, push_run, verify_run
+from pvrpipe.worldmodel.training import TrainConfig, train
+
+from .planted import write_planted
+
+CONFIG = TrainConfig("dinowm", "1m", updates=4, batch=4, log_every=2, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("shared")
+    episodes = [
+        {
+            "embedding": random.normal(size=(12, 4)).astype(np.float16),
+            "action": random.uniform(-1, 1, (12, 2)).astype(np.float32),
+            "reward": random.normal(size=12).astype(np.float32),
+        }
+        for _ in range(20)
+    ]
+    store = write_planted(folder / "store", episodes)
+    train(CONFIG, store, folder / "run")
+    probe(folder / "run", horizons=(5,))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil, published and fetched again on its way."""
+    push_run(finished, tmp_path / "lab")
+    pull_run(tmp_path / "lab", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_arrives_as_it_was(finished: Path, run: Path, tmp_path: Path) -> None:
+    names = {RECORD, CHECKPOINT, METRICS, PROBE}
+    assert {p.name for p in run.iterdir()} - {".lock"} == names
+    assert all((run / name).read_bytes() == (finished / name).read_bytes() for name in names)
+    assert verify_run(run) == []
+    assert pull_run(tmp_path / "lab", run).files == len(names)  # again, into what is there
+    (run / CHECKPOINT).unlink()
+    pull_run(tmp_path / "lab", run)
+    assert verify_run(run) == []
+
+
+def test_every_damage_is_found_and_named(run: Path, tmp_path: Path) -> None:
+    for name, at in ((CHECKPOINT, -5), (METRICS, 20)):
+        whole = (run / name).read_bytes()
+        spoiled = bytearray(whole)
+        spoiled[at] ^= 1
+        (run / name).write_bytes(spoiled)
+        (failure,) = verify_run(run)
+        assert failure.where == name
+        assert "has sha256" in failure.what
+        with pytest.raises(CorruptStoreError, match=f"does not verify: {name} .*nothing was published"):
+            push_run(run, tmp_path / "other")
+        (run / name).write_bytes(whole)
+    found = json.loads((run / PROBE).read_text())
+    (run / PROBE).write_text(json.dumps({**found, "model": "tdmpc2"}))
+    (failure,) = verify_run(run)
+    assert (failure.where, failure.what) == (PROBE, "is of another run: its model differs")
+    record = json.loads((run / RECORD).read_text())
+    (run / RECORD).write_text(json.dumps({**record, "state": "training"}))
+    assert "not ended" in verify_run(run)[0].what
+
+
+def test_what_a_stranger_changed_is_not_taken(run: Path, tmp_path: Path) -> None:
+    lab = tmp_path / "lab"
+    spoiled = bytearray((lab / CHECKPOINT).read_bytes())
+    spoiled[-5] ^= 1
+    (lab / CHECKPOINT).write_bytes(spoiled)
+    with pytest.raises(CorruptStoreError, match=CHECKPOINT):
+        pull_run(lab, tmp_path / "taken")
+    assert not (tmp_path / "taken" / RECORD).exists()
+    record = json.loads((lab / RECORD).read_text())
+    files = {**record["files"], "../outside": record["files"][METRICS]}
+    (lab / RECORD).write_text(json.dumps({**record, "files": files}))
+    with pytest.raises(RunError, match="cannot be read"):
+        pull_run(lab, tmp_path / "escaped")
+
+
+def test_nothing_is_overwritten_unasked(finished: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / METRICS).write_text("mine")
+    with pytest.raises(OutputExistsError, match="no run but other files"):
+        push_run(finished, tmp_path / "full")
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "thesis.tex").touch()
+    with pytest.raises(OutputExistsError, match="pull into an empty folder"):
+        pull_run(tmp_path / "lab", tmp_path / "busy")
+    record = json.loads((run / RECORD).read_text())
+    (run / RECORD).write_text(json.dumps({**record, "device": "cuda"}))
+    with pytest.raises(OutputExistsError, match="another run"):
+        push_run(run, tmp_path / "lab")
+    push_run(run, tmp_path / "lab", overwrite=True)
+
+
+def test_the_commands(finished: Path, tmp_path: Path) -> None:
+    def call(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, list(arguments))
+        return result.exit_code, result.output or str(result.exception)
+
+    assert call("verify", str(finished)) == (0, f"{finished}: every byte and number holds\n")
+    assert call("push", str(finished), str(tmp_path / "lab"))[0] == 0
+    assert call("pull", str(tmp_path / "lab"), "--root", str(tmp_path / "data"))[0] == 0
+    assert verify_run(tmp_path / "data" / "runs" / "lab") == []
+    (tmp_path / "data" / "runs" / "lab" / METRICS).write_text("")
+    assert call("verify", str(tmp_path / "data" / "runs" / "lab"))[0] == 1
+    code, said = call("pull", str(tmp_path / "nothing"), "--root", str(tmp_path))
+    assert code == 1
+    assert "holds no store" in said
