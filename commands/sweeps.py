@@ -43,9 +43,9 @@ def sweep(
     stores: Annotated[list[str], typer.Argument(help="Embeddings, or rollouts to learn from pixels.")],
     model: Annotated[list[str], typer.Option(help=f"{MODELS[:-1]}; repeatable.")] = ["dreamerv3"],
     size: Annotated[list[str], typer.Option(help=f"{SIZES[:-1]}; repeatable.")] = ["1m"],
-    seed: Annotated[list[int], typer.Option(min=0, help="Decides everything that is drawn; repeatable.")] = [
-        0
-    ],
+    seed: Annotated[
+        list[int], typer.Option(min=0, max=2**63 - 1, help="Decides everything that is drawn; repeatable.")
+    ] = [0],
     updates: Updates = 1000,
     batch: Batch = None,
     length: Length = None,

@@ -26,7 +26,7 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore
-from pvrpipe.store.places import Place
+from pvrpipe.store.places import Place, refuse_source
 from pvrpipe.store.reading import Store
 
 __all__ = ["EmbedConfig", "EmbedEstimate", "EmbedResult", "embed", "estimate"]
@@ -144,6 +144,7 @@ def _drafted(
     store = Store.open(rollouts, kind="rollouts")
     for _, folder in outputs:
         refuse_url(folder)
+        refuse_source(store.path, folder)
     if len({folder.resolve() for _, folder in outputs}) < len(outputs):
         raise InvalidValueError(
             "two of the encoders would write to the same folder; embed them one at a time with OUT"

@@ -55,6 +55,8 @@ class EncoderRequest:
                 wanted = torch.device(self.device)
             except RuntimeError:
                 raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda")) from None
+            if wanted.type not in ("cpu", "cuda"):
+                raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda"))
             if wanted.type == "cuda" and not torch.cuda.is_available():
                 raise InvalidValueError("--device cuda: no GPU is visible here; use --device cpu")
             return wanted

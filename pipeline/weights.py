@@ -53,8 +53,10 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
     """
     if weights.startswith("random"):
         seed = weights.removeprefix("random").removeprefix(":")
-        if not seed.isdecimal():
-            raise WeightsError(f"--weights {weights}: write random:SEED with a whole number, e.g. random:0")
+        if not seed.isdecimal() or int(seed) >= 2**63:
+            raise WeightsError(
+                f"--weights {weights}: write random:SEED with a whole number below 2^63, e.g. random:0"
+            )
         return Random(int(seed))
     if weights == "auto" and (pvr.source.repo or pvr.source.url):
         return WeightsFile(_published(pvr), published=True)

@@ -73,6 +73,8 @@ def make(
                 f"{name}: {option} must be of type {known[option].__name__}, not {value!r}"
             )
     chosen = Preprocessing(**options)
+    if chosen.noop < 0 or not 0 <= chosen.sticky <= 1:
+        raise InvalidValueError(f"{name}: noop is 0 or more, and sticky a probability from 0 to 1")
     env = made(
         f"ALE/{game}-v5",
         name,

@@ -33,10 +33,12 @@ from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column
 from pvrpipe.store.growing import grown
+from pvrpipe.store.places import refuse_source
 from pvrpipe.store.planning import plan_shards
 from pvrpipe.store.reading import Store
 
 ENGINES = ("ray", "inline")
+MOST_EPISODES = 10_000_000  # all of them are planned, in memory, before anything runs
 
 Work = CollectShard | ReplayShard
 Shards = Callable[[Iterable[ShardPlan]], Iterator[Trying | ShardCommit]]
@@ -69,8 +71,10 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no environment could mend."""
-        if self.episodes < 1:
-            raise InvalidValueError(f"--episodes is {self.episodes}; it must be at least 1")
+        if not 1 <= self.episodes <= MOST_EPISODES:
+            raise InvalidValueError(
+                f"--episodes is {self.episodes}; a store has 1 to {MOST_EPISODES:,}, e.g. 24"
+            )
         if self.seed < 0:
             raise InvalidValueError(f"--seed is {self.seed}; it must be 0 or more")
         parse_policy(expanded(self.policy, self.environment))
@@ -188,6 +192,7 @@ def replay(
     """
     began = time.perf_counter()
     out = _output(out)
+    refuse_source(source.path, out)
     draft = replay_manifest(source, size, camera, variation)
     return _run(draft, partial(ReplayShard, out, draft, source), out, engine, overwrite, progress, began)
 

@@ -221,7 +221,8 @@ def make_environment(
     """
     prefix, _, task = name.partition(":")
     if prefix not in prefixes() or not task:
-        valid = [*list_environments("dmc"), *(f"{known}:" for known in prefixes())]
+        others = (f"{known}:" for known in prefixes() if known != prefix)
+        valid = [*list_environments(prefix if prefix in prefixes() else "dmc"), *others]
         raise UnknownNameError.among("environment", name, valid, hint="see `pvrpipe envs`")
     if not SIZES[0] <= size <= SIZES[1]:
         raise InvalidValueError(

@@ -84,6 +84,7 @@ class PendingStore:
         with disk_errors(folder), contextlib.ExitStack() as stack:
             stack.enter_context(locked(folder))
             existing = _existing(folder, draft, overwrite)
+            _refuse_other_kind(folder, existing, draft)
             if existing is not None and not overwrite:
                 _refuse_other(folder, existing, draft)
             if existing is None or overwrite:
@@ -112,6 +113,7 @@ class PendingStore:
             OutputExistsError: as :meth:`begin`.
         """
         existing = _existing(folder, draft, overwrite) if folder.is_dir() else None
+        _refuse_other_kind(folder, existing, draft)
         if existing is None or overwrite:
             return draft.plan[draft.earlier[-1].shards if draft.earlier else 0 :]
         _refuse_other(folder, existing, draft)
@@ -283,6 +285,14 @@ def _refuse_another_past(folder: Path, existing: Manifest, draft: Manifest) -> N
     if existing.state != "sealed" or existing.id != draft.earlier[-1].id:
         raise OutputExistsError(
             f"{folder} is no longer the store that was to grow (id {str(existing.id)[:12]}); run it again"
+        )
+
+
+def _refuse_other_kind(folder: Path, existing: Manifest | None, draft: Manifest) -> None:
+    """Embeddings are never another configuration of rollouts: a path mistaken for another is not overwritten."""
+    if existing is not None and existing.kind != draft.kind:
+        raise OutputExistsError(
+            f"{folder} holds {existing.kind}, which {draft.kind} never replace; choose another output"
         )
 
 

@@ -18,7 +18,7 @@ from pvrpipe.store.export_lists import write_lists
 from pvrpipe.store.export_minari import write_minari
 from pvrpipe.store.export_npy import write_npy
 from pvrpipe.store.files import TEMPORARY, disk_errors, locked, make_folder, sync_folder
-from pvrpipe.store.rewriting import refuse_source
+from pvrpipe.store.places import refuse_source
 from pvrpipe.store.selection import Selection
 
 Layout = Literal["parquet-lists", "npy", "hdf5", "minari", "lerobot"]
@@ -60,7 +60,8 @@ def export(selection: Selection, out: Path, layout: Layout, progress: Progress) 
         MissingDriverError: the library that writes it is not installed.
     """
     began = time.monotonic()
-    refuse_source(selection, out)
+    for store in selection.stores:
+        refuse_source(store.path, out)
     if out.exists():
         raise OutputExistsError(f"{out} exists; choose another output, or remove it first")
     make_folder(out.parent)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pvrpipe.schemas.errors import (
+    InvalidValueError,
     MissingDriverError,
     PvrpipeError,
     StoreError,
@@ -59,6 +60,16 @@ def place_of(place: Path | str | Url) -> Place:
     if not is_url(place):
         return Path(place)
     return Url(re.sub(r"(?<![:/])/+$", "", place))
+
+
+def refuse_source(source: Place, out: Path) -> None:
+    """Nothing is written over what it is made from.
+
+    Raises:
+        InvalidValueError: ``out`` is the store to read.
+    """
+    if isinstance(source, Path) and source.resolve() == out.resolve():
+        raise InvalidValueError(f"{out} is the store to read; choose another output")
 
 
 def is_url(text: str) -> bool:

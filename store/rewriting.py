@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.manifest import Column, Manifest, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column
 from pvrpipe.store.golden import golden_of
+from pvrpipe.store.places import refuse_source
 from pvrpipe.store.selection import Selection
 from pvrpipe.store.writing import ShardWriter
 
@@ -64,7 +64,8 @@ def rewrite(
         CorruptStoreError, EncodingError: a shard cannot be read, or does not fit its new precision.
     """
     began = time.monotonic()
-    refuse_source(selection, out)
+    for store in selection.stores:
+        refuse_source(store.path, out)
     draft = _draft(selection, plan, splits, shard_format or selection.store.manifest.shard_format)
     with PendingStore.begin(out, draft, overwrite) as pending:
         rows, total = 0, selection.total_rows
@@ -73,17 +74,6 @@ def rewrite(
             progress(rows, total, f"shard {shard.shard}")
         sealed = pending.seal(golden_of(selection))
         return _result(out, sealed, pending.resumed, time.monotonic() - began)
-
-
-def refuse_source(selection: Selection, out: Path) -> None:
-    """Nothing is written over what it is made from.
-
-    Raises:
-        InvalidValueError: ``out`` is one of the stores to read.
-    """
-    for store in selection.stores:
-        if isinstance(store.path, Path) and store.path.resolve() == out.resolve():
-            raise InvalidValueError(f"{out} is the store to read; choose another output")
 
 
 def _draft(

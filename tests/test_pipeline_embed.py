@@ -67,6 +67,19 @@ def test_every_embedding_is_that_of_its_own_frame(
     assert embeddings.shard(0).mapped("embedding") is not None
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_rollouts_are_never_overwritten_by_embeddings(
+    rollouts: Path, autoencoder: EncoderRequest, write_rollouts: WriteStore, tmp_path: Path, other: bool
+) -> None:
+    """Neither those that are embedded nor any others: a path mistaken for another costs nothing."""
+    out = write_rollouts(name="other", size=24) if other else rollouts
+    with pytest.raises(
+        OutputExistsError if other else InvalidValueError, match=r"never replace|the store to read"
+    ):
+        embed(rollouts, [(autoencoder, out)], EmbedConfig(engine="inline", overwrite=True))
+    assert verify(out) == []
+
+
 def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
     rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
 ) -> None:

@@ -201,6 +201,15 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> 
     assert not Path("/tmp/pvrpipe-was-executed").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"export PATH=here\n", b"PK\x03\x04", b"\x80\x02.", b"<html></html>"]
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "other.bin").write_bytes(content)
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_tensors(tmp_path / "other.bin")
+
+
 def test_weights_that_cannot_be_had_name_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -212,6 +221,10 @@ def test_weights_that_cannot_be_had_name_the_option(monkeypatch: pytest.MonkeyPa
         Encoder(EncoderRequest("vc1", str(tmp_path / "nowhere.bin"), device="cpu"))
     with pytest.raises(WeightsError, match="random:SEED"):
         Encoder(EncoderRequest("vc1", "random", device="cpu"))
+    with pytest.raises(WeightsError, match="below 2\\^63"):
+        Encoder(EncoderRequest("vc1", f"random:{2**63}", device="cpu"))
+    with pytest.raises(UnknownNameError, match="unknown device 'mps'; nearest: auto, cpu, cuda"):
+        Encoder(EncoderRequest("vc1", "random:0", device="mps"))
 
 
 def test_random_weights_follow_from_their_seed_and_are_marked() -> None:

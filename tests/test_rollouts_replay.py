@@ -38,6 +38,12 @@ def test_a_replay_that_changes_nothing_gives_the_same_frames(source: Store, tmp_
         assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+def test_a_store_is_never_replayed_over_itself(source: Store) -> None:
+    with pytest.raises(InvalidValueError, match="is the store to read"):
+        replay(source, source.path, INLINE, overwrite=True)
+    assert verify(source.path) == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"size": 48}, {"camera": 1}, {"variation": "ood"}, {"variation": "camera=0.5+sensor_noise=0.3"}],
