@@ -83,6 +83,11 @@ class TwoHot(nn.Module):
         low, high = logp.gather(-1, torch.stack([lower, lower + 1], -1)).unbind(-1)
         return -((1 - weight) * low + weight * high)
 
+    def floor(self, value: Tensor) -> Tensor:
+        """The smallest cross-entropy there is, the entropy of the target in nats: (...) -> (...)."""
+        _, weight = self.split(value)
+        return torch.special.entr(weight) + torch.special.entr(1 - weight)
+
     def decode(self, logits: Tensor) -> Tensor:
         """The expected value: (..., n) -> (...).
 

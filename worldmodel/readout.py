@@ -73,7 +73,7 @@ def read_out(
     for number, (name, wanted) in enumerate(train.targets.items()):
         centre = wanted.mean(0)
         predictions = {
-            "linear": ridge(seen, wanted - centre, held_out) + centre,
+            "linear": held_out @ ridge_weights(seen, wanted - centre) + centre,
             "mlp": _mlp(seen, wanted, held_out, updates, (seed, number), progress),
             "mean": np.broadcast_to(centre, val.targets[name].shape),
         }
@@ -81,11 +81,19 @@ def read_out(
     return report
 
 
-def ridge(x: Floats, y: Floats, at: Floats) -> Floats:
-    """Ridge regression of y (N, n), centred, on x (N, D), standardised; its predictions at (M, D)."""
-    normal = x.T @ x
-    normal[np.diag_indices_from(normal)] += RIDGE * len(x)
-    return at @ np.linalg.solve(normal, x.T @ y)
+def ridge_weights(x: Floats, y: Floats, penalty: float = RIDGE) -> Floats:
+    """Ridge regression of y (N, n), centred, on x (N, D), standardised, by its smaller normal equations: (D, n).
+
+    Args:
+        x: features.
+        y: targets.
+        penalty: on the squared weights, times N.
+    """
+    wide = x.shape[1] > len(x)
+    normal = x @ x.T if wide else x.T @ x
+    normal[np.diag_indices_from(normal)] += penalty * len(x)
+    solved: Floats = np.linalg.solve(normal, y if wide else x.T @ y)
+    return x.T @ solved if wide else solved
 
 
 def judged(predicted: Floats, true: Floats, centre: Floats) -> dict[str, float]:

@@ -7,6 +7,7 @@
     ├── checkpoint.safetensors   parameters and optimizer state
     ├── metrics.jsonl            training and validation losses by update
     ├── metrics.json             what `pvrpipe probe` found
+    ├── probe.parquet            the same, episode by episode
     └── tensorboard/
 """
 
@@ -34,7 +35,8 @@ from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.models import Setting
 
-RECORD, METRICS, PROBE, TENSORBOARD = RUN, "metrics.jsonl", "metrics.json", "tensorboard"
+RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
+PROBE, PROBE_TABLE = "metrics.json", "probe.parquet"
 
 
 class RunRecord(Frozen):
@@ -136,7 +138,7 @@ def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-    for name in (CHECKPOINT, METRICS, PROBE, RECORD):
+    for name in (CHECKPOINT, METRICS, PROBE, PROBE_TABLE, RECORD):
         (folder / name).unlink(missing_ok=True)
 
 
