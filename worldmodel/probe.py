@@ -124,6 +124,7 @@ def probe(
         "split": splits[0],
         "context": context,
         "seed": seed,
+        "latent": list(reference.mean_latent.shape),
         **report_of(table.filter(pl.col("split") == splits[0]), rewards, horizons, model.divergence),
         "reward_threshold": reference.threshold,
         "state_reader": None if reference.state is None else {"penalty": reference.state.penalty},

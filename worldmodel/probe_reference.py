@@ -136,9 +136,8 @@ def reference_of(
     networks = {
         "rows": len(features),
         "effective_rank": {
-            "latent": effective_rank(features),
-            "of": features.shape[1],
-            "embedding": effective_rank(rows.embedding.astype(np.float64)) if rows.embedding.size else None,
+            "latent": _rank_of(features),
+            "embedding": _rank_of(rows.embedding.astype(np.float64)) if rows.embedding.size else None,
         },
         "dormant": activity_on(model, reader, chosen, seed).report(),
     }
@@ -153,6 +152,10 @@ def activity_on(model: Any, reader: Reader, numbers: Sequence[int], seed: int) -
         filtered = model.filter(episodes.batch, chance(seed, 0, 3))
         one_step(model, filtered, episodes.batch["action"], 1, chance(seed, 0, 4))
     return activity
+
+
+def _rank_of(rows: Floats) -> dict[str, float]:
+    return {"rank": effective_rank(rows), "of": min(len(rows) - 1, rows.shape[1])}
 
 
 def training_reward(store: Store) -> float:

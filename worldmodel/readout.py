@@ -92,7 +92,7 @@ def ridge_weights(x: Floats, y: Floats, penalty: float = RIDGE) -> Floats:
     wide = x.shape[1] > len(x)
     normal = x @ x.T if wide else x.T @ x
     normal[np.diag_indices_from(normal)] += penalty * len(x)
-    solved: Floats = np.linalg.solve(normal, y if wide else x.T @ y)
+    solved = np.linalg.solve(normal, y if wide else x.T @ y).astype(np.float64, copy=False)
     return x.T @ solved if wide else solved
 
 
