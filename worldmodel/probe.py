@@ -25,21 +25,15 @@ import numpy as np
 import polars as pl
 import torch
 
-from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
+from pvrpipe.schemas.errors import InvalidValueError, RunError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.files import write_whole
-from pvrpipe.store.reading import Store
-from pvrpipe.store.selecting import SPLITS
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.batches import open_observations
-from pvrpipe.worldmodel.models import suitable_threads
 from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Judged, judge
-from pvrpipe.worldmodel.probe_episodes import Reader
-from pvrpipe.worldmodel.probe_reference import reference_of
+from pvrpipe.worldmodel.probe_reference import beliefs_of, networks_of, reference_of
 from pvrpipe.worldmodel.probe_reward import calibration, precision_recall
+from pvrpipe.worldmodel.probe_subject import subject_of
 from pvrpipe.worldmodel.probe_table import (
     action_sensitivity,
     entries,
@@ -49,7 +43,6 @@ from pvrpipe.worldmodel.probe_table import (
     table_of,
 )
 from pvrpipe.worldmodel.statistics import pearson, spearman
-from pvrpipe.worldmodel.training import load_model
 
 
 def probe(
@@ -89,17 +82,17 @@ def probe(
         RunError: no run, a store of another encoder, or predictions that are not finite.
         InvalidValueError: no episode of the split is longer than the context.
     """
-    folder, device = Path(run), torch.device(device)
-    splits = _checked(horizons, context, (split,) if isinstance(split, str) else tuple(split))
-    model, record = load_model(folder, device)
-    held_out = open_observations(record.store if store is None else store)
-    check_encoder(record, held_out)
-    reader = Reader(held_out, record.setting.observation, ("state", *model.columns), device)
-    with suitable_threads(model, device):
-        reference, networks = reference_of(model, reader, _numbers(held_out, "train", context), seed)
+    check_horizons(horizons, context)
+    folder = Path(run)
+    splits = tuple(dict.fromkeys((split,) if isinstance(split, str) else split))
+    with subject_of(folder, store, device) as subject:
+        model, record, reader, held_out = subject.model, subject.record, subject.reader, subject.store
+        wanted = {name: subject.episodes(name, context) for name in splits}
+        seen = beliefs_of(model, reader, subject.episodes("train"), seed)
+        reference, networks = reference_of(model, reader, seen), networks_of(model, reader, seen, seed)
         tables, rewards = [], []
-        for name in splits:
-            for chosen, episodes in reader.batches(numbers := _numbers(held_out, name, context)):
+        for name, numbers in wanted.items():
+            for chosen, episodes in reader.batches(numbers):
                 judged = judge(model, episodes, context, reference, (seed, chosen[0]))
                 check_finite(folder, judged, chosen)
                 known = horizons_of(horizons, int(held_out.episodes["length"].max()) + 1 - context)  # type: ignore[arg-type]
@@ -204,27 +197,12 @@ def _plain(estimate: Any) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in asdict(estimate).items()}
 
 
-def _checked(horizons: Sequence[int], context: int, splits: tuple[str, ...]) -> tuple[str, ...]:
-    """The splits, each once, after refusing what cannot be probed."""
+def check_horizons(horizons: Sequence[int], context: int) -> None:
+    """Refuse horizons and contexts without a row."""
     if context < 1 or not horizons or min(horizons) < 1:
         raise InvalidValueError(
             f"--horizon is {list(horizons)} behind a context of {context}; all must be at least 1"
         )
-    for name in splits or ("",):
-        if name not in SPLITS:
-            raise UnknownNameError.among("split", name, SPLITS)
-    return tuple(dict.fromkeys(splits))
-
-
-def _numbers(store: Store, split: str, context: int) -> list[int]:
-    """The episodes of a split that go on behind the context."""
-    of_split = store.episodes.filter(store.episodes["split"] == split)
-    numbers = of_split.filter(of_split["rows"] > context)["episode"].to_list()
-    if not numbers:
-        raise InvalidValueError(
-            f"{store.path} has no {split} episode longer than {context} rows; give another --split or --context"
-        )
-    return [int(number) for number in numbers]
 
 
 def check_finite(folder: Path, judged: Judged, numbers: Sequence[int]) -> None:
@@ -246,21 +224,3 @@ def _write(folder: Path, table: pl.DataFrame, report: dict[str, Any]) -> None:
     table.write_parquet(data)
     write_whole(folder / runs.PROBE_TABLE, data.getvalue())
     write_whole(folder / runs.PROBE, (canonical_json(report) + "\n").encode())
-
-
-def check_encoder(record: runs.RunRecord, store: Store) -> None:
-    """Refuse observations that are not comparable with those the run was trained on."""
-    specification = store.manifest.specification
-    own = specification.encoder if isinstance(specification, EmbeddingSpecification) else None
-    if (record.encoder is None) != (own is None):
-        learned = "frames" if record.encoder is None else f"embeddings of {record.pvr}"
-        raise RunError(
-            f"the run was trained on {learned}, which {store.path} does not hold; give a store that does"
-        )
-    if record.encoder is None or own is None:
-        return
-    if differ := differences(record.encoder.model_dump(), own.model_dump(), "there"):
-        raise RunError(
-            f"the run was trained on another encoder than that of {store.path} ({differ}); "
-            "give a store that was embedded as the run's own was"
-        )

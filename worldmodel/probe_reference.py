@@ -15,7 +15,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.predictions import one_step
 from pvrpipe.worldmodel.probe_episodes import BATCH_NUMBERS, Padded, Reader
-from pvrpipe.worldmodel.probe_networks import Activity, effective_rank, watched
+from pvrpipe.worldmodel.probe_networks import effective_rank, watched
 from pvrpipe.worldmodel.probe_reward import event_threshold
 from pvrpipe.worldmodel.probe_state import StateReader, fit_state_reader
 
@@ -67,8 +67,11 @@ def evenly(numbers: Sequence[int], rows: NDArray[np.int64], wanted: int) -> list
 
 
 @torch.no_grad()
-def beliefs_of(model: Any, reader: Reader, numbers: Sequence[int], seed: int) -> Beliefs:
-    """Filter episodes and lay their rows one under another."""
+def beliefs_of(
+    model: Any, reader: Reader, numbers: Sequence[int], seed: int, wanted: int = FIT_ROWS
+) -> Beliefs:
+    """Filter some of these episodes and lay their rows, about as many as wanted, one under another."""
+    numbers = evenly(numbers, reader.store.episodes["rows"].to_numpy(), wanted)
     total = int(reader.store.episodes["rows"].to_numpy()[list(numbers)].sum())
     parts: dict[str, list[Any]] = {name: [] for name in Beliefs.__dataclass_fields__}
     for chosen, episodes in reader.batches(numbers):
@@ -103,55 +106,43 @@ def _shown(observation: Tensor) -> NDArray[np.float32]:
     return (observation.mean(1) if observation.ndim == 3 else observation).cpu().numpy()
 
 
-def reference_of(
-    model: Any, reader: Reader, train: Sequence[int], seed: int
-) -> tuple[Reference, dict[str, Any]]:
-    """Look at the training rows once.
-
-    Args:
-        model: any world model.
-        reader: of a store that has them.
-        train: numbers of its training episodes.
-        seed: decides the samples.
-
-    Returns:
-        What to judge with, and what the rows say of the networks: ``effective_rank`` of features and embeddings,
-        ``dormant`` units (:mod:`pvrpipe.worldmodel.probe_networks`), and the rows that were looked at.
-    """
-    chosen = evenly(train, reader.store.episodes["rows"].to_numpy(), FIT_ROWS)
-    rows = beliefs_of(model, reader, chosen, seed)
+def reference_of(model: Any, reader: Reader, rows: Beliefs) -> Reference:
+    """What to judge with, learned from what a model believes of training rows."""
     features = rows.features.astype(np.float64)
     state = (
         None
         if rows.state is None
         else fit_state_reader(features, rows.state.reshape(len(features), -1), rows.episode, reader.device)
     )
-    reference = Reference(
+    return Reference(
         usual_reward=training_reward(reader.store),
         threshold=event_threshold(rows.reward),
         mean_latent=model.average(rows.latents),
         mean_features=torch.from_numpy(rows.features.mean(0, dtype=np.float64)).float().to(reader.device),
         state=state,
     )
-    networks = {
-        "rows": len(features),
-        "effective_rank": {
-            "latent": _rank_of(features),
-            "embedding": _rank_of(rows.embedding.astype(np.float64)) if rows.embedding.size else None,
-        },
-        "dormant": activity_on(model, reader, chosen, seed).report(),
-    }
-    return reference, networks
 
 
 @torch.no_grad()
-def activity_on(model: Any, reader: Reader, numbers: Sequence[int], seed: int) -> Activity:
-    """Activations while the model filters some episodes and predicts one step from every row of them."""
-    _, episodes = next(reader.batches(numbers))
+def networks_of(model: Any, reader: Reader, rows: Beliefs, seed: int) -> dict[str, Any]:
+    """How much of their widths a model's latents and networks use on training rows.
+
+    Returns:
+        ``rows`` that were looked at, ``effective_rank`` of features and embeddings, and the ``dormant`` units while the
+        model filters the first of their episodes and predicts one step from every row of them.
+    """
+    _, episodes = next(reader.batches(np.unique(rows.episode).tolist()))
     with watched(model) as activity:
         filtered = model.filter(episodes.batch, chance(seed, 0, 3))
         one_step(model, filtered, episodes.batch["action"], 1, chance(seed, 0, 4))
-    return activity
+    return {
+        "rows": len(rows.features),
+        "effective_rank": {
+            "latent": _rank_of(rows.features.astype(np.float64)),
+            "embedding": _rank_of(rows.embedding.astype(np.float64)) if rows.embedding.size else None,
+        },
+        "dormant": activity.report(),
+    }
 
 
 def _rank_of(rows: Floats) -> dict[str, float]:

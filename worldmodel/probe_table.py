@@ -76,29 +76,40 @@ def entries(table: pl.DataFrame, horizons: Sequence[int]) -> dict[str, dict[str,
         "shuffled_actions": {"accumulated": {…}, "per_step": {…}}, …, "steps": {…}, "complete": …}}}}``
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    grouped = (
-        table.filter(pl.col("horizon").is_in(list(horizons)))
-        .group_by("prediction", "control", "measure", "horizon", maintain_order=True)
-        .agg(
-            *(pl.col(name).mean().alias(f"{name}_mean") for name in (*VALUES, "steps")),
-            *((pl.col(name).std() / pl.len().sqrt()).alias(f"{name}_sem") for name in (*VALUES, "steps")),
-            complete=(pl.col("steps") == pl.col("horizon")).sum(),
-        )
-    )
-    order = pl.col("control").replace_strict({name: i for i, name in enumerate(CONTROLS)})
-    for row in grouped.sort(order, maintain_order=True).iter_rows(named=True):
+    chosen = table.filter(pl.col("horizon").is_in(list(horizons)))
+    rows = mean_sem(chosen, ("prediction", "control", "measure", "horizon"))
+    for row in sorted(rows, key=lambda row: CONTROLS.index(row["control"])):
         by_horizon = found.setdefault(row["prediction"], {}).setdefault(row["measure"], {})
         entry = by_horizon.setdefault(str(row["horizon"]), {})
-        numbers = {name: _mean_sem(row, name) for name in VALUES}
+        numbers = {name: row[name] for name in VALUES}
         if row["control"] == "model":
-            entry |= {**numbers, "steps": _mean_sem(row, "steps"), "complete": row["complete"]}
+            entry |= {**numbers, "steps": row["steps"], "complete": row["complete"]}
         else:
             entry[row["control"]] = numbers
     return found
 
 
-def _mean_sem(row: Mapping[str, Any], name: str) -> dict[str, float | None]:
-    return {"mean": row[f"{name}_mean"], "sem": row[f"{name}_sem"]}
+def mean_sem(table: pl.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard error over the episodes of each group, in the order in which the groups come.
+
+    Returns:
+        The keys of each group; ``accumulated``, ``per_step`` and ``steps``, each ``{"mean": …, "sem": …}``, whose
+        standard error is None of one episode; and how many episodes are ``complete``, that is, reach the horizon.
+    """
+    names = (*VALUES, "steps")
+    grouped = table.group_by(*keys, maintain_order=True).agg(
+        *(pl.col(name).mean().alias(f"{name}_mean") for name in names),
+        *((pl.col(name).std() / pl.len().sqrt()).alias(f"{name}_sem") for name in names),
+        complete=(pl.col("steps") == pl.col("horizon")).sum(),
+    )
+    return [
+        {
+            **{key: row[key] for key in keys},
+            **{name: {"mean": row[f"{name}_mean"], "sem": row[f"{name}_sem"]} for name in names},
+            "complete": row["complete"],
+        }
+        for row in grouped.iter_rows(named=True)
+    ]
 
 
 def groups(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> list[dict[str, Any]]:

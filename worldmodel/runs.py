@@ -8,6 +8,7 @@
     ├── metrics.jsonl            training and validation losses by update
     ├── metrics.json             what `pvrpipe probe` found
     ├── probe.parquet            the same, episode by episode
+    ├── pairs-….json, .parquet   what it found on a replay of the store
     └── tensorboard/
 """
 
@@ -36,7 +37,7 @@ from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
-PROBE, PROBE_TABLE = "metrics.json", "probe.parquet"
+PROBE, PROBE_TABLE, PAIRS = "metrics.json", "probe.parquet", "pairs-"
 
 
 class RunRecord(Frozen):
@@ -138,7 +139,8 @@ def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-    for name in (CHECKPOINT, METRICS, PROBE, PROBE_TABLE, RECORD):
+    names = (CHECKPOINT, METRICS, PROBE, PROBE_TABLE, *(p.name for p in folder.glob(f"{PAIRS}*")), RECORD)
+    for name in names:
         (folder / name).unlink(missing_ok=True)
 
 
