@@ -166,15 +166,12 @@ def _pair(
     said = [model.predict(one.state(context - 1), action, chance(*key, 2)) for one in seen]
     shown = [episodes.batch["observation"] for episodes in (source, replay)]
     shifts = {
-        **(
-            {("filtered", "embedding_shift"): _apart(*shown, spread.embedding)[:, context:]}
-            if spread.embedding
-            else {}
-        ),
         **{("filtered", name): rows[:, context:] for name, rows in _shifts(model, seen, spread).items()},
         **{("open_loop", name): rows for name, rows in _shifts(model, said, spread).items()},
         ("open_loop", "reward_shift"): (said[1].reward.double() - said[0].reward.double()).abs(),
     }
+    if spread.embedding:
+        shifts["filtered", "embedding_shift"] = _apart(*shown, spread.embedding)[:, context:]
     for (prediction, measure), rows in shifts.items():
         values[prediction, "shift", measure] = rows.double().cpu().numpy()
     return Judged(values, steps)

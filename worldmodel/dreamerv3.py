@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, categorical_kl, unimix_probs
+from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, kl_both_ways, unimix_probs
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.layers import MLP, initialise
 from pvrpipe.worldmodel.observations import decoder_for, encoder_for
@@ -150,13 +150,13 @@ class DreamerV3(nn.Module):
         ``kl_backward`` of the prior to the posterior, ``kl_mean`` of the two. ``mse`` of the probabilities, averaged
         over S and C.
         """
-        forward, backward = categorical_kl(filtered, predicted), categorical_kl(predicted, filtered)
-        apart = unimix_probs(predicted.float()) - unimix_probs(filtered.float())
+        p, q = unimix_probs(filtered.float()), unimix_probs(predicted.float())
+        forward, backward = kl_both_ways(p, q)
         return {
             "kl_mean": (forward + backward) / 2,
             "kl_forward": forward,
             "kl_backward": backward,
-            "mse": apart.square().mean((-2, -1)),
+            "mse": (p - q).square().mean((-2, -1)),
         }
 
     @staticmethod
