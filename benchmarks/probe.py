@@ -2,11 +2,11 @@
 
     python benchmarks/probe.py --episodes 200 --steps 500 --json probe.json
 
-The loop is what a notebook does: for each trajectory, for each horizon, along the true actions and along shuffled ones, it
-filters the trajectory, rolls the model out row by row, predicts one step from each row, and adds the errors up in Python.
-Both run on one thread and are given the same model, the same rows in memory, and the same training rows to judge with.
-The loop is timed on a few trajectories, all of one length, and its time multiplied; the numbers of these trajectories must
-agree: exactly but for rounding for TD-MPC2 and DINO-WM, within their chance for DreamerV3, whose samples differ.
+The loop is what a notebook does: for each trajectory, for each horizon, along the true actions and along shuffled ones,
+it filters the trajectory, rolls the model out, predicts one step from each row, measures each row and adds the errors
+up in Python. Both run on one thread and are given the same model, the same rows in memory, and the same training rows
+to judge with. The loop is timed on a few trajectories, all of one length; its numbers of these must be the batched
+ones: but for rounding for TD-MPC2 and DINO-WM, within their chance for DreamerV3, whose samples differ.
 """
 
 from __future__ import annotations
@@ -58,13 +58,18 @@ def main() -> None:
     for name, size in MODELS:
         if options.model is None or name in options.model:
             results.append(measure(name, size, options))
-            print(
-                f"{name} {size}: loop {results[-1]['loop_seconds']:.2f} s a trajectory, batched "
-                f"{1000 * results[-1]['batched_seconds']:.1f} ms, {results[-1]['ratio']:.1f} ×; numbers differ by at most "
-                f"{results[-1]['difference']:.2g}"
-            )
+            show(results[-1])
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    """One line."""
+    print(
+        f"{result['model']} {result['size']}: a trajectory takes the loop {result['loop_seconds']:.2f} s, batched "
+        f"{1000 * result['batched_seconds']:.1f} ms, {result['ratio']:.1f} ×; totals differ by at most "
+        f"{result['difference']:.2g} of themselves"
+    )
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def probe_pairs(
         reference, spread = reference_of(subject.model, subject.reader, rows), Spread.of(rows)
         known = horizons_of(horizons, int(subject.store.episodes["length"].max()) + 1 - context)  # type: ignore[arg-type]
         tables = []
-        for chosen, episodes in subject.reader.batches(numbers):
+        for chosen, episodes in subject.reader.batches(numbers, rows.features.shape[1]):
             judged = _pair(
                 subject, episodes, anew.reader(chosen), context, reference, spread, (seed, chosen[0])
             )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 1 << 24  # numbers of states that are predicted from in one batch
+AT_ONCE = 1 << 20  # numbers of states that are predicted from in one batch; more do not stay in a cache
 
 
 class Filtered(NamedTuple):

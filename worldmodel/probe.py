@@ -92,7 +92,7 @@ def probe(
         reference, networks = reference_of(model, reader, seen), networks_of(model, reader, seen, seed)
         tables, rewards = [], []
         for name, numbers in wanted.items():
-            for chosen, episodes in reader.batches(numbers):
+            for chosen, episodes in reader.batches(numbers, seen.features.shape[1]):
                 judged = judge(model, episodes, context, reference, (seed, chosen[0]))
                 check_finite(folder, judged, chosen)
                 known = horizons_of(horizons, int(held_out.episodes["length"].max()) + 1 - context)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from pvrpipe.worldmodel.batches import OBSERVED, tensors_of
 from pvrpipe.worldmodel.inputs import Observation
 
 TOGETHER = 64  # episodes predicted in one batch, fewer where
-BATCH_NUMBERS = 1 << 26  # the observations of a batch would be more numbers than this
+BATCH_NUMBERS = 1 << 26  # the observations, or the features, of a batch would be more numbers than this
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,16 @@ class Reader:
         """These episodes, side by side."""
         return padded(self.store, numbers, self.names, self.observation, self.device)
 
-    def batches(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Padded]]:
-        """Some episodes after others, and their numbers, as many at once as memory is meant for."""
+    def batches(self, numbers: Sequence[int], features: int = 0) -> Iterator[tuple[list[int], Padded]]:
+        """Some episodes after others, and their numbers, as many at once as memory is meant for.
+
+        Args:
+            numbers: of the episodes.
+            features: n, how many of them the model makes of a row.
+        """
         rows = self.store.episodes["rows"].to_numpy()
         longest = int(max(rows[number] for number in numbers))
-        count = max(1, min(TOGETHER, BATCH_NUMBERS // (self.observation.width * longest)))
+        count = max(1, min(TOGETHER, BATCH_NUMBERS // (max(self.observation.width, features) * longest)))
         for start in range(0, len(numbers), count):
             chosen = list(numbers[start : start + count])
             yield chosen, self(chosen)
