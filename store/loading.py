@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread, current_thread
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,9 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
 
 READ_AHEAD = 3  # batches, so that a thread that is not scheduled for a while is not waited for
+LAST_READ = (
+    10.0  # seconds that who ends waits for the read that is under way; from a dead URL it takes longer
+)
 READ_AHEAD_BYTES = 256 << 20  # of them; one batch is always read ahead
 DEVICE_SHARE = 0.5  # of the device's free memory, which a store may take
 Tensors = dict[str, Tensor]
@@ -139,8 +142,10 @@ class ReadAhead:
         self._depth, self._next, self._asked = depth, 0, 0  # the thread has _next … _asked - 1 to give
         self._wanted: SimpleQueue[int | None] = SimpleQueue()
         self._ready: SimpleQueue[Tensors | BaseException] = SimpleQueue()
-        Thread(target=_serve, args=(read, self._wanted, self._ready), name="read-ahead", daemon=True).start()
-        weakref.finalize(self, self._wanted.put, None)
+        over, queues = Event(), (self._wanted, self._ready)
+        thread = Thread(target=_serve, args=(read, over, *queues), name="read-ahead", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, over, self._wanted, thread)
 
     def __call__(self, k: int) -> Tensors:
         """Batch k, and have those behind it read."""
@@ -158,12 +163,23 @@ class ReadAhead:
         return batch
 
 
+def _end(over: Event, wanted: SimpleQueue[int | None], thread: Thread) -> None:
+    """Let the thread finish what it reads: an interpreter that ends under a thread in native code crashes."""
+    over.set()
+    wanted.put(None)
+    if thread is not current_thread():
+        thread.join(LAST_READ)
+
+
 def _serve(
     read: Callable[[int], Tensors],
+    over: Event,
     wanted: SimpleQueue[int | None],
     ready: SimpleQueue[Tensors | BaseException],
 ) -> None:
     for k in iter(wanted.get, None):
+        if over.is_set():
+            return
         try:
             ready.put(read(k))
         except BaseException as error:

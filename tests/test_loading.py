@@ -108,3 +108,24 @@ def test_reading_ahead_goes_anywhere_raises_where_asked_and_ends_its_thread() ->
     gc.collect()
     thread.join(timeout=60)
     assert not thread.is_alive()
+
+
+def test_it_ends_with_the_read_that_is_under_way_and_begins_no_other() -> None:
+    """A thread that still reads in native code while the interpreter ends takes the process down with a segfault."""
+    read, going_on = [], threading.Event()
+
+    def batch(k: int) -> dict[str, torch.Tensor]:
+        read.append(k)
+        if k:
+            going_on.wait(60)
+        return {}
+
+    others = set(threading.enumerate())
+    ahead = ReadAhead(batch, depth=3)
+    (thread,) = set(threading.enumerate()) - others
+    ahead(0)
+    threading.Timer(0.2, going_on.set).start()
+    del ahead
+    gc.collect()
+    assert not thread.is_alive()
+    assert read in ([0], [0, 1])

@@ -33,8 +33,8 @@ import sys
 from pvrpipe.worldmodel.ranks import joined
 from pvrpipe.worldmodel.training import train
 from tests.test_worldmodel_ranks import CONFIGS
-for model, config in CONFIGS.items():
-    with joined("cpu") as device:
+with joined("cpu") as device:
+    for model, config in CONFIGS.items():
         train(config, sys.argv[1], f"{sys.argv[2]}/{model}", device=device)
 """
 REPOSITORY = Path(__file__).parent.parent
