@@ -53,6 +53,10 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         fail(one_line(error), 1)
+    except MemoryError as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(f"memory does not suffice ({one_line(error)}); give a smaller --batch, --length or --size", 1)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: wrong usage
             error.show()

@@ -110,7 +110,7 @@ def collect(
                 progress=progress,
             )
     else:
-        env = env or DEFAULT_ENVIRONMENT
+        env = DEFAULT_ENVIRONMENT if env is None else env
         out = out or Workspace(root).rollouts(env + (f"-{variation}" if variation != "none" else ""))
         config = stage.CollectConfig(
             environment=env,

@@ -95,7 +95,7 @@ def sweep(
                 length=length,
                 seed=number,
                 learning_rate=learning_rate,
-                warmup=warmup,
+                warmup=warmup if each == "dreamerv3" else TrainConfig.warmup,
                 encoder=encoder,
                 precision=precision,
                 patience=patience,

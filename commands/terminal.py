@@ -32,7 +32,7 @@ def watching(what: str, unit: str, *about: str) -> Iterator[Progress]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:,.1f} {unit}/s")
+            return Text(f"{task.finished_speed or task.speed or 0:,.1f} {unit}/s")
 
     columns = (
         TextColumn("{task.description:8}"),

@@ -12,6 +12,8 @@ from pvrpipe.pipeline.pvrs import Pooling, Pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.schemas.specifications import EncoderIdentity
 
+SMALLEST, LARGEST = 16, 2048  # pixels of a side
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -69,8 +71,8 @@ def read_out(pvr: Pvr, readout: Readout) -> Pvr:
 
 def _at_size(pvr: Pvr, size: int) -> Pvr:
     """The same at another input size: the resize keeps its ratio to the crop, positions are resampled."""
-    if size < 16:
-        raise InvalidValueError(f"--input-size {size}: give the pixels of a side, at least 16")
+    if not SMALLEST <= size <= LARGEST:
+        raise InvalidValueError(f"--input-size {size}: give the pixels of a side, {SMALLEST} to {LARGEST}")
     crop, resize = pvr.recipe.crop, pvr.recipe.resize
     scaled = size if crop is None or resize is None else round(resize * size / crop)
     overrides = dict(pvr.overrides)
@@ -95,8 +97,8 @@ def block_list(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
+            first, to, last = part.partition("-")
+            numbers += range(int(first), int(last if to else first) + 1)
     except ValueError:
         numbers = []
     if not numbers or numbers != sorted(set(numbers)):

@@ -60,6 +60,8 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
         return Random(int(seed))
     if weights == "auto" and (pvr.source.repo or pvr.source.url):
         return WeightsFile(_published(pvr), published=True)
+    if not weights:
+        raise WeightsError("--weights is empty; give auto, FILE_OR_FOLDER or random:SEED")
     path = Path(asked.removeprefix("hf:")) if weights == "auto" else Path(weights)
     if path.suffix == ".json":  # a specification: its weights lie beside it
         path = path.parent

@@ -40,6 +40,8 @@ def find_pvr(name: str) -> Pvr:
         from pvrpipe.pipeline.own import hub_pvr, timm_pvr  # torch takes seconds to import
 
         return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
+    if not name:
+        raise UnknownNameError.among("PVR", name, PVRS)
     path = Path(name)
     spec = path if path.suffix == ".json" else path / SPEC_FILE
     if not spec.is_file():

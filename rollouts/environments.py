@@ -31,6 +31,7 @@ from pvrpipe.schemas.records import Step
 
 DEFAULT_ENVIRONMENT = "dmc:pendulum-swingup"
 ENTRY_POINTS = "pvrpipe.envs"
+MOST_REPEATS, MOST_STEPS = 1_000, 1_000_000  # what more would ask for is a mistake
 SIZES = (16, 2048)  # pixels
 
 
@@ -228,9 +229,12 @@ def make_environment(
         raise InvalidValueError(
             f"--size is {size}; a frame has {SIZES[0]} to {SIZES[1]} pixels a side, e.g. 256"
         )
-    for option, value in (("--action-repeat", action_repeat), ("--max-steps", max_steps)):
-        if value is not None and value < 1:
-            raise InvalidValueError(f"{option} is {value}; it must be at least 1")
+    for option, value, most in (
+        ("--action-repeat", action_repeat, MOST_REPEATS),
+        ("--max-steps", max_steps, MOST_STEPS),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise InvalidValueError(f"{option} is {value}; give 1 to {most:,}")
     make: Callable[..., Environment] = _family(prefix).make
     return make(name, size=size, camera=camera, action_repeat=action_repeat, max_steps=max_steps)
 

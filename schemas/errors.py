@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+FEW = 6  # names that are all said, instead of the nearest
+
 
 class PvrpipeError(Exception):
     """Something the user can mend; the message says what is wrong and what to do.
@@ -28,7 +30,8 @@ class UnknownNameError(PvrpipeError):
     def among(cls, what: str, name: str, valid: Iterable[str], *, hint: str = "") -> UnknownNameError:
         """Name the nearest valid names, e.g. ``unknown PVR 'vc2'; nearest: vc1, vc1-l``."""
         names = list(valid)
-        near = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:6]
+        near = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:FEW]
+        near += [other for other in names if other not in near] if len(names) <= FEW else []
         return cls(f"unknown {what} '{name}'; nearest: {', '.join(near)}" + (f" ({hint})" if hint else ""))
 
 

@@ -63,13 +63,14 @@ def place_of(place: Path | str | Url) -> Place:
 
 
 def refuse_source(source: Place, out: Path) -> None:
-    """Nothing is written over what it is made from.
+    """Nothing is written over what it is made from, nor into it.
 
     Raises:
-        InvalidValueError: ``out`` is the store to read.
+        InvalidValueError: ``out`` is the store to read, or lies in it.
     """
-    if isinstance(source, Path) and source.resolve() == out.resolve():
-        raise InvalidValueError(f"{out} is the store to read; choose another output")
+    if isinstance(source, Path) and out.resolve().is_relative_to(source.resolve()):
+        where = "is" if source.resolve() == out.resolve() else "lies in"
+        raise InvalidValueError(f"{out} {where} the store to read; choose another output")
 
 
 def is_url(text: str) -> bool:

@@ -32,7 +32,8 @@ from pvrpipe.store.layout import (
     read_manifest,
 )
 from pvrpipe.store.parallel import Tally, each
-from pvrpipe.store.places import Place, Url, place_of
+from pvrpipe.store.places import Place, Url, place_of, refuse_source
+from pvrpipe.store.reading import Store
 from pvrpipe.store.remote import Source, problem_of
 from pvrpipe.store.verifying import verify
 
@@ -83,6 +84,9 @@ def push(
     """
     began, folder, place = time.monotonic(), _on_this_machine(store), place_of(url)
     destination = Destination(place)
+    if isinstance(place, Path):
+        refuse_source(folder, place)
+        _refuse_home(place)
     manifest = _verified(folder, progress)
     files = [f for f in files_of(manifest) if not f.optional or (folder / f.name).is_file()]
     sizes = {f.name: (folder / f.name).stat().st_size for f in files}
@@ -172,6 +176,7 @@ def _verified(folder: Path, progress: Progress) -> Manifest:
     def tell(done: float, total: float, note: str = "") -> None:
         progress(0, 1, f"verify {note} ({done:.0f} of {total:.0f})")
 
+    manifest = Store.open(folder).manifest
     failures = verify(folder, tell)
     if failures:
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
@@ -179,7 +184,19 @@ def _verified(folder: Path, progress: Progress) -> Manifest:
             f"{folder} does not verify: {failures[0].where} {failures[0].what}{more}; nothing was published, "
             f"`pvrpipe verify {folder}` lists all of it"
         )
-    return read_manifest(folder)
+    return manifest
+
+
+def _refuse_home(folder: Path) -> None:
+    """A folder of stores is not one of them.
+
+    Raises:
+        OutputExistsError: it is; the message names one that is there.
+    """
+    if within := next(folder.glob(f"*/{MANIFEST}"), None):
+        raise OutputExistsError(
+            f"{folder} holds other stores ({within.parent.name}, …); push to a folder of its own, e.g. {folder}/NAME"
+        )
 
 
 @contextmanager

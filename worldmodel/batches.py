@@ -26,6 +26,7 @@ from pvrpipe.worldmodel.ranks import ranks
 Backing = Literal["auto", "mapped", "ram", "device"]
 OBSERVED = {"embeddings": "embedding", "rollouts": "frame"}  # column by kind of store
 COLUMNS = ("action", "reward", "is_first", "is_terminal")
+PIXELS = 64  # side of the frames that a model from scratch is shown, where nothing else is asked for
 WIDEST = 1 << 15  # numbers in one row's embedding; beyond that a linear map is not the way to read it
 
 
@@ -61,6 +62,10 @@ def setting_of(store: Store, *, pixels: int, encoder: str) -> Setting:
     if store.manifest.kind == "rollouts":
         observation = Observation("pixels", (pixels, pixels, 3))
     else:
+        if pixels != PIXELS:
+            raise InvalidValueError(
+                f"--pixels is {pixels}, but {store.path} holds embeddings; give a rollout store"
+            )
         shape = store.column("embedding").shape
         tokens = len(shape) == 2 and encoder in ("auto", "attention")
         observation = Observation("tokens", shape) if tokens else Observation("vector", (math.prod(shape),))

@@ -27,6 +27,13 @@ from pvrpipe.worldmodel.ranks import averaged, ranks, told_by_first
 
 BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
 LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
+#: Settings of one model alone.
+OWN = {
+    "warmup": "dreamerv3",
+    "symlog_inputs": "dreamerv3",
+    "burn_in": "dreamerv3",
+    "proprioception": "dinowm",
+}
 VALIDATION_BATCHES = 4
 Precision = Literal["fp32", "bf16"]
 VALIDATION = 1  # sets validation's chance apart from training's
@@ -79,6 +86,14 @@ class TrainConfig:
         for name in ("updates", "log_every", "save_every", "rows", "windows", "pixels"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, owner in OWN.items():
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != usual and self.model != owner:
+                raise InvalidValueError(f"{name} is {value}, but {self.model} has none; only {owner} does")
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            raise InvalidValueError(
+                f"--learning-rate is {self.learning_rate}; give a positive number, e.g. 1e-4"
+            )
         if self.rows < 2:
             raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
         if self.save_every % self.log_every:

@@ -1,0 +1,74 @@
+"""Options and places that cannot be meant: one line that names the next step, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvrpipe.pipeline.readout import Readout, read_out
+from pvrpipe.pipeline.weights import find_weights
+from pvrpipe.pipeline.zoo import PVRS, find_pvr
+from pvrpipe.rollouts.environments import make_environment
+from pvrpipe.schemas.errors import (
+    InvalidValueError,
+    OutputExistsError,
+    PvrpipeError,
+    UnfinishedStoreError,
+    UnknownNameError,
+    WeightsError,
+)
+from pvrpipe.store.building import PendingStore
+from pvrpipe.store.sharing import push
+from pvrpipe.worldmodel.training import TrainConfig
+
+from .conftest import draft, random_episode, write_store
+
+VC1 = PVRS["vc1"]
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "says"),
+    [
+        (lambda: TrainConfig("tdmpc2", burn_in=3), InvalidValueError, "burn_in is 3, but tdmpc2 has none"),
+        (lambda: TrainConfig("dreamerv3", proprioception=True), InvalidValueError, "only dinowm does"),
+        (lambda: TrainConfig("dinowm", symlog_inputs=False), InvalidValueError, "only dreamerv3 does"),
+        (lambda: TrainConfig("tdmpc2", warmup=5), InvalidValueError, "warmup is 5"),
+        (lambda: TrainConfig(learning_rate=float("inf")), InvalidValueError, "--learning-rate is inf"),
+        (lambda: TrainConfig("tdmpc"), UnknownNameError, "nearest: tdmpc2, dreamerv3, dinowm"),
+        (lambda: make_environment(action_repeat=99999999999), InvalidValueError, "give 1 to 1,000"),
+        (lambda: make_environment(max_steps=10**9), InvalidValueError, "give 1 to 1,000,000"),
+        (lambda: make_environment(""), UnknownNameError, "unknown environment ''"),
+        (lambda: read_out(VC1, Readout(size=100_000)), InvalidValueError, "--input-size 100000: .*16 to 2048"),
+        (lambda: read_out(VC1, Readout(blocks="0-")), InvalidValueError, "write a range"),
+        (lambda: find_pvr(""), UnknownNameError, "unknown PVR ''"),
+        (lambda: find_weights(VC1, "", "vc1"), WeightsError, "--weights is empty"),
+    ],
+)  # fmt: skip
+def test_values(work: Callable[[], Any], kind: type[PvrpipeError], says: str) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        work()
+    assert "\n" not in str(caught.value)
+
+
+def test_places_to_push_to(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    store = write_store(home / "one", (4, 5))
+    with pytest.raises(
+        OutputExistsError, match=r"holds other stores \(one, …\); push to a folder of its own"
+    ):
+        push(store, str(home), overwrite=True)
+    with pytest.raises(InvalidValueError, match="lies in the store to read"):
+        push(store, str(store / "sub"), overwrite=True)
+    assert [p.name for p in home.iterdir()] == ["one"]
+    assert not (store / "sub").exists()
+
+
+def test_a_store_that_is_not_finished_is_not_pushed(tmp_path: Path) -> None:
+    with PendingStore.begin(tmp_path / "begun", draft([random_episode(0, 4)])):
+        pass
+    with pytest.raises(UnfinishedStoreError, match="begun"):
+        push(tmp_path / "begun", str(tmp_path / "there"))
+    assert not (tmp_path / "there" / "store.json").exists()
