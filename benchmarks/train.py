@@ -1,15 +1,21 @@
 """One world-model update of ours against TorchRL's DreamerV3 model loss: same sizes, same optimizer, interleaved.
 
-    python benchmarks/train.py --sizes 1m 12m --batch 16 --length 64 --repeats 11 --json train.json
+    python benchmarks/train.py --sizes 1m 12m --shapes 16x64 8x32 --repeats 11 --json train.json
+    python benchmarks/train.py --sizes 1m --shapes 4x16 --encoder mae-b --repeats 3
 
 Both do the same work on the same batch: linear map from the embedding, block-GRU posterior, prior, KL,
 decoder, reward and continue heads, backward, AGC and LaProp; no actor, no data loading. Medians, taken in
-turns so that a drifting machine disturbs both alike; the ratio is the median of the ratios of each turn.
+turns so that a drifting machine disturbs both alike; the ratios are the medians of the ratios of each turn.
+
+compiled    TorchRL's, with the prior and the posterior inside its recurrence compiled (``--compiled``)
+encoder     our update behind a frozen encoder that reads the batch's frames first, as DINO-WM and stable-worldmodel
+            do in every update (``--encoder``; random weights, which cost the same)
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -24,6 +30,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.model_based import DreamerV3MLP, RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 from torchrl.objectives import DreamerV3ModelLoss
 
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.worldmodel.dreamerv3 import SIZES
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting, build_model
@@ -34,11 +41,19 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     options = parse()
     torch.set_num_threads(options.threads)
-    results = [measure(size, options) for size in options.sizes]
-    print(f"{'size':>6} {'parameters':>12} {'pvrpipe ms':>11} {'TorchRL ms':>11} {'ratio':>6}")
-    for r in results:
-        numbers = f"{r['pvrpipe_ms']:>11.1f} {r['torchrl_ms']:>11.1f} {r['ratio']:>6.2f}"
-        print(f"{r['size']:>6} {r['parameters']:>12,} {numbers}")
+    others = [
+        "TorchRL",
+        *(["compiled"] if options.compiled else []),
+        *(["encoder"] if options.encoder else []),
+    ]
+    heads = "".join(f"{other + ' ms':>13} {'ratio':>8}" for other in others)
+    print(f"{'size':>5} {'B x T':>7} {'pvrpipe ms':>11}{heads}")
+    results = []
+    for size, shape in itertools.product(options.sizes, options.shapes):
+        options.batch, options.length = (int(side) for side in shape.split("x"))
+        results.append(r := measure(size, others, options))
+        numbers = "".join(f"{r['ms'][other]:>13.1f} {r['ratio'][other]:>8.2f}" for other in others)
+        print(f"{size:>5} {shape:>7} {r['ms']['pvrpipe']:>11.1f}{numbers}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps({"threads": options.threads, "results": results}, indent=1) + "\n")
 
@@ -49,8 +64,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=["1m", "12m"], choices=list(SIZES))
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--shapes", nargs="+", default=["16x64"], help="of the batch, BxT")
+    parser.add_argument("--compiled", action="store_true", help="TorchRL compiled too")
+    parser.add_argument("--encoder", help="a PVR that is run in every update too, e.g. mae-b")
     parser.add_argument("--width", type=int, default=768, help="of the embedding")
     parser.add_argument("--action", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=11)
@@ -59,13 +75,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Both updates in turns."""
+def measure(size: str, others: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """All updates in turns."""
     batch = random_batch(options)
-    ours, theirs = our_update(size, batch, options), torchrl_update(size, batch, options)
-    for update in (ours, theirs):
+    make = {
+        "TorchRL": lambda: torchrl_update(size, batch, options),
+        "compiled": lambda: torchrl_update(size, batch, options, compiled=True),
+        "encoder": lambda: behind_encoder(our_update(size, batch, options), options),
+    }
+    updates = {"pvrpipe": our_update(size, batch, options), **{other: make[other]() for other in others}}
+    for update in updates.values():
         update()
-    turns = [(timed(ours), timed(theirs)) for _ in range(options.repeats)]
+    turns = [{name: timed(update) for name, update in updates.items()} for _ in range(options.repeats)]
     with torch.device("meta"):
         model = build_model("dreamerv3", size, setting_of(options), seed=0)
     return {
@@ -73,10 +94,22 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "length": options.length,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "pvrpipe_ms": 1e3 * statistics.median(a for a, _ in turns),
-        "torchrl_ms": 1e3 * statistics.median(b for _, b in turns),
-        "ratio": statistics.median(b / a for a, b in turns),
+        "ms": {name: 1e3 * statistics.median(turn[name] for turn in turns) for name in updates},
+        "ratio": {name: statistics.median(turn[name] / turn["pvrpipe"] for turn in turns) for name in others},
     }
+
+
+def behind_encoder(update: Callable[[], None], options: argparse.Namespace) -> Callable[[], None]:
+    """The same update once a frozen encoder has read the batch's frames, 224 pixels a side."""
+    encoder = Encoder(EncoderRequest(options.encoder, "random:0", device="cpu"))
+    frames = torch.randint(0, 256, (options.batch * options.length, 224, 224, 3), dtype=torch.uint8)
+
+    def both() -> None:
+        for part in frames.split(encoder.batch):
+            encoder.encode(part)
+        update()
+
+    return both
 
 
 def timed(update: Callable[[], None]) -> float:
@@ -124,9 +157,11 @@ def our_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace)
     return optimised(lambda: model.loss(batch, random)[0], list(model.parameters()))
 
 
-def torchrl_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace) -> Callable[[], None]:
-    """One update of the same model put together from TorchRL's parts, as they come (eager)."""
-    world_model, loss = torchrl_model(size, options)
+def torchrl_update(
+    size: str, batch: dict[str, Tensor], options: argparse.Namespace, *, compiled: bool = False
+) -> Callable[[], None]:
+    """One update of the same model put together from TorchRL's parts, as they come (eager) or compiled."""
+    world_model, loss = torchrl_model(size, options, compiled)
     B, T, _ = batch["observation"].shape
     widths = SIZES[size]
     data = TensorDict(
@@ -152,7 +187,9 @@ def torchrl_update(size: str, batch: dict[str, Tensor], options: argparse.Namesp
     return optimised(total, list(world_model.parameters()))
 
 
-def torchrl_model(size: str, options: argparse.Namespace) -> tuple[nn.Module, DreamerV3ModelLoss]:
+def torchrl_model(
+    size: str, options: argparse.Namespace, compiled: bool
+) -> tuple[nn.Module, DreamerV3ModelLoss]:
     """TorchRL's world model and its loss, in the current DreamerV3's settings."""
     w = SIZES[size]
     width, features = w.categoricals * w.classes, ["state", "belief"]
@@ -176,6 +213,9 @@ def torchrl_model(size: str, options: argparse.Namespace) -> tuple[nn.Module, Dr
         use_rms_norm=True,
         unimix=0.01,
     )
+
+    if compiled:
+        prior, posterior = torch.compile(prior), torch.compile(posterior)
 
     def after(module: nn.Module, inputs: list[str], outputs: list[str]) -> TensorDictModule:
         return TensorDictModule(

@@ -105,8 +105,8 @@ def run_one(work: Callable[..., R], address: str | None, device: str, progress: 
     """
     with _ray(address):
         on_gpu = device.startswith("cuda") or (device == "auto" and "GPU" in ray.cluster_resources())
-        told = ray.remote(num_cpus=0)(_Told).remote()
-        task = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=DEATHS - 1)(_telling)
+        told: Any = ray.remote(num_cpus=0)(_Told).remote()
+        task: Any = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=DEATHS - 1)(_telling)
         result = task.remote(work, told)
         while not ray.wait([result], timeout=LOOK_AROUND)[0]:
             if last := ray.get(told.last.remote()):
