@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +25,7 @@ from pvrpipe.commands.options import (
     pvr_label,
     took,
 )
-from pvrpipe.commands.terminal import note, tell, watching
+from pvrpipe.commands.terminal import duration, note, tell, watching
 from pvrpipe.schemas.errors import InvalidValueError
 
 
@@ -118,7 +119,8 @@ def embed(
     if dry_run:
         estimates = estimate(rollouts, outputs, config)
         columns = ("store", "pvr", "shape", "shards", "rows", "bytes", "batch", "frames_per_second", "hours")
-        return tell(json_, {"dry_run": True, "stores": estimates}, estimates, columns)
+        shown = [{**asdict(each), "hours": duration(each.hours)} for each in estimates]
+        return tell(json_, {"dry_run": True, "stores": estimates}, shown, columns)
     with watching("embed", "frames", *about) as progress:
         results = run(rollouts, outputs, config, progress)
     for result in results:

@@ -22,6 +22,14 @@ NAME = 40  # characters of what a row is about that are never broken: it is to b
 WHOLE = "{task.completed:,.0f}/{task.total:,.0f}"
 
 
+def duration(hours: float) -> str:
+    """A time as one says it: 40 s, 12 min, 3.5 h."""
+    seconds = 3600 * hours
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
+
+
 @contextmanager
 def watching(what: str, unit: str, *about: str) -> Iterator[Progress]:
     """A progress bar on stderr with rate and time left; what it is ``about`` is said once there is progress."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pvrpipe.pipeline.embedding import CARRIED
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, deterministic
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import Upload, download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
@@ -209,17 +209,17 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
 
 def _rate(store: Store, encoder: Encoder) -> float:
     """Frames per second of one worker: the median over a few batches of the first shard, read and all."""
-    compute_deterministically(encoder.device)
     upload, times = Upload(encoder.device), list[float]()
     shard, rows = store.shard(0), store.manifest.shards[0].rows
     began = time.perf_counter()
-    for _ in range(1 + MEASURED_BATCHES):
-        started = time.perf_counter()
-        frames = shard.rows("frame", 0, min(rows, encoder.batch)).astype(np.uint8, copy=False)
-        download(encoder.encode(upload(frames)()))()
-        times.append(time.perf_counter() - started)
-        if time.perf_counter() - began > MEASURED_SECONDS:
-            break
+    with deterministic(encoder.device):
+        for _ in range(1 + MEASURED_BATCHES):
+            started = time.perf_counter()
+            frames = shard.rows("frame", 0, min(rows, encoder.batch)).astype(np.uint8, copy=False)
+            download(encoder.encode(upload(frames)()))()
+            times.append(time.perf_counter() - started)
+            if time.perf_counter() - began > MEASURED_SECONDS:
+                break
     return encoder.batch / float(np.median(times[1:] or times))  # a batch is padded to its size
 
 

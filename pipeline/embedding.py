@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, deterministic
 from pvrpipe.pipeline.memory import no_room, smaller
 from pvrpipe.pipeline.transfers import Upload, download, one_behind, read_ahead
 from pvrpipe.schemas.differences import differences
@@ -90,7 +90,6 @@ class ShardEmbedder:
         for target, encoder in zip(targets, self.encoders, strict=True):
             _refuse_another(target.specification, encoder, self.store.column("frame").shape)
         self._upload = Upload(self.encoders[0].device)
-        compute_deterministically(self.encoders[0].device)
 
     def __call__(self, shard: int) -> ShardOutcome:
         """Embed one shard and commit it in every store that lacks it.
@@ -106,7 +105,8 @@ class ShardEmbedder:
             for encoder, batch in zip(self.encoders, batches, strict=True):
                 encoder.batch = batch
             try:
-                return self._at_these_batches(shard)
+                with deterministic(self.encoders[0].device):
+                    return self._at_these_batches(shard)
             except OutOfRoomError as error:
                 index = self.encoders.index(error.work.encoder)
             if batches[index] == 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -164,6 +166,17 @@ def frozen(network: Network) -> Network:
             f"{training[0] if training else 'a parameter'} stays in training mode; mend the network's `train`"
         )
     return network
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """:func:`compute_deterministically`, for a while; the process has its threads back afterwards."""
+    before = torch.get_num_threads()
+    compute_deterministically(device)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compute_deterministically(device: torch.device) -> None:

@@ -244,3 +244,12 @@ def test_a_compiled_encoder_computes_what_the_eager_one_does(rollouts: Path) -> 
     for _ in range(3):  # the third call replays the graph
         np.testing.assert_allclose(compiled(frames), eager(frames), rtol=1e-3, atol=1e-4)
     assert compiled.computation.compiled
+
+
+def test_embedding_here_leaves_the_process_its_threads(write_rollouts: WriteStore, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    request = EncoderRequest("resnet18", "random:0", device="cpu")
+    embed(write_rollouts(size=16), [(request, tmp_path / "e")], EmbedConfig(engine="inline"))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)

@@ -171,7 +171,7 @@ def _pair(
         ("open_loop", "reward_shift"): (said[1].reward.double() - said[0].reward.double()).abs(),
     }
     if spread.embedding:
-        shifts["filtered", "embedding_shift"] = _apart(*shown, spread.embedding)[:, context:]
+        shifts["filtered", "embedding_shift"] = _apart(shown[0], shown[1], spread.embedding)[:, context:]
     for (prediction, measure), rows in shifts.items():
         values[prediction, "shift", measure] = rows.double().cpu().numpy()
     return Judged(values, steps)
