@@ -21,7 +21,7 @@ from pvrpipe.commands.options import (
     pick_device,
     took,
 )
-from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, watching
+from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, mean_sem, note, tell, watching
 
 LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
 MODELS = "dreamerv3, tdmpc2 or dinowm."
@@ -154,6 +154,10 @@ def probe(
     split: Annotated[
         list[str], typer.Option(help="Which episodes, val or train; repeatable, the first is reported.")
     ] = ["val"],
+    beside: Annotated[
+        str | None,
+        typer.Option(help="Embeddings of a replay of the store: what another look of the same physics does."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     root: Root = DATA,
@@ -173,6 +177,9 @@ def probe(
         return
     folder = took("run", Workspace(root).newest_run()) if run is None else Path(run)
 
+    if beside is not None:
+        probe_pairs(folder, beside, store, horizon, context, split[0], seed, device, json_)
+        return
     from pvrpipe.worldmodel.probe import probe as measure  # torch: after the mistakes
 
     with watching("probe", "episodes") as progress:
@@ -188,6 +195,46 @@ def probe(
         )
     warn_of_random(metrics)
     tell(json_, metrics, error_rows(metrics), ERROR_COLUMNS)
+
+
+def probe_pairs(
+    run: Path,
+    replay: str,
+    store: str | None,
+    horizon: list[int],
+    context: int,
+    split: str,
+    seed: int,
+    device: str,
+    json_: bool,
+) -> None:
+    """What another look changes, as a table."""
+    from pvrpipe.worldmodel.counterfactual import probe_pairs as measure
+
+    with watching("probe", "episodes") as progress:
+        report = measure(
+            run,
+            replay,
+            store,
+            horizons=horizon,
+            context=context,
+            split=split,
+            seed=seed,
+            device=pick_device(device),
+            progress=progress,
+        )
+    warn_of_random(report)
+    columns = ("source", "replay", "shift")
+    rows = [
+        {
+            "measure": name,
+            "horizon": steps,
+            **{c: mean_sem(e[c]["per_step"]) if c in e else "" for c in columns},
+        }
+        for name, by_horizon in report["measures"].items()
+        for steps, e in by_horizon.items()
+    ]
+    tell(json_, report, rows, ("measure", "horizon", *columns))
 
 
 def holds_store(place: str) -> bool:
