@@ -164,14 +164,14 @@ def _pair(
     seen = [model.filter(episodes.batch, chance(*key, 0)) for episodes in (source, replay)]
     action = source.batch["action"][:, context - 1 : -1]
     said = [model.predict(one.state(context - 1), action, chance(*key, 2)) for one in seen]
-    shown = [episodes.batch["observation"] for episodes in (source, replay)]
     shifts = {
         **{("filtered", name): rows[:, context:] for name, rows in _shifts(model, seen, spread).items()},
         **{("open_loop", name): rows for name, rows in _shifts(model, said, spread).items()},
         ("open_loop", "reward_shift"): (said[1].reward.double() - said[0].reward.double()).abs(),
     }
     if spread.embedding:
-        shifts["filtered", "embedding_shift"] = _apart(*shown, spread.embedding)[:, context:]
+        x, y = (episodes.batch["observation"][:, context:] for episodes in (source, replay))
+        shifts["filtered", "embedding_shift"] = _apart(x, y, spread.embedding)
     for (prediction, measure), rows in shifts.items():
         values[prediction, "shift", measure] = rows.double().cpu().numpy()
     return Judged(values, steps)
