@@ -19,6 +19,7 @@ from pvrpipe.worldmodel.filmstrip import film_strip
 from pvrpipe.worldmodel.maps import latent_map, pca, separation, umap
 from pvrpipe.worldmodel.training import TrainConfig, train
 
+from .commands import run
 from .planted import write_planted
 
 CORNERS = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float32)
@@ -162,6 +163,24 @@ def test_the_same_look_shifts_nothing_and_another_by_what_was_planted(model: str
     table = pl.read_parquet(home / model / f"{name}.parquet")
     one = table.filter(prediction="filtered", measure="embedding_shift", control="shift", horizon=5)
     assert one["per_step"].mean() == pytest.approx(found)
+
+
+def test_the_command_probes_a_run_and_its_pair(home: Path) -> None:
+    arguments = ("--horizon", "5", "--context", "2", "--json", "--device", "cpu")
+    done = run("probe", "tdmpc2", "--split", "val", "--split", "train", *arguments, cwd=home)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["context"], report["split"]) == (2, "val")
+    assert {group["value"] for group in report["groups"]} == {"val", "train", "id", "none"}
+    assert pl.read_parquet(home / "tdmpc2" / "probe.parquet")["split"].unique().sort().to_list() == [
+        "train",
+        "val",
+    ]
+    done = run("probe", "tdmpc2", "--beside", "other", *arguments, cwd=home)
+    pairs = json.loads(done.stdout.splitlines()[-1])
+    assert pairs["measures"]["filtered.embedding_shift"]["5"]["shift"]["per_step"]["mean"] > 0
+    refused = run("probe", "tdmpc2", "--beside", "stranger", cwd=home)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "is no replay of" in refused.stderr
 
 
 def test_stores_that_are_no_pair_are_refused(home: Path) -> None:
