@@ -198,6 +198,12 @@ def test_every_number_of_the_report_comes_from_the_table(model: str, probed: Any
         for name in ("predicted", "received")
     )
     assert returns["pearson"]["value"] == pytest.approx(np.corrcoef(imagined, true)[0, 1])
+    for prediction, by_horizon in report["calibration"].items():
+        for horizon, found in by_horizon.items():
+            model_rows = own.filter(prediction=prediction, control="model", horizon=int(horizon))
+            for name in ("predicted", "received"):
+                total = model_rows.filter(measure=f"reward_{name}")["accumulated"].sum()
+                assert sum(b["rows"] * b[name] for b in found["bins"]) == pytest.approx(total, abs=1e-9)
     train_group = next(group for group in report["groups"] if group["value"] == "train")
     errors = table.filter(
         split="train", prediction="open_loop", control="model", measure="reward_error", horizon=4
