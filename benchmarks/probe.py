@@ -4,10 +4,11 @@
 
 The loop is what a notebook does: it filters a trajectory, rolls the model out along the true actions and along
 shuffled ones, and goes through its rows: predicts one step from each, measures what was said of it and every control,
-and adds the numbers up in Python, for all horizons in one pass. Both run on one thread and are given the same model,
-the same rows in memory, and the same training rows to judge with. The loop is timed on a few trajectories, all of one
-length; its totals must be the batched ones: but for rounding for TD-MPC2 and DINO-WM, within their chance for
-DreamerV3, whose samples differ.
+and adds the numbers up in Python, once for each horizon (``separate``), or for all horizons in one pass (``joint``).
+There are as many of these as ``pvrpipe probe`` has: 33, 500 and the powers of two. All run on one thread and are given
+the same model, the same rows in memory, and the same training rows to judge with; seconds are of processor time. The
+loops are timed on a few trajectories, all of one length; their totals must be the batched ones: but for rounding for
+TD-MPC2 and DINO-WM, within their chance for DreamerV3, whose samples differ.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from pvrpipe.worldmodel.probe_dynamics import Key, judge
 from pvrpipe.worldmodel.probe_episodes import TOGETHER, Padded, shuffled_actions
 from pvrpipe.worldmodel.probe_reference import Reference
 from pvrpipe.worldmodel.probe_state import fit_state_reader
-from pvrpipe.worldmodel.probe_table import entries, table_of
+from pvrpipe.worldmodel.probe_table import entries, horizons_of, table_of
 
-HORIZONS = (33, 500)
+ASKED = (33, 500)
 CONTEXT, ACTION, STATE = 1, 6, 9
 MODELS = (("dreamerv3", "1m"), ("tdmpc2", "1m"), ("dinowm", "1m"))
 EVENT = 0.5  # beyond which a reward is one
@@ -66,10 +67,11 @@ def main() -> None:
 
 def show(result: dict[str, Any]) -> None:
     """One line."""
+    seconds, ratio = result["seconds"], result["ratio"]
     print(
-        f"{result['model']} {result['size']}: a trajectory takes the loop {result['loop_seconds']:.2f} s, batched "
-        f"{1000 * result['batched_seconds']:.1f} ms, {result['ratio']:.1f} ×; totals differ by at most "
-        f"{result['difference']:.2g} of themselves"
+        f"{result['model']} {result['size']}: a trajectory takes {1000 * seconds['batched']:.1f} ms batched, a loop for "
+        f"each horizon {seconds['separate']:.2f} s ({ratio['separate']:.1f} ×), one for all {seconds['joint']:.2f} s "
+        f"({ratio['joint']:.1f} ×); totals differ by at most {result['difference']:.2g} of themselves"
     )
 
 
@@ -87,39 +89,43 @@ def measure(name: str, size: str, options: argparse.Namespace) -> dict[str, Any]
             "episode_return": 0.0,
         }
     )
-    starts = range(0, options.episodes, TOGETHER)
+    starts, horizons = range(0, options.episodes, TOGETHER), horizons_of(ASKED, options.steps)
 
     def batched() -> pl.DataFrame:
         tables = [
             table_of(
                 judge(model, part(episodes, start, start + TOGETHER), CONTEXT, reference, (0, start)),
                 table[start : start + TOGETHER],
-                HORIZONS,
+                horizons,
             )
             for start in starts
         ]
         found = pl.concat(tables)
-        entries(found, HORIZONS)
+        entries(found, ASKED)
         return found
 
-    batched_seconds, loop_seconds = [], []
+    def joint() -> Numbers:
+        return loop(model, episodes, options.looped, reference, horizons)
+
+    def separate() -> list[Numbers]:
+        return [loop(model, episodes, options.looped, reference, [horizon]) for horizon in horizons]
+
+    seconds: dict[str, list[float]] = {}
     for _ in range(options.repeats):
-        found, seconds = timed(batched)
-        batched_seconds.append(seconds / options.episodes)
-        looped, seconds = timed(lambda: loop(model, episodes, options.looped, reference))
-        loop_seconds.append(seconds / options.looped)
-    ratios = [slow / fast for slow, fast in zip(loop_seconds, batched_seconds, strict=True)]
-    return {
-        "model": name,
-        "size": size,
-        "loop_seconds": statistics.median(loop_seconds),
-        "batched_seconds": statistics.median(batched_seconds),
-        "ratio": statistics.median(ratios),
-        "difference": difference(found, looped, options.looped),
+        for way, count in ((batched, options.episodes), (joint, options.looped), (separate, options.looped)):
+            seconds.setdefault(way.__name__, []).append(timed(way) / count)
+    each = {name: statistics.median(taken) for name, taken in seconds.items()}
+    ratios = {
+        name: statistics.median(
+            slow / fast for slow, fast in zip(seconds[name], seconds["batched"], strict=True)
+        )
+        for name in ("joint", "separate")
     }
+    worst = difference(batched(), joint(), options.looped)
+    return {"model": name, "size": size, "seconds": each, "ratio": ratios, "difference": worst}
 
 
-def loop(model: Any, episodes: Padded, count: int, reference: Reference) -> Numbers:
+def loop(model: Any, episodes: Padded, count: int, reference: Reference, horizons: Sequence[int]) -> Numbers:
     """Every measure of some trajectories, one number after the other."""
     numbers: Numbers = {}
     for number in range(count):
@@ -128,8 +134,9 @@ def loop(model: Any, episodes: Padded, count: int, reference: Reference) -> Numb
         filtered = model.filter(one.batch, random)
         totals: dict[Key, float] = {}
         for control, action in (("model", one.batch["action"]), ("shuffled_actions", shuffled)):
-            rolled = model.predict(filtered.state(CONTEXT - 1), action[:, CONTEXT - 1 : -1], random)
-            for t in range(CONTEXT, int(one.rows[0])):
+            end = min(int(one.rows[0]), CONTEXT + max(horizons))
+            rolled = model.predict(filtered.state(CONTEXT - 1), action[:, CONTEXT - 1 : end - 1], random)
+            for t in range(CONTEXT, end):
                 at = slice(t - CONTEXT, t - CONTEXT + 1)
                 stepped = model.predict(filtered.state(t - 1), action[:, t - 1 : t], random)
                 rows = {("open_loop", control): [p[:, at] for p in rolled], ("one_step", control): [*stepped]}
@@ -139,7 +146,7 @@ def loop(model: Any, episodes: Padded, count: int, reference: Reference) -> Numb
                     for measure_, value in one_row(model, said, filtered, one, t, reference).items():
                         key = prediction, name, measure_
                         totals[key] = totals.get(key, 0.0) + value
-                if t - CONTEXT + 1 in HORIZONS:
+                if t - CONTEXT + 1 in horizons:
                     for key, total in totals.items():
                         if (key[1] == "shuffled_actions") == (control == "shuffled_actions"):
                             numbers.setdefault((*key, t - CONTEXT + 1), []).append(total)
@@ -243,11 +250,11 @@ def difference(found: pl.DataFrame, looped: Numbers, count: int) -> float:
     return worst
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the seconds it takes."""
-    begun = time.perf_counter()
-    found = work()
-    return found, time.perf_counter() - begun
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of processor time that it takes."""
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
 
 
 if __name__ == "__main__":
