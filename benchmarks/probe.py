@@ -69,9 +69,10 @@ def show(result: dict[str, Any]) -> None:
     """One line."""
     seconds, ratio = result["seconds"], result["ratio"]
     print(
-        f"{result['model']} {result['size']}: a trajectory takes {1000 * seconds['batched']:.1f} ms batched, a loop for "
-        f"each horizon {seconds['separate']:.2f} s ({ratio['separate']:.1f} ×), one for all {seconds['joint']:.2f} s "
-        f"({ratio['joint']:.1f} ×); totals differ by at most {result['difference']:.2g} of themselves"
+        f"{result['model']} {result['size']}: a trajectory takes {1000 * seconds['batched']:.1f} ms batched; "
+        f"a loop for each horizon {seconds['separate']:.2f} s, {ratio['separate']:.1f} ×; "
+        f"one for all {seconds['joint']:.2f} s, {ratio['joint']:.1f} ×; "
+        f"totals differ by at most {result['difference']:.2g} of themselves"
     )
 
 
