@@ -62,7 +62,7 @@ lint: setup  ## ruff, and mypy on the package as it installs
 	@cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p pvrpipe
 
 bench: setup  ## the speeds that the design promises, side by side
-	@for script in collect embed windows storage reader train; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@for script in collect embed windows storage reader train probe; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # LeRobot's requirements (an older torch) do not fit beside ours: it has a venv of its own and is spoken to through a pipe.
 bench-peers: setup  ## other formats for windows and storage to be compared with (8 GB more with LeRobot)

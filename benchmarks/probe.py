@@ -1,12 +1,14 @@
 """Probing in batches against a loop over trajectories that computes the same numbers.
 
-    python benchmarks/probe.py --episodes 200 --steps 500 --json probe.json
+    python benchmarks/probe.py --json probe.json
 
-The loop is what a notebook does: for each trajectory, for each horizon, along the true actions and along shuffled ones,
-it filters the trajectory, rolls the model out, predicts one step from each row, measures each row and adds the errors
-up in Python. Both run on one thread and are given the same model, the same rows in memory, and the same training rows
-to judge with. The loop is timed on a few trajectories, all of one length; its numbers of these must be the batched
-ones: but for rounding for TD-MPC2 and DINO-WM, within their chance for DreamerV3, whose samples differ.
+The loop is what a notebook does: it filters a trajectory, rolls the model out along the true actions and along
+shuffled ones, and goes through its rows: predicts one step from each, measures what was said of it and every control,
+and adds the numbers up in Python, once for each horizon (``separate``), or for all horizons in one pass (``joint``).
+There are as many of these as ``pvrpipe probe`` has: 33, 500 and the powers of two. All run on one thread and are given
+the same model, the same rows in memory, and the same training rows to judge with; seconds are of processor time. The
+loops are timed on a few trajectories, all of one length; their totals must be the batched ones: but for rounding for
+TD-MPC2 and DINO-WM, within their chance for DreamerV3, whose samples differ.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,17 @@ from torch import Tensor
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting, build_model
-from pvrpipe.worldmodel.probe_dynamics import judge
+from pvrpipe.worldmodel.probe_dynamics import Key, judge
 from pvrpipe.worldmodel.probe_episodes import TOGETHER, Padded, shuffled_actions
 from pvrpipe.worldmodel.probe_reference import Reference
-from pvrpipe.worldmodel.probe_reward import is_event
 from pvrpipe.worldmodel.probe_state import fit_state_reader
-from pvrpipe.worldmodel.probe_table import entries, table_of
+from pvrpipe.worldmodel.probe_table import entries, horizons_of, table_of
 
-HORIZONS = (33, 500)
+ASKED = (33, 500)
 CONTEXT, ACTION, STATE = 1, 6, 9
 MODELS = (("dreamerv3", "1m"), ("tdmpc2", "1m"), ("dinowm", "1m"))
-Numbers = dict[tuple[str, str, int], list[float]]
+EVENT = 0.5  # beyond which a reward is one
+Numbers = dict[tuple[str, str, str, int], list[float]]
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--episodes", type=int, default=128)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--width", type=int, default=768, help="of the embeddings")
     parser.add_argument("--looped", type=int, default=1, help="trajectories that the loop is timed on")
@@ -65,10 +67,12 @@ def main() -> None:
 
 def show(result: dict[str, Any]) -> None:
     """One line."""
+    seconds, ratio = result["seconds"], result["ratio"]
     print(
-        f"{result['model']} {result['size']}: a trajectory takes the loop {result['loop_seconds']:.2f} s, batched "
-        f"{1000 * result['batched_seconds']:.1f} ms, {result['ratio']:.1f} ×; totals differ by at most "
-        f"{result['difference']:.2g} of themselves"
+        f"{result['model']} {result['size']}: a trajectory takes {1000 * seconds['batched']:.1f} ms batched; "
+        f"a loop for each horizon {seconds['separate']:.2f} s, {ratio['separate']:.1f} ×; "
+        f"one for all {seconds['joint']:.2f} s, {ratio['joint']:.1f} ×; "
+        f"totals differ by at most {result['difference']:.2g} of themselves"
     )
 
 
@@ -86,89 +90,111 @@ def measure(name: str, size: str, options: argparse.Namespace) -> dict[str, Any]
             "episode_return": 0.0,
         }
     )
-    starts = range(0, options.episodes, TOGETHER)
+    starts, horizons = range(0, options.episodes, TOGETHER), horizons_of(ASKED, options.steps)
 
     def batched() -> pl.DataFrame:
         tables = [
             table_of(
                 judge(model, part(episodes, start, start + TOGETHER), CONTEXT, reference, (0, start)),
                 table[start : start + TOGETHER],
-                HORIZONS,
+                horizons,
             )
             for start in starts
         ]
         found = pl.concat(tables)
-        entries(found, HORIZONS)
+        entries(found, ASKED)
         return found
 
-    batched_seconds, loop_seconds = [], []
+    def joint() -> Numbers:
+        return loop(model, episodes, options.looped, reference, horizons)
+
+    def separate() -> list[Numbers]:
+        return [loop(model, episodes, options.looped, reference, [horizon]) for horizon in horizons]
+
+    seconds: dict[str, list[float]] = {}
     for _ in range(options.repeats):
-        found, seconds = timed(batched)
-        batched_seconds.append(seconds / options.episodes)
-        looped, seconds = timed(lambda: loop(model, episodes, options.looped, reference))
-        loop_seconds.append(seconds / options.looped)
-    ratios = [slow / fast for slow, fast in zip(loop_seconds, batched_seconds, strict=True)]
-    return {
-        "model": name,
-        "size": size,
-        "loop_seconds": statistics.median(loop_seconds),
-        "batched_seconds": statistics.median(batched_seconds),
-        "ratio": statistics.median(ratios),
-        "difference": difference(found, looped, options.looped),
+        for way, count in ((batched, options.episodes), (joint, options.looped), (separate, options.looped)):
+            seconds.setdefault(way.__name__, []).append(timed(way) / count)
+    each = {name: statistics.median(taken) for name, taken in seconds.items()}
+    ratios = {
+        name: statistics.median(
+            slow / fast for slow, fast in zip(seconds[name], seconds["batched"], strict=True)
+        )
+        for name in ("joint", "separate")
     }
+    worst = difference(batched(), joint(), options.looped)
+    return {"model": name, "size": size, "seconds": each, "ratio": ratios, "difference": worst}
 
 
-def loop(model: Any, episodes: Padded, count: int, reference: Reference) -> Numbers:
+def loop(model: Any, episodes: Padded, count: int, reference: Reference, horizons: Sequence[int]) -> Numbers:
     """Every measure of some trajectories, one number after the other."""
     numbers: Numbers = {}
     for number in range(count):
-        one = part(episodes, number, number + 1)
-        start = number // TOGETHER * TOGETHER
-        order = shuffled_of(episodes, start, number)
-        for control, action in (("model", one.batch["action"]), ("shuffled_actions", order)):
-            for horizon in HORIZONS:
-                totals: dict[tuple[str, str], float] = {}
-                filtered = model.filter(one.batch, chance(number))
-                state = filtered.state(CONTEXT - 1)
-                last = min(int(one.rows[0]), CONTEXT + horizon)
-                rolled = model.predict(state, action[:, CONTEXT - 1 : last - 1], chance(number))
-                for t in range(CONTEXT, last):
-                    at = slice(t - CONTEXT, t - CONTEXT + 1)
-                    stepped = model.predict(filtered.state(t - 1), action[:, t - 1 : t], chance(t))
-                    for prediction, said in (
-                        ("open_loop", [p[:, at] for p in rolled]),
-                        ("one_step", list(stepped)),
-                    ):
-                        for measure_, value in one_row(model, said, filtered, one, t, reference).items():
-                            key = prediction, measure_
-                            totals[key] = totals.get(key, 0.0) + value
-                for (prediction, measure_), total in totals.items():
-                    numbers.setdefault((prediction, f"{control}/{measure_}", horizon), []).append(total)
+        one, random = part(episodes, number, number + 1), chance(number)
+        shuffled = shuffled_of(episodes, number // TOGETHER * TOGETHER, number)
+        filtered = model.filter(one.batch, random)
+        totals: dict[Key, float] = {}
+        for control, action in (("model", one.batch["action"]), ("shuffled_actions", shuffled)):
+            end = min(int(one.rows[0]), CONTEXT + max(horizons))
+            rolled = model.predict(filtered.state(CONTEXT - 1), action[:, CONTEXT - 1 : end - 1], random)
+            for t in range(CONTEXT, end):
+                at = slice(t - CONTEXT, t - CONTEXT + 1)
+                stepped = model.predict(filtered.state(t - 1), action[:, t - 1 : t], random)
+                rows = {("open_loop", control): [p[:, at] for p in rolled], ("one_step", control): [*stepped]}
+                if control == "model":
+                    rows |= still(filtered, t, reference)
+                for (prediction, name), said in rows.items():
+                    for measure_, value in one_row(model, said, filtered, one, t, reference).items():
+                        key = prediction, name, measure_
+                        totals[key] = totals.get(key, 0.0) + value
+                if t - CONTEXT + 1 in horizons:
+                    for key, total in totals.items():
+                        if (key[1] == "shuffled_actions") == (control == "shuffled_actions"):
+                            numbers.setdefault((*key, t - CONTEXT + 1), []).append(total)
     return numbers
 
 
+def still(filtered: Any, t: int, reference: Reference) -> dict[tuple[str, str], list[Tensor | None]]:
+    """The controls that need no model: latents and features of earlier rows, of the mean, of the row itself."""
+    row, latents, features = slice(t, t + 1), filtered.latents, filtered.features
+    held = {"open_loop": slice(CONTEXT - 1, CONTEXT), "one_step": slice(t - 1, t)}
+    rows: dict[tuple[str, str], list[Tensor | None]] = {}
+    usual = torch.tensor([[reference.usual_reward]])
+    mean = [
+        reference.mean_latent.expand_as(latents[:, row]),
+        None,
+        reference.mean_features.expand(1, 1, -1),
+        None,
+    ]
+    for prediction, before in held.items():
+        rows[prediction, "no_change"] = [latents[:, before], usual, features[:, before], None]
+        rows[prediction, "mean"] = mean
+        rows[prediction, "filtered"] = [None, None, features[:, row], None]
+    return rows
+
+
 def one_row(
-    model: Any, said: list[Tensor], filtered: Any, one: Padded, t: int, reference: Reference
+    model: Any, said: Sequence[Tensor | None], filtered: Any, one: Padded, t: int, reference: Reference
 ) -> dict[str, float]:
-    """Every measure of one row's prediction."""
+    """Every measure of one row's prediction, of what is said of it."""
     latents, reward, features, logits = said
     row = slice(t, t + 1)
-    true = one.batch["reward"][:, row]
-    found = {
-        f"dynamics_{name}": float(value)
-        for name, value in model.divergences(latents, filtered.latents[:, row]).items()
-    }
-    found["reward_error"] = abs(float(reward) - float(true))
-    found["reward_excess_nats"] = float(model.two_hot.loss(logits, true) - model.two_hot.floor(true))
-    found["reward_predicted"], found["reward_received"] = float(reward), float(true)
-    if reference.threshold is not None:
-        expected, happened = (bool(is_event(r, reference.threshold)) for r in (reward, true))
+    true, found = one.batch["reward"][:, row], dict[str, float]()
+    if latents is not None:
+        for name, value in model.divergences(latents, filtered.latents[:, row]).items():
+            found[f"dynamics_{name}"] = float(value)
+    if reward is not None:
+        found["reward_error"] = abs(float(reward) - float(true))
+    if logits is not None and reward is not None:
+        found["reward_excess_nats"] = float(model.two_hot.loss(logits, true) - model.two_hot.floor(true))
+        found["reward_predicted"], found["reward_received"] = float(reward), float(true)
+        expected, happened = float(reward) > EVENT, float(true) > EVENT
         found |= {
             "events_predicted": expected,
             "events_received": happened,
             "events_hit": expected and happened,
         }
-    if reference.state is not None:
+    if features is not None and reference.state is not None:
         found["state_error"] = float(reference.state.error(features, one.batch["state"][:, row]))
     return found
 
@@ -207,7 +233,7 @@ def judged_with(model: Any, train: Padded) -> Reference:
     state = train.batch["state"][:, 1:].flatten(0, 1).double().numpy()
     return Reference(
         usual_reward=0.1,
-        threshold=0.5,
+        threshold=EVENT,
         mean_latent=model.average(filtered.latents[:, 1:].flatten(0, 1)),
         mean_features=features.mean(0),
         state=fit_state_reader(features.double().numpy(), state, episode, torch.device("cpu")),
@@ -217,8 +243,7 @@ def judged_with(model: Any, train: Padded) -> Reference:
 def difference(found: pl.DataFrame, looped: Numbers, count: int) -> float:
     """The largest relative difference of any total, over the trajectories that the loop has done."""
     worst = 0.0
-    for (prediction, name, horizon), theirs in looped.items():
-        control, measure_ = name.split("/")
+    for (prediction, control, measure_, horizon), theirs in looped.items():
         ours = found.filter(prediction=prediction, control=control, measure=measure_, horizon=horizon).sort(
             "episode"
         )["accumulated"][:count]
@@ -226,11 +251,11 @@ def difference(found: pl.DataFrame, looped: Numbers, count: int) -> float:
     return worst
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the seconds it takes."""
-    begun = time.perf_counter()
-    found = work()
-    return found, time.perf_counter() - begun
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of processor time that it takes."""
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from pvrpipe.commands.options import (
     pick_device,
     took,
 )
-from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, note, tell, watching
+from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, mean_sem, note, tell, watching
 from pvrpipe.schemas.progress import silent
 
 LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
+VIEWS = ("source", "replay", "shift")  # of a pair of stores
 MODELS = "dreamerv3, tdmpc2 or dinowm."
 SIZES = "Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm)."
 
@@ -179,6 +180,10 @@ def probe(
     split: Annotated[
         list[str], typer.Option(help="Which episodes, val or train; repeatable, the first is reported.")
     ] = ["val"],
+    beside: Annotated[
+        str | None,
+        typer.Option(help="Embeddings of a replay of the store: what another look of the same physics does."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     root: Root = DATA,
@@ -198,21 +203,34 @@ def probe(
         return
     folder = took("run", Workspace(root).newest_run()) if run is None else Path(run)
 
-    from pvrpipe.worldmodel.probe import probe as measure  # torch: after the mistakes
+    from pvrpipe.worldmodel.counterfactual import probe_pairs  # torch: after the mistakes
+    from pvrpipe.worldmodel.probe import probe as measure
 
+    asked: dict[str, Any] = {"horizons": horizon, "context": context, "seed": seed}
     with watching("probe", "episodes") as progress:
-        metrics = measure(
-            folder,
-            store,
-            horizons=horizon,
-            context=context,
-            split=split,
-            seed=seed,
-            device=pick_device(device),
-            progress=progress,
-        )
-    warn_of_random(metrics)
-    tell(json_, metrics, error_rows(metrics), ERROR_COLUMNS)
+        asked |= {"device": pick_device(device), "progress": progress}
+        if beside is None:
+            report = measure(folder, store, split=split, **asked)
+        else:
+            report = probe_pairs(folder, beside, store, split=split[0], **asked)
+    warn_of_random(report)
+    if beside is None:
+        tell(json_, report, error_rows(report), ERROR_COLUMNS)
+    else:
+        tell(json_, report, pair_rows(report), ("measure", "horizon", *VIEWS))
+
+
+def pair_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What each view of the same physics costs per step, and what is between them."""
+    return [
+        {
+            "measure": name,
+            "horizon": horizon,
+            **{view: mean_sem(entry[view]["per_step"]) if view in entry else "" for view in VIEWS},
+        }
+        for name, by_horizon in report["measures"].items()
+        for horizon, entry in by_horizon.items()
+    ]
 
 
 def holds_store(place: str) -> bool:

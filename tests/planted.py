@@ -1,4 +1,4 @@
-"""Embedding stores whose every row a test has made up."""
+"""Embedding stores, and rollouts, whose every row a test has made up."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pvrpipe.schemas.specifications import (
     EmbeddingSpecification,
     EncoderIdentity,
     Recipe,
+    RolloutSpecification,
     WeightsIdentity,
 )
 from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
@@ -22,7 +23,9 @@ from pvrpipe.store.planning import plan_shards
 from .conftest import rollout_specification
 
 
-def specification(episodes: int, steps: int, encoder: str, shape: tuple[int, ...]) -> EmbeddingSpecification:
+def specification(
+    rollouts: RolloutSpecification, encoder: str, shape: tuple[int, ...], rollouts_id: str
+) -> EmbeddingSpecification:
     """What a store of made-up embeddings says of itself."""
     weights = WeightsIdentity(
         source="none",
@@ -58,8 +61,8 @@ def specification(episodes: int, steps: int, encoder: str, shape: tuple[int, ...
         shape=shape,
     )
     return EmbeddingSpecification(
-        rollouts_id="0" * 64,
-        rollouts=rollout_specification(episodes, steps),
+        rollouts_id=rollouts_id,
+        rollouts=rollouts,
         encoder=identity,
         computation=Computation(precision="fp32", device="cpu", threads=None, batch=1),
         dtype="float16",
@@ -68,17 +71,28 @@ def specification(episodes: int, steps: int, encoder: str, shape: tuple[int, ...
 
 
 def write_planted(
-    folder: Path, episodes: Sequence[Mapping[str, np.ndarray]], *, encoder: str = "planted"
+    folder: Path,
+    episodes: Sequence[Mapping[str, np.ndarray]],
+    *,
+    encoder: str = "planted",
+    rollouts_id: str = "0" * 64,
+    replay_of: str | None = None,
 ) -> Path:
     """A store of episodes, each its columns (L + 1, ...) by name; returns its folder.
 
-    The first reward and the last action, which the contract sets to zero, are.
+    The first reward and the last action, which the contract sets to zero, are. Episodes with frames make rollouts,
+    others embeddings of the rollouts of that id, which replay those of another.
     """
     lengths = [len(arrays["reward"]) - 1 for arrays in episodes]
     first = episodes[0]
     columns = with_bounds(column(name, str(array.dtype), array.shape[1:]) for name, array in first.items())
     plan = plan_shards(len(episodes), max(lengths) + 1)
-    made = specification(len(episodes), max(lengths), encoder, first["embedding"].shape[1:])
+    rollouts = rollout_specification(len(episodes), max(lengths)).model_copy(update={"replay_of": replay_of})
+    made = (
+        rollouts
+        if "frame" in first
+        else specification(rollouts, encoder, first["embedding"].shape[1:], rollouts_id)
+    )
     manifest = new_manifest(made, columns, plan)
     with PendingStore.begin(folder, manifest) as pending:
         for shard in pending.todo:

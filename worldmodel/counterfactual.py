@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.predictions import Filtered, Imagined
-from pvrpipe.worldmodel.probe import check_horizons
+from pvrpipe.worldmodel.probe import check_horizons, identity_of, labelled, write_findings
 from pvrpipe.worldmodel.probe_dynamics import Judged, Key, judge
 from pvrpipe.worldmodel.probe_episodes import Padded
 from pvrpipe.worldmodel.probe_reference import Beliefs, Reference, beliefs_of, reference_of
@@ -92,7 +89,7 @@ def probe_pairs(
         numbers = subject.episodes(split, context)
         rows = beliefs_of(subject.model, subject.reader, subject.episodes("train"), seed)
         reference, spread = reference_of(subject.model, subject.reader, rows), Spread.of(rows)
-        known = horizons_of(horizons, int(subject.store.episodes["length"].max()) + 1 - context)  # type: ignore[arg-type]
+        known = horizons_of(horizons, subject.longest - context)
         tables = []
         for chosen, episodes in subject.reader.batches(numbers, rows.features.shape[1]):
             judged = _pair(
@@ -100,15 +97,7 @@ def probe_pairs(
             )
             tables.append(table_of(judged, anew.store.episodes[chosen], known))
             progress(numbers.index(chosen[-1]) + 1, len(numbers), "pairs of episodes")
-    about = {
-        "run": str(run),
-        "model": subject.record.config["model"],
-        "size": subject.record.config["size"],
-        "pvr": subject.record.pvr,
-        "random_weights": subject.record.random_weights,
-        "store_id": subject.store.manifest.id,
-        "replay_id": anew.store.manifest.id,
-    }
+    about = {**identity_of(subject, Path(run)), "replay_id": anew.store.manifest.id}
     table = pl.concat(tables)
     report = {
         **about,
@@ -121,7 +110,8 @@ def probe_pairs(
         "episodes": len(numbers),
         "measures": _entries(table, horizons),
     }
-    _write(Path(run), table.select(*(pl.lit(v).alias(k) for k, v in about.items()), pl.all()), report)
+    name = runs.PAIRS + str(anew.store.manifest.id)[:12]
+    write_findings(Path(run), f"{name}.parquet", f"{name}.json", labelled(table, about), report)
     return report
 
 
@@ -164,14 +154,14 @@ def _pair(
     seen = [model.filter(episodes.batch, chance(*key, 0)) for episodes in (source, replay)]
     action = source.batch["action"][:, context - 1 : -1]
     said = [model.predict(one.state(context - 1), action, chance(*key, 2)) for one in seen]
-    shown = [episodes.batch["observation"] for episodes in (source, replay)]
     shifts = {
         **{("filtered", name): rows[:, context:] for name, rows in _shifts(model, seen, spread).items()},
         **{("open_loop", name): rows for name, rows in _shifts(model, said, spread).items()},
         ("open_loop", "reward_shift"): (said[1].reward.double() - said[0].reward.double()).abs(),
     }
     if spread.embedding:
-        shifts["filtered", "embedding_shift"] = _apart(shown[0], shown[1], spread.embedding)[:, context:]
+        x, y = (episodes.batch["observation"][:, context:] for episodes in (source, replay))
+        shifts["filtered", "embedding_shift"] = _apart(x, y, spread.embedding)
     for (prediction, measure), rows in shifts.items():
         values[prediction, "shift", measure] = rows.double().cpu().numpy()
     return Judged(values, steps)
@@ -203,11 +193,3 @@ def _entries(table: pl.DataFrame, horizons: Sequence[int]) -> dict[str, dict[str
         entry = found.setdefault(name, {}).setdefault(str(row["horizon"]), {})
         entry[row["control"]] = {"accumulated": row["accumulated"], "per_step": row["per_step"]}
     return found
-
-
-def _write(folder: Path, table: pl.DataFrame, report: dict[str, Any]) -> None:
-    name = runs.PAIRS + report["replay_id"][:12]
-    data = BytesIO()
-    table.write_parquet(data)
-    write_whole(folder / f"{name}.parquet", data.getvalue())
-    write_whole(folder / f"{name}.json", (canonical_json(report) + "\n").encode())

@@ -102,9 +102,9 @@ class TwoHot(nn.Module):
         return symexp(value) if self.squash else value
 
 
-def unimix_probs(logits: Tensor, unimix: float = UNIMIX) -> Tensor:
-    """Softmax mixed with ``unimix`` of the uniform distribution, over the last axis."""
-    return (1 - unimix) * torch.softmax(logits, -1) + unimix / logits.shape[-1]
+def unimix_probs(logits: Tensor, unimix: float = UNIMIX, axis: int = -1) -> Tensor:
+    """Softmax mixed with ``unimix`` of the uniform distribution, over the last axis or another."""
+    return (1 - unimix) * torch.softmax(logits, axis) + unimix / logits.shape[axis]
 
 
 def one_hot_sample(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -131,14 +131,14 @@ def kl_both_ways(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) and KL(q || p) in nats, summed over the categoricals, not clipped by free nats.
 
     Args:
-        p: probabilities (..., S, C), none of them 0.
+        p: probabilities (C, ..., S), none of them 0.
         q: the same.
 
     Returns:
         (...) each.
     """
     ratio = p.log() - q.log()
-    return (p * ratio).sum((-2, -1)), -(q * ratio).sum((-2, -1))
+    return (p * ratio).sum((0, -1)), -(q * ratio).sum((0, -1))
 
 
 def balanced_kl(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,13 +151,14 @@ class DreamerV3(nn.Module):
         ``kl_backward`` of the prior to the posterior, ``kl_mean`` of the two. ``mse`` of the probabilities, averaged
         over S and C.
         """
-        p, q = unimix_probs(filtered.float()), unimix_probs(predicted.float())
+        first = (logits.float().movedim(-1, 0).contiguous() for logits in (filtered, predicted))
+        p, q = (unimix_probs(logits, axis=0) for logits in first)  # along a few neighbours softmax is slow
         forward, backward = kl_both_ways(p, q)
         return {
             "kl_mean": (forward + backward) / 2,
             "kl_forward": forward,
             "kl_backward": backward,
-            "mse": (p - q).square().mean((-2, -1)),
+            "mse": (p - q).square().mean((0, -1)),
         }
 
     @staticmethod

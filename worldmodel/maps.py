@@ -22,6 +22,7 @@ from pvrpipe.worldmodel.probe_reference import beliefs_of
 from pvrpipe.worldmodel.probe_subject import subject_of
 
 ROWS = 4096
+THINNED = 4  # rows that are filtered for one that is shown, so that these are of more episodes
 NEAR = 15  # neighbours that UMAP keeps together
 Floats = NDArray[np.float64]
 
@@ -72,7 +73,7 @@ def latent_map(
         InvalidValueError: no episodes in the split.
     """
     with subject_of(run, store, device) as subject:
-        seen = beliefs_of(subject.model, subject.reader, subject.episodes(split), seed, rows)
+        seen = beliefs_of(subject.model, subject.reader, subject.episodes(split), seed, THINNED * rows)
     kept = np.linspace(0, len(seen.reward) - 1, min(rows, len(seen.reward))).round().astype(int)
     features, reward, episode = seen.features[kept], seen.reward[kept], seen.episode[kept]
     points = {method: LAYOUTS[method](features, seed) for method in methods}

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 1 << 20  # numbers of states that are predicted from in one batch; more do not stay in a cache
+AT_ONCE = 2048  # states that are predicted from in one batch; more do not stay in a cache
+NUMBERS = 1 << 24  # in them, at most
 
 
 class Filtered(NamedTuple):
@@ -62,10 +63,11 @@ def one_step(
 def _side_by_side(state: Callable[[int], Tensor], rows: range) -> Iterator[tuple[int, Tensor]]:
     """States of consecutive rows under one another, (rows · N, F), as long as they are of one width."""
     held: list[Tensor] = []
-    first = rows.start
+    first, one = rows.start, state(rows.start)
+    most = max(1, min(AT_ONCE // len(one), NUMBERS // one.numel()))
     for t in rows:
         row = state(t)
-        if held and (row.shape != held[0].shape or row.numel() * (len(held) + 1) > AT_ONCE):
+        if held and (row.shape != held[0].shape or len(held) >= most):
             yield first, torch.cat(held)
             first, held = t, []
         held.append(row)

@@ -15,7 +15,7 @@ The measures are in :mod:`pvrpipe.worldmodel.probe_reward`, :mod:`pvrpipe.worldm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -30,10 +30,10 @@ from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Judged, judge
+from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Floats, Judged, judge
 from pvrpipe.worldmodel.probe_reference import beliefs_of, networks_of, reference_of
 from pvrpipe.worldmodel.probe_reward import calibration, precision_recall
-from pvrpipe.worldmodel.probe_subject import subject_of
+from pvrpipe.worldmodel.probe_subject import Subject, subject_of
 from pvrpipe.worldmodel.probe_table import (
     action_sensitivity,
     entries,
@@ -83,56 +83,57 @@ def probe(
         InvalidValueError: no episode of the split is longer than the context.
     """
     check_horizons(horizons, context)
-    folder = Path(run)
-    splits = tuple(dict.fromkeys((split,) if isinstance(split, str) else split))
+    folder, splits = Path(run), (split,) if isinstance(split, str) else tuple(split) or ("val",)
     with subject_of(folder, store, device) as subject:
-        model, record, reader, held_out = subject.model, subject.record, subject.reader, subject.store
+        model, record, reader = subject.model, subject.record, subject.reader
         wanted = {name: subject.episodes(name, context) for name in splits}
         seen = beliefs_of(model, reader, subject.episodes("train"), seed)
         reference, networks = reference_of(model, reader, seen), networks_of(model, reader, seen, seed)
+        width, known = seen.features.shape[1], horizons_of(horizons, subject.longest - context)
         tables, rewards = [], []
         for name, numbers in wanted.items():
-            for chosen, episodes in reader.batches(numbers, seen.features.shape[1]):
+            for chosen, episodes in reader.batches(numbers, width):
                 judged = judge(model, episodes, context, reference, (seed, chosen[0]))
                 check_finite(folder, judged, chosen)
-                known = horizons_of(horizons, int(held_out.episodes["length"].max()) + 1 - context)  # type: ignore[arg-type]
-                tables.append(table_of(judged, held_out.episodes[chosen], known))
-                if name == splits[0]:
-                    rewards.append(judged)
+                tables.append(table_of(judged, subject.store.episodes[chosen], known))
+                rewards.append(judged.only("reward_predicted", "reward_received"))
                 progress(numbers.index(chosen[-1]) + 1, len(numbers), f"{name} episodes")
-    table = pl.concat(tables)
-    identity = {
-        "run": str(folder),
-        "model": record.config["model"],
-        "size": record.config["size"],
-        "pvr": record.pvr,
-        "random_weights": record.random_weights,
-        "environment": held_out.manifest.rollouts.environment,
-        "store_id": held_out.manifest.id,
-    }
+    table, first = pl.concat(tables), next(iter(wanted))
+    about = {**identity_of(subject, folder), "run_seed": record.config["seed"]}
     report = {
-        **identity,
+        **identity_of(subject, folder),
         "run_state": record.state,
-        "store": str(held_out.path),
-        "split": splits[0],
+        "store": str(subject.store.path),
+        "split": first,
         "context": context,
         "seed": seed,
         "latent": list(reference.mean_latent.shape),
-        **report_of(table.filter(pl.col("split") == splits[0]), rewards, horizons, model.divergence),
+        **report_of(table.filter(pl.col("split") == first), horizons, model.divergence),
+        "calibration": calibrations(rewards, len(wanted[first]), horizons),
         "reward_threshold": reference.threshold,
         "state_reader": None if reference.state is None else {"penalty": reference.state.penalty},
         "networks": networks,
         "groups": groups(table, horizons, model.divergence),
     }
-    about = {**identity, "run_seed": record.config["seed"]}
-    _write(folder, table.select(*(pl.lit(v).alias(k) for k, v in about.items()), pl.all()), report)
+    write_findings(folder, runs.PROBE_TABLE, runs.PROBE, labelled(table, about), report)
     return report
 
 
-def report_of(
-    table: pl.DataFrame, judged: Sequence[Judged], horizons: Sequence[int], divergence: str
-) -> dict[str, Any]:
-    """What is said of the episodes of a table, and of the rewards of their rows."""
+def identity_of(subject: Subject, folder: Path) -> dict[str, Any]:
+    """What a report and its table are about."""
+    return {
+        "run": str(folder),
+        "model": subject.record.config["model"],
+        "size": subject.record.config["size"],
+        "pvr": subject.record.pvr,
+        "random_weights": subject.record.random_weights,
+        "environment": subject.store.manifest.rollouts.environment,
+        "store_id": subject.store.manifest.id,
+    }
+
+
+def report_of(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> dict[str, Any]:
+    """What is said of the episodes of a table."""
     measures = entries(table, horizons)
     return {
         "episodes": table["episode"].n_unique(),
@@ -143,10 +144,6 @@ def report_of(
         "returns": {str(h): returns_of(table, h) for h in horizons},
         "reward_events": {
             prediction: {str(h): events_of(table, prediction, h) for h in horizons}
-            for prediction in PREDICTIONS
-        },
-        "calibration": {
-            prediction: {str(h): calibrated(judged, prediction, h) for h in horizons}
             for prediction in PREDICTIONS
         },
     }
@@ -174,13 +171,25 @@ def events_of(table: pl.DataFrame, prediction: str, horizon: int) -> dict[str, f
     return precision_recall(*(float(count.sum()) for count in counts)) if len(counts[0]) else None
 
 
-def calibrated(judged: Sequence[Judged], prediction: str, horizon: int) -> dict[str, Any]:
-    """Calibration of the rewards of all rows within a horizon."""
-    predicted, received = (
-        np.concatenate([part.within(horizon, (prediction, "model", name)) for part in judged])
-        for name in ("reward_predicted", "reward_received")
-    )
-    return calibration(predicted, received)
+def calibrations(
+    rewards: Sequence[Judged], episodes: int, horizons: Sequence[int]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Calibration of the rewards of all rows of the first so many episodes, by prediction and horizon."""
+    counts = np.cumsum([len(part.steps) for part in rewards])
+    chosen = rewards[: int(np.searchsorted(counts, episodes)) + 1]
+
+    def rows(horizon: int, prediction: str, measure: str) -> Floats:
+        return np.concatenate([part.within(horizon, (prediction, "model", measure)) for part in chosen])
+
+    return {
+        prediction: {
+            str(h): calibration(
+                rows(h, prediction, "reward_predicted"), rows(h, prediction, "reward_received")
+            )
+            for h in horizons
+        }
+        for prediction in PREDICTIONS
+    }
 
 
 def _of(table: pl.DataFrame, prediction: str, measure: str, horizon: int) -> pl.DataFrame:
@@ -218,9 +227,16 @@ def check_finite(folder: Path, judged: Judged, numbers: Sequence[int]) -> None:
             )
 
 
-def _write(folder: Path, table: pl.DataFrame, report: dict[str, Any]) -> None:
+def labelled(table: pl.DataFrame, about: Mapping[str, Any]) -> pl.DataFrame:
+    """The same of every row, in front."""
+    return table.select(*(pl.lit(value).alias(name) for name, value in about.items()), pl.all())
+
+
+def write_findings(
+    folder: Path, table_name: str, report_name: str, table: pl.DataFrame, report: dict[str, Any]
+) -> None:
     """The table first: a report without it would be numbers from nowhere."""
     data = BytesIO()
     table.write_parquet(data)
-    write_whole(folder / runs.PROBE_TABLE, data.getvalue())
-    write_whole(folder / runs.PROBE, (canonical_json(report) + "\n").encode())
+    write_whole(folder / table_name, data.getvalue())
+    write_whole(folder / report_name, (canonical_json(report) + "\n").encode())

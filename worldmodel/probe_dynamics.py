@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,11 @@ class Judged:
     """(N, T) each"""
     steps: NDArray[np.int64]
     """(N,)"""
+
+    def only(self, *measures: str) -> Judged:
+        """Some measures of the model alone."""
+        kept = {key: rows for key, rows in self.values.items() if key[1] == "model" and key[2] in measures}
+        return Judged(kept, self.steps)
 
     def within(self, horizon: int, key: Key) -> Floats:
         """One measure of all rows within a horizon, (M,)."""
@@ -79,14 +83,16 @@ def judge(model: Any, episodes: Padded, context: int, reference: Reference, key:
             ("open_loop", model.predict(begin, along[:, context - 1 : -1], chance(*key, 2))),
             ("one_step", one_step(model, filtered, along, context, chance(*key, 2))),
         ):
-            for name, rows in measured(model, imagined, truth, reference).items():
-                found[prediction, control, name] = rows
-    before = {"open_loop": slice(context - 1, context), "one_step": slice(context - 1, -1)}
-    for prediction, held in before.items():
-        for name, rows in unchanged(model, filtered, held, truth, reference).items():
-            found[prediction, "no_change", name] = rows
-        for control, name, rows in averages(model, truth, reference):
-            found[prediction, control, name] = rows
+            measures = measured(model, imagined, truth, reference)
+            found |= {(prediction, control, name): rows for name, rows in measures.items()}
+    still = standing(model, truth, reference)
+    for prediction, held in (
+        ("open_loop", slice(context - 1, context)),
+        ("one_step", slice(context - 1, -1)),
+    ):
+        unmoved = unchanged(model, filtered, held, truth, reference)
+        for control, measures in {"no_change": unmoved, **still}.items():
+            found |= {(prediction, control, name): rows for name, rows in measures.items()}
     steps = np.minimum(episodes.rows - context, truth.reward.shape[1])
     return Judged({k: rows.double().cpu().numpy() for k, rows in found.items()}, steps)
 
@@ -117,14 +123,16 @@ def unchanged(
     }
 
 
-def averages(model: Any, truth: Truth, reference: Reference) -> Iterator[tuple[str, str, Tensor]]:
-    """The mean of the training rows as a prediction; and the state as read off what is believed once it is seen."""
-    for name, rows in _dynamics(model, reference.mean_latent.expand_as(truth.latents), truth).items():
-        yield "mean", name, rows
-    for name, rows in _state(reference.mean_features.expand_as(truth.features), truth, reference).items():
-        yield "mean", name, rows
-    for name, rows in _state(truth.features, truth, reference).items():
-        yield "filtered", name, rows
+def standing(model: Any, truth: Truth, reference: Reference) -> dict[str, dict[str, Tensor]]:
+    """Controls that say the same at every step: the ``mean`` of the training rows, and the state as ``filtered``."""
+    mean = reference.mean_features.expand_as(truth.features)
+    return {
+        "mean": {
+            **_dynamics(model, reference.mean_latent.expand_as(truth.latents), truth),
+            **_state(mean, truth, reference),
+        },
+        "filtered": _state(truth.features, truth, reference),
+    }
 
 
 def _dynamics(model: Any, latents: Tensor, truth: Truth) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.batches import OBSERVED, tensors_of
 from pvrpipe.worldmodel.inputs import Observation
 
-TOGETHER = 64  # episodes predicted in one batch, fewer where
+TOGETHER = 128  # episodes predicted in one batch, fewer where
 BATCH_NUMBERS = 1 << 26  # the observations, or the features, of a batch would be more numbers than this
 
 

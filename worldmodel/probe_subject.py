@@ -35,6 +35,11 @@ class Subject:
         """What it is probed on."""
         return self.reader.store
 
+    @property
+    def longest(self) -> int:
+        """Rows of the longest episode."""
+        return int(self.store.episodes["rows"].max())  # type: ignore[arg-type]
+
     def episodes(self, split: str, context: int = 1) -> list[int]:
         """The episodes of a split that go on behind the context.
 

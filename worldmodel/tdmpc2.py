@@ -93,22 +93,19 @@ def initialise(module: nn.Module) -> None:
                 nn.init.trunc_normal_(weight, std=INIT_STD)
 
 
-def stacked(observation: Tensor, first: Tensor | None = None) -> Tensor:
+def stacked(observation: Tensor) -> Tensor:
     """The last three observations of each row side by side along their last axis, oldest first.
 
     Args:
-        observation: (B, T, ..., D).
-        first: (B,), the earliest row that may be looked back to; before it, it is repeated. Row 0 if None.
+        observation: (B, T, ..., D); before row 0, it is repeated.
 
     Returns:
         (B, T, ..., 3·D).
     """
-    B, T = observation.shape[:2]
-    row = torch.arange(T, device=observation.device)
-    earliest = torch.zeros(B, 1, dtype=row.dtype, device=row.device) if first is None else first.unsqueeze(1)
-    batch = torch.arange(B, device=row.device).unsqueeze(1)
-    back = [observation[batch, torch.maximum(row - lag, earliest)] for lag in reversed(range(STACK))]
-    return torch.cat(back, -1)
+    rows = observation.shape[1]
+    before = observation[:, :1].expand(-1, STACK - 1, *observation.shape[2:])
+    led = torch.cat([before, observation], 1)
+    return torch.cat([led[:, lag : lag + rows] for lag in range(STACK)], -1)
 
 
 class ConvEncoder(nn.Module):
