@@ -13,7 +13,7 @@ from pvrpipe.cli import app
 from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunError
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.probe import probe
-from pvrpipe.worldmodel.runs import METRICS, PROBE, RECORD
+from pvrpipe.worldmodel.runs import METRICS, PROBE, PROBE_TABLE, RECORD
 from pvrpipe.worldmodel.sharing import pull_run, push_run, verify_run
 from pvrpipe.worldmodel.training import TrainConfig, train
 
@@ -48,7 +48,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_a_run_arrives_as_it_was(finished: Path, run: Path, tmp_path: Path) -> None:
-    names = {RECORD, CHECKPOINT, METRICS, PROBE}
+    names = {RECORD, CHECKPOINT, METRICS, PROBE, PROBE_TABLE}
     assert {p.name for p in run.iterdir()} - {".lock"} == names
     assert all((run / name).read_bytes() == (finished / name).read_bytes() for name in names)
     assert verify_run(run) == []

@@ -25,7 +25,7 @@ from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.training import load_model
 
-PROBED = 1 << 26  # bytes that what a probe found may take
+PROBED = (runs.PROBE, runs.PROBE_TABLE)  # what a probe found, where there was one
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,8 @@ def push_run(
     destination = Destination(place)
     if not isinstance(place, Url):
         make_folder(place)
-    names = [
-        *runs.read_run(folder).files,
-        *([runs.PROBE] if (folder / runs.PROBE).is_file() else []),
-        runs.RECORD,
-    ]
+    probed = [name for name in PROBED if (folder / name).is_file()]
+    names = [*runs.read_run(folder).files, *probed, runs.RECORD]
     there = destination.read(runs.RECORD)
     strangers = [] if there else sorted(destination.sizes(names))
     other = bool(there) and there != (folder / runs.RECORD).read_bytes()
@@ -163,7 +160,7 @@ def pull_run(url: Place | str, folder: Path, *, progress: Progress = silent) -> 
         raise RunError(
             f"{url}: its {runs.RECORD} cannot be read; ask whoever published it to push it again"
         ) from None
-    names = [*record.files, runs.PROBE, runs.RECORD]
+    names = [*record.files, *PROBED, runs.RECORD]
     make_folder(folder)
     with locked(folder):
         held = [p.name for p in folder.iterdir() if p.name not in names]
@@ -172,9 +169,9 @@ def pull_run(url: Place | str, folder: Path, *, progress: Progress = silent) -> 
         for done, (name, file) in enumerate(record.files.items(), start=1):
             source.fetch(StoreFile(name, file.size, file.sha256), folder / name)
             progress(done, len(names), name)
-        probed = source.fetch(StoreFile(runs.PROBE, optional=True), folder / runs.PROBE)
+        lacking = [n for n in PROBED if not source.fetch(StoreFile(n, optional=True), folder / n)]
         write_whole(folder / runs.RECORD, text)
-    return _shared(folder, url, [name for name in names if name != runs.PROBE or probed])
+    return _shared(folder, url, [name for name in names if name not in lacking])
 
 
 def _shared(folder: Path, url: Place | str, names: list[str]) -> SharedRun:
