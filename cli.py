@@ -47,6 +47,7 @@ for command in (
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 1, a stop leaves what is finished."""
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # Ray's own log files keep the rest
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each retry of a hub that does not answer
     try:
         status = app(standalone_mode=False)
     except PvrpipeError as error:

@@ -111,6 +111,10 @@ def collect(
             )
     else:
         env = DEFAULT_ENVIRONMENT if env is None else env
+        if ":" not in env and "/" in env:
+            raise InvalidValueError(
+                f"{env} is a place; name the environment first: pvrpipe collect {DEFAULT_ENVIRONMENT} {env}"
+            )
         out = out or Workspace(root).rollouts(env + (f"-{variation}" if variation != "none" else ""))
         config = stage.CollectConfig(
             environment=env,
