@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pvrpipe.cli import app
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
@@ -72,3 +74,11 @@ def test_a_store_that_is_not_finished_is_not_pushed(tmp_path: Path) -> None:
     with pytest.raises(UnfinishedStoreError, match="begun"):
         push(tmp_path / "begun", str(tmp_path / "there"))
     assert not (tmp_path / "there" / "store.json").exists()
+
+
+def test_a_place_where_an_environment_belongs() -> None:
+    result = CliRunner().invoke(app, ["collect", "data/mine"])
+    assert result.exit_code == 1
+    assert "name the environment first: pvrpipe collect dmc:pendulum-swingup data/mine" in str(
+        result.exception
+    )
