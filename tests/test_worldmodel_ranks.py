@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,4 +115,6 @@ def test_ray_train_does_what_one_process_does_and_raises_what_it_raises(store: P
     assert_same_training(tmp_path / "together", tmp_path / "alone")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "together"]
     with pytest.raises(InvalidValueError, match="give a batch that the number of ranks divides"):
-        train_together(config, str(store), tmp_path / "three", workers=3)
+        train_together(replace(config, batch=5), str(store), tmp_path / "five", workers=2)
+    with pytest.raises(InvalidValueError, match="--workers is 999, but the cluster has"):
+        train_together(config, str(store), tmp_path / "many", workers=999)

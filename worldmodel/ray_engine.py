@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from pvrpipe.schemas.addresses import ray_arguments
-from pvrpipe.schemas.errors import ClusterError, PvrpipeError, one_line
+from pvrpipe.schemas.errors import ClusterError, InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.worldmodel import runs
@@ -92,6 +92,7 @@ def train_together(
         progress: told updates done and to do.
 
     Raises:
+        InvalidValueError: more workers than the cluster has processors, or GPUs.
         ClusterError: Ray cannot be reached, or its workers die again and again.
         PvrpipeError: what training raises.
     """
@@ -113,6 +114,7 @@ def train_together(
     watch = lambda: progress(updates_done(run), config.updates, f"{workers} workers")  # noqa: E731
     try:
         with _ray(address), _watched(watch):
+            _refuse_too_many(workers, "GPU" if device.startswith("cuda") else "CPU")
             trainer.fit()
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
@@ -126,6 +128,15 @@ def train_together(
     result = runs.read_run(run).result
     assert result is not None
     return TrainResult(**{**result, "run": str(run)})
+
+
+def _refuse_too_many(workers: int, kind: str) -> None:
+    """Ray Train would wait for processors that never come."""
+    there = int(ray.cluster_resources().get(kind, 0))
+    if workers > there:
+        raise InvalidValueError(
+            f"--workers is {workers}, but the cluster has {there} {kind}s; give as many or fewer"
+        )
 
 
 def _train_part(asked: dict[str, Any]) -> None:
