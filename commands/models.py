@@ -175,14 +175,17 @@ def probe(
         33,
         500,
     ],
-    split: Annotated[str, typer.Option(help="Which episodes: val or train.")] = "val",
+    context: Annotated[int, typer.Option(min=1, help="Rows seen before predicting.")] = 1,
+    split: Annotated[
+        list[str], typer.Option(help="Which episodes, val or train; repeatable, the first is reported.")
+    ] = ["val"],
     seed: Seed = 0,
     device: Device = "auto",
     root: Root = DATA,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a run's dynamics and reward errors on held-out episodes, beside two controls.
+    """Measure how well a run predicts held-out episodes, beside its controls; episode by episode in probe.parquet.
 
     Given an embedding store instead, it says what reward and state can be read off its embeddings at all.
 
@@ -202,6 +205,7 @@ def probe(
             folder,
             store,
             horizons=horizon,
+            context=context,
             split=split,
             seed=seed,
             device=pick_device(device),

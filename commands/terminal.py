@@ -106,8 +106,8 @@ ERROR_COLUMNS = ("error", "horizon", "accumulated", "per step", "shuffled action
 def error_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """A probe's errors as the rows of a table, mean ± standard error over episodes."""
     rows = []
-    for error in ("dynamics_error", "reward_error"):
-        for horizon, values in metrics[error].items():
+    for error in ("dynamics_error", "reward_error", "state_error"):
+        for horizon, values in (metrics[error] or {}).items():
             rows.append(
                 {
                     "error": error,

@@ -66,9 +66,9 @@ def test_open_loop_is_one_step_after_another_over_the_last_three_frames(
     observation: Observation, proprioception: int
 ) -> None:
     model, batch = random_model(observation, proprioception), batch_of(observation)
-    state, latents = model.filter(batch, torch.Generator())
+    state, latents, _ = model.filter(batch, torch.Generator())
     for t in range(5):
-        embeddings, rewards = model.predict(state(t), batch["action"][:, t:-1], torch.Generator())
+        embeddings, rewards, *_ = model.predict(state(t), batch["action"][:, t:-1], torch.Generator())
         shown = list(model._frames(batch)[:, : t + 1].unbind(1))
         for step in range(6 - t):
             now = t + step
@@ -152,5 +152,5 @@ def test_parameter_counts(name: str) -> None:
 def test_a_fresh_model_knows_no_reward() -> None:
     model = build_model("dinowm", "1m", setting(6, ACTION), seed=0)
     batch = {name: rows.float() for name, rows in batch_of(VECTOR).items()}
-    state, _ = model.filter(batch, torch.Generator())
-    assert model.predict(state(2), batch["action"][:, 2:], torch.Generator())[1].abs().max() == 0
+    state = model.filter(batch, torch.Generator()).state
+    assert model.predict(state(2), batch["action"][:, 2:], torch.Generator()).reward.abs().max() == 0

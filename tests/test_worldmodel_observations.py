@@ -83,12 +83,13 @@ def test_every_model_learns_from_each_parameter_and_predicts_what_it_filters(
     ]
     assert not idle
     with torch.no_grad():
-        state, latents = model.filter(batch, random)
+        state, latents, _ = model.filter(batch, random)
         for t in (0, 1, 4):
-            predicted, reward = model.predict(state(t), batch["action"][:, t:-1], random)
+            predicted, reward, *_ = model.predict(state(t), batch["action"][:, t:-1], random)
             assert predicted.shape == latents[:, t + 1 :].shape
             assert reward.shape == (2, 5 - t)
-            assert model.divergence(predicted, latents[:, t + 1 :]).shape == (2, 5 - t)
+            for found in model.divergences(predicted, latents[:, t + 1 :]).values():
+                assert found.shape == (2, 5 - t)
 
 
 def test_rows_of_the_burn_in_are_not_learned_from_unless_an_episode_begins_there() -> None:

@@ -27,7 +27,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import dinowm, distributions, dreamerv3, models, tdmpc2
 from pvrpipe.worldmodel.batches import Batches, chance
 from pvrpipe.worldmodel.inputs import vector
-from pvrpipe.worldmodel.probe import padded
+from pvrpipe.worldmodel.probe_episodes import padded
 from pvrpipe.worldmodel.training import TrainConfig, load_model, train
 
 from .planted import write_planted
@@ -154,14 +154,15 @@ def held_out(store: Store) -> dict[str, Tensor]:
 @torch.no_grad()
 def one_step_errors(model: Any, batch: dict[str, Tensor]) -> tuple[float, float]:
     """Mean divergence and reward error one row ahead of every row that has a past."""
-    state, latents = model.filter(batch, chance(0))
+    state, latents, _ = model.filter(batch, chance(0))
     rows = range(SETTLED, STEPS)
     states = torch.cat([state(t) for t in rows])
     actions = torch.cat([batch["action"][:, t : t + 1] for t in rows])
-    predicted, reward = model.predict(states, actions, chance(1))
+    predicted, reward, *_ = model.predict(states, actions, chance(1))
     following = torch.cat([latents[:, t + 1 : t + 2] for t in rows])
     arrived = torch.cat([batch["reward"][:, t + 1 : t + 2] for t in rows])
-    return float(model.divergence(predicted, following).mean()), float((reward - arrived).abs().mean())
+    apart = model.divergences(predicted, following)[model.divergence]
+    return float(apart.mean()), float((reward - arrived).abs().mean())
 
 
 @torch.no_grad()

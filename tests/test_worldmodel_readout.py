@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.worldmodel.readout import judged, read_out, ridge
+from pvrpipe.worldmodel.readout import judged, read_out, ridge_weights
 
 from .planted import write_planted
 
@@ -51,7 +51,7 @@ def test_ridge_equals_its_closed_form_solved_otherwise() -> None:
     x, y, at = random.normal(size=(50, 4)), random.normal(size=(50, 2)), random.normal(size=(7, 4))
     augmented = np.concatenate([x, np.sqrt(1e-4 * 50) * np.eye(4)])
     weights = np.linalg.lstsq(augmented, np.concatenate([y, np.zeros((4, 2))]), rcond=None)[0]
-    np.testing.assert_allclose(ridge(x, y, at), at @ weights, rtol=1e-9)
+    np.testing.assert_allclose(at @ ridge_weights(x, y), at @ weights, rtol=1e-9)
 
 
 def test_numbers_that_never_change_do_not_count() -> None:

@@ -103,13 +103,13 @@ def test_predictions_follow_the_actions_one_by_one() -> None:
     random = torch.Generator().manual_seed(0)
     nn.init.normal_(model.reward[-1].weight, std=0.1, generator=random)
     z, action = torch.rand(3, 128, generator=random), torch.randn(3, 4, ACTION, generator=random)
-    latents, reward = model.predict(z, action, GENERATOR)
+    latents, reward, *_ = model.predict(z, action, GENERATOR)
     for t in range(4):
         joint = torch.cat([z, action[:, t]], -1)
         assert torch.allclose(reward[:, t], model.two_hot.decode(model.reward(joint)), rtol=1e-4)
         z = model.dynamics(joint)
         assert torch.allclose(latents[:, t], z, atol=1e-6)
-    assert model.divergence(latents, latents.flip(1)).max() <= 2 / 8
+    assert model.divergences(latents, latents.flip(1))["mse"].max() <= 2 / 8
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:

@@ -30,12 +30,13 @@ from pvrpipe.schemas.errors import (
 )
 from pvrpipe.store.files import locked
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel import checkpoints, runs
-from pvrpipe.worldmodel import probe as probing
+from pvrpipe.worldmodel import checkpoints, probe_episodes, runs
 from pvrpipe.worldmodel.batches import Batches
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import Updater
-from pvrpipe.worldmodel.probe import accumulate, mean_sem, probe, shuffled_actions
+from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.probe_episodes import shuffled_actions
+from pvrpipe.worldmodel.probe_table import accumulate
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .planted import write_planted
@@ -174,7 +175,7 @@ def test_padding_never_shows_in_an_error(
     store = write_embeddings(lengths=(9, 14, 11, 8, 13, 10, 12, 15, 9, 11))
     train(short(model), store, tmp_path / "run")
     together = probe(tmp_path / "run", horizons=(33,))
-    monkeypatch.setattr(probing, "TOGETHER", 1)
+    monkeypatch.setattr(probe_episodes, "TOGETHER", 1)
     alone = probe(tmp_path / "run", horizons=(33,))
     for error in ("dynamics_error", "reward_error"):
         a, b = together[error]["33"], alone[error]["33"]
@@ -186,12 +187,8 @@ def test_padding_never_shows_in_an_error(
 
 def test_accumulate_stops_at_the_horizon_or_the_end() -> None:
     errors = np.array([[1.0, 2.0, 4.0, 8.0], [1.0, 1.0, 9.0, np.nan]])
-    mask = np.array([[True, True, True, True], [True, True, False, False]])
-    total, per_step = accumulate(errors, mask, 3)
-    assert total.tolist() == [7.0, 2.0]
-    assert per_step.tolist() == [7 / 3, 1.0]
-    assert mean_sem(np.array([1.0, 3.0])) == {"mean": 2.0, "sem": 1.0}
-    assert mean_sem(np.array([4.0])) == {"mean": 4.0, "sem": None}
+    total = accumulate(errors, np.array([4, 2]), [1, 3, 9])
+    assert total.tolist() == [[1, 7, 15], [1, 2, 2]]
 
 
 def test_shuffled_actions_stay_within_their_episode_and_leave_the_context() -> None:

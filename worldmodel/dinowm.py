@@ -10,8 +10,9 @@ row t.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation, Seen, Standardise
+from pvrpipe.worldmodel.predictions import Filtered, Imagined
 
 HISTORY = 3  # frames
 CONDITION = 10  # numbers that an action, and proprioception, become
@@ -87,6 +89,7 @@ class DinoWM(nn.Module):
     """
 
     rows_before: int = 0
+    divergence: ClassVar[str] = "mse"
 
     def __init__(self, size: str, observation: Observation, action: int, *, proprioception: int = 0) -> None:
         super().__init__()
@@ -147,14 +150,12 @@ class DinoWM(nn.Module):
         loss = torch.stack(list(terms.values())).sum()
         return loss, {"loss": loss, **terms}
 
-    def filter(
-        self, batch: Mapping[str, Tensor], random: torch.Generator
-    ) -> tuple[Callable[[int], Tensor], Tensor]:
+    def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
         """What is observed is the latent.
 
         Returns:
             The last frames up to row t and the actions between them (N, F), by t; standardised embeddings
-            (N, T, K, D).
+            (N, T, K, D), and their mean over the tokens as features.
         """
         del random
         frames, action = self._frames(batch), batch["action"]
@@ -163,13 +164,14 @@ class DinoWM(nn.Module):
             first = max(0, t + 1 - HISTORY)
             return torch.cat([frames[:, first : t + 1].flatten(1), action[:, first:t].flatten(1)], -1)
 
-        return state, frames[..., : self.features]
+        embeddings = frames[..., : self.features]
+        return Filtered(state, embeddings, embeddings.mean(-2))
 
-    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> Imagined:
         """Open loop from the frames up to a row along actions (N, T, A), each prediction seen as the next frame.
 
         Returns:
-            Embeddings (N, T, K, D) and expected reward (N, T) of the T rows after it.
+            Embeddings (N, T, K, D) and rewards of the T rows after it.
         """
         del random
         wide = self.tokens * (self.features + self.proprioception)
@@ -182,15 +184,21 @@ class DinoWM(nn.Module):
             first = max(0, end - HISTORY)
             shown = frames[:, -(end - first) :]
             predicted, summary = self._next(shown, taken[:, first:end])
-            rewards.append(self.two_hot.decode(self.reward(summary[:, -1])))
+            rewards.append(self.reward(summary[:, -1]))
             embeddings.append(predicted[:, -1, :, : self.features])
             frames = torch.cat([shown, predicted[:, -1:]], 1)
-        return torch.stack(embeddings, 1), torch.stack(rewards, 1)
+        latents, logits = torch.stack(embeddings, 1), torch.stack(rewards, 1)
+        return Imagined(latents, self.two_hot.decode(logits), latents.mean(-2), logits)
 
     @staticmethod
-    def divergence(predicted: Tensor, filtered: Tensor) -> Tensor:
+    def divergences(predicted: Tensor, filtered: Tensor) -> dict[str, Tensor]:
         """Mean squared error over a frame's tokens: (..., K, D) twice -> (...)."""
-        return F.mse_loss(predicted, filtered, reduction="none").mean((-2, -1))
+        return {"mse": (predicted - filtered).square().mean((-2, -1))}
+
+    @staticmethod
+    def average(latents: Tensor) -> Tensor:
+        """(N, K, D) -> (K, D)."""
+        return latents.mean(0)
 
     def _frames(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Tokens with proprioception behind each: (B, T, K, D + S), standardised."""

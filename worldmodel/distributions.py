@@ -83,6 +83,11 @@ class TwoHot(nn.Module):
         low, high = logp.gather(-1, torch.stack([lower, lower + 1], -1)).unbind(-1)
         return -((1 - weight) * low + weight * high)
 
+    def floor(self, value: Tensor) -> Tensor:
+        """The smallest cross-entropy there is, the entropy of the target in nats: (...) -> (...)."""
+        _, weight = self.split(value)
+        return torch.special.entr(weight) + torch.special.entr(1 - weight)
+
     def decode(self, logits: Tensor) -> Tensor:
         """The expected value: (..., n) -> (...).
 
@@ -122,25 +127,24 @@ def straight_through(logits: Tensor, uniform: Tensor, unimix: float = UNIMIX) ->
     return one_hot_sample(probs.detach(), uniform) + (probs - probs.detach())
 
 
-def categorical_kl(p_logits: Tensor, q_logits: Tensor, unimix: float = UNIMIX) -> Tensor:
-    """KL(p || q) in nats, both unimixed, summed over the categoricals.
+def kl_both_ways(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and KL(q || p) in nats, summed over the categoricals, not clipped by free nats.
 
     Args:
-        p_logits: (..., S, C).
-        q_logits: (..., S, C).
-        unimix: share of the uniform distribution in both.
+        p: probabilities (..., S, C), none of them 0.
+        q: the same.
 
     Returns:
-        (...); not clipped by free nats.
+        (...) each.
     """
-    p, q = unimix_probs(p_logits.float(), unimix), unimix_probs(q_logits.float(), unimix)
-    return (p * (p.log() - q.log())).sum((-2, -1))
+    ratio = p.log() - q.log()
+    return (p * ratio).sum((-2, -1)), -(q * ratio).sum((-2, -1))
 
 
 def balanced_kl(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """KL(posterior || prior) twice, (...) each: the first moves only the prior, the second the posterior.
 
-    Equals :func:`categorical_kl` with one side detached, at half the work.
+    Equals the first of :func:`kl_both_ways` with one side detached.
     """
     p, q = unimix_probs(posterior.float()), unimix_probs(prior.float())
     log_p, log_q = p.log(), q.log()

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, categorical_kl
+from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, kl_both_ways, unimix_probs
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.layers import MLP, initialise
 from pvrpipe.worldmodel.observations import decoder_for, encoder_for
+from pvrpipe.worldmodel.predictions import Filtered, Imagined
 from pvrpipe.worldmodel.ranks import averaged, own_part
 from pvrpipe.worldmodel.rssm import RSSM, Size
 
@@ -52,6 +53,7 @@ class DreamerV3(nn.Module):
     """
 
     columns: ClassVar[tuple[str, ...]] = ()  # beside observation, action, reward and the flags
+    divergence: ClassVar[str] = "kl_mean"
 
     def __init__(
         self,
@@ -109,9 +111,7 @@ class DreamerV3(nn.Module):
         loss = torch.stack([SCALES[name] * term for name, term in terms.items()]).sum()
         return loss, {"loss": loss, **terms, "kl": mean(dynamics)}
 
-    def filter(
-        self, batch: Mapping[str, Tensor], random: torch.Generator
-    ) -> tuple[Callable[[int], Tensor], Tensor]:
+    def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
         """What the model believes at each row of whole episodes, having seen the rows up to it.
 
         Args:
@@ -119,7 +119,7 @@ class DreamerV3(nn.Module):
             random: decides the samples.
 
         Returns:
-            Row t's state (N, d + S·C), to predict from, by t; posterior logits (N, T, S, C), to compare with.
+            States, which are features too, (N, T, d + S·C); posterior logits (N, T, S, C), to compare with.
         """
         tokens = self.encoder(self.seen(batch["observation"]))
         is_first = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -128,24 +128,42 @@ class DreamerV3(nn.Module):
             tokens, batch["action"], is_first, self._uniform(tokens, random)
         )
         states = torch.cat([deter, stoch.flatten(-2)], -1)
-        return lambda t: states[:, t], logits
+        return Filtered(lambda t: states[:, t], logits, states)
 
-    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> Imagined:
         """Open loop from one row's state (N, d + S·C) along actions (N, T, A).
 
         Returns:
-            Prior logits (N, T, S, C) and expected reward (N, T) of the T rows after it.
+            Prior logits (N, T, S, C), rewards and states (N, T, d + S·C) of the T rows after it.
         """
         deter, stoch = state.split([self.size.deter, self.rssm.width], -1)
         stoch = stoch.unflatten(-1, (self.size.categoricals, self.size.classes))
         deter, stoch, logits = self.rssm.imagine(deter, stoch, action, self._uniform(action, random))
         features = torch.cat([deter, stoch.flatten(-2)], -1)
-        return logits, self.two_hot.decode(self.reward(features))
+        reward = self.reward(features)
+        return Imagined(logits, self.two_hot.decode(reward), features, reward)
 
     @staticmethod
-    def divergence(predicted: Tensor, filtered: Tensor) -> Tensor:
-        """Mean of forward and backward KL in nats, unclipped: (..., S, C) twice -> (...)."""
-        return (categorical_kl(predicted, filtered) + categorical_kl(filtered, predicted)) / 2
+    def divergences(predicted: Tensor, filtered: Tensor) -> dict[str, Tensor]:
+        """Of logits (..., S, C) twice -> (...) each.
+
+        KL in nats, summed over the categoricals, unclipped: ``kl_forward`` of the posterior to the prior,
+        ``kl_backward`` of the prior to the posterior, ``kl_mean`` of the two. ``mse`` of the probabilities, averaged
+        over S and C.
+        """
+        p, q = unimix_probs(filtered.float()), unimix_probs(predicted.float())
+        forward, backward = kl_both_ways(p, q)
+        return {
+            "kl_mean": (forward + backward) / 2,
+            "kl_forward": forward,
+            "kl_backward": backward,
+            "mse": (p - q).square().mean((-2, -1)),
+        }
+
+    @staticmethod
+    def average(latents: Tensor) -> Tensor:
+        """Logits of the mean probabilities: (N, S, C) -> (S, C)."""
+        return torch.softmax(latents.float(), -1).mean(0).log()
 
     def _mean_over(self, is_first: Tensor) -> Callable[[Tensor], Tensor]:
         """The mean over the rows that are learned from."""

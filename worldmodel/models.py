@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel import dinowm, dreamerv3, tdmpc2
+from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation
+from pvrpipe.worldmodel.predictions import Filtered, Imagined
 
 SMALL = 2_000_000  # parameters
 SIZES = {"dreamerv3": tuple(dreamerv3.SIZES), "tdmpc2": tuple(tdmpc2.SIZES), "dinowm": tuple(dinowm.SIZES)}
@@ -37,16 +39,25 @@ class WorldModel(Protocol):
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, rows_before + T, ...) -> the loss and its terms."""
 
-    def filter(
-        self, batch: Mapping[str, Tensor], random: torch.Generator
-    ) -> tuple[Callable[[int], Tensor], Tensor]:
-        """Episodes (N, T, ...) -> row t's state (N, F), by t, and latents (N, T, ...), each from the rows up to it."""
+    def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
+        """Episodes (N, T, ...) -> state, latents and features of each row, from the rows up to it."""
 
-    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> Imagined:
         """A row's state (N, F) and the actions from there (N, T, A) -> latents and rewards of the next rows."""
 
-    def divergence(self, predicted: Tensor, filtered: Tensor) -> Tensor:
-        """How far predicted latents are from filtered ones: (N, T, ...) twice -> (N, T)."""
+    @property
+    def two_hot(self) -> TwoHot:
+        """The distribution of its rewards."""
+
+    @property
+    def divergence(self) -> str:
+        """The one of its divergences that the study plots."""
+
+    def divergences(self, predicted: Tensor, filtered: Tensor) -> dict[str, Tensor]:
+        """How far predicted latents are from filtered ones, by name: (N, T, ...) twice -> (N, T) each."""
+
+    def average(self, latents: Tensor) -> Tensor:
+        """The latent that says the same of every row: (N, ...) -> (...)."""
 
 
 @dataclass(frozen=True)

@@ -1,69 +1,48 @@
-"""How well a world model predicts held-out episodes, open loop (Schneider et al. 2024, section 4.4).
+"""How well a world model predicts held-out episodes (Schneider et al. 2024, section 4.4).
 
-The model filters the first ``context`` rows of an episode and then predicts along the episode's actions
-without seeing another observation.
+The model filters the first ``context`` rows of an episode and then predicts along the episode's actions without seeing
+another observation (``open_loop``), or one row ahead of every row (``one_step``). What it says of each row is measured
+in every way at once, and so are the controls:
 
-* Dynamics error: how far each predicted latent is from the one filtered from the true observations.
-  DreamerV3: mean of forward and backward KL between prior and posterior, in nats, no free nats.
-  TD-MPC2: mean squared error of the latent. DINO-WM: mean squared error of the standardised embedding.
-* Reward error: ``|r - r̂|``.
+* ``shuffled_actions``: the same model, the same chance, the same actions in another order of time.
+* ``no_change``: the latent of the last row seen held still, and the mean reward of the training rows.
+* ``mean``: the mean latent of the training rows.
+* ``filtered``: the state as it is read off the latent once the row was seen; what no prediction can beat.
 
-Both accumulated over the rows of a horizon, or up to the episode's end where that comes first, and per
-step. The study does not say whether its prior is rolled out or one step ahead, nor how latent dimensions
-are reduced; here it is rolled out, KL is summed over the categoricals and MSE averaged over the latent.
-
-Two controls stand beside each number. ``shuffled_actions``: the same model, the same chance, along the
-same actions in another order of time; a model that uses actions is worse there. ``no_change``: the latent
-of the last context row held still, and the mean reward of the training rows.
+The measures are in :mod:`pvrpipe.worldmodel.probe_reward`, :mod:`pvrpipe.worldmodel.probe_state`, each model's
+``divergences``, and with formulas, units and sources in ``docs/probes.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
+from pvrpipe.schemas.errors import InvalidValueError, RunError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.files import write_whole
-from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.batches import OBSERVED, chance, open_observations, tensors_of
-from pvrpipe.worldmodel.inputs import Observation
-from pvrpipe.worldmodel.models import WorldModel, suitable_threads
-from pvrpipe.worldmodel.training import load_model
-
-SPLITS = ("train", "val")
-TOGETHER = 32  # episodes predicted in one batch, fewer where
-BATCH_NUMBERS = 1 << 26  # the observations of a batch would be more numbers than this
-VARIANTS = ("model", "shuffled_actions", "no_change")
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors of N episodes at the rows after the context: (N, T) each, and which of them exist."""
-
-    dynamics: dict[str, Floats]
-    reward: dict[str, Floats]
-    mask: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Padded:
-    """Episodes side by side, padded with zeros to the longest: (N, T, ...), and their numbers of rows."""
-
-    batch: dict[str, Tensor]
-    rows: NDArray[np.int64]
+from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Judged, judge
+from pvrpipe.worldmodel.probe_reference import beliefs_of, networks_of, reference_of
+from pvrpipe.worldmodel.probe_reward import calibration, precision_recall
+from pvrpipe.worldmodel.probe_subject import subject_of
+from pvrpipe.worldmodel.probe_table import (
+    action_sensitivity,
+    entries,
+    groups,
+    headline,
+    horizons_of,
+    table_of,
+)
+from pvrpipe.worldmodel.statistics import pearson, spearman
 
 
 def probe(
@@ -72,198 +51,176 @@ def probe(
     *,
     horizons: Sequence[int] = (33, 500),
     context: int = 1,
-    split: str = "val",
+    split: str | Sequence[str] = "val",
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Probe a run and write ``metrics.json`` into its folder.
+    """Probe a run and write ``metrics.json`` and ``probe.parquet`` into its folder.
 
     Args:
         run: the run's folder.
         store: embeddings of the same encoder; the run's own if None.
         horizons: rows to accumulate over.
         context: rows seen before predicting.
-        split: which episodes.
+        split: which episodes; of several, the first is what the report is about and the others are groups.
         seed: decides the samples and the shuffled actions.
         device: where to compute.
         progress: told episodes done and to do.
 
     Returns:
-        ``run``, ``model``, ``size``, ``pvr``, ``store``, ``store_id``, ``split``, ``context``, ``seed``,
-        ``episodes``, and ``dynamics_error`` and ``reward_error``, each by horizon::
+        The report. ``dynamics_error`` (in the model's own divergence) and ``reward_error``, open loop, are by horizon::
 
             {"33": {"accumulated": {"mean": …, "sem": …}, "per_step": {"mean": …, "sem": …},
-                    "shuffled_actions": {"accumulated": {…}, "per_step": {…}},
-                    "no_change": {"accumulated": {…}, "per_step": {…}},
+                    "shuffled_actions": {"accumulated": {…}, "per_step": {…}}, "no_change": {…}, "mean": {…},
                     "steps": {"mean": …, "sem": …}, "complete": episodes that reach the horizon}}
 
-        Means and standard errors are over episodes; the standard error of one episode is None.
+        ``measures`` has the same of every prediction and measure, ``groups`` of some of the episodes. Means and
+        standard errors are over episodes; the standard error of one episode is None.
 
     Raises:
-        RunError: no run, or a store of another encoder; the message says which fields differ.
+        RunError: no run, a store of another encoder, or predictions that are not finite.
         InvalidValueError: no episode of the split is longer than the context.
     """
-    folder, device = Path(run), torch.device(device)
-    if context < 1 or not horizons or min(horizons) < 1:
-        raise InvalidValueError(
-            f"--horizon is {list(horizons)} behind a context of {context}; all must be at least 1"
-        )
-    if split not in SPLITS:
-        raise UnknownNameError.among("split", split, SPLITS)
-    model, record = load_model(folder, device)
-    held_out = open_observations(record.store if store is None else store)
-    _check_encoder(record, held_out)
-    of_split = held_out.episodes.filter(held_out.episodes["split"] == split)
-    numbers = of_split.filter(of_split["rows"] > context)["episode"].to_list()
-    if not numbers:
-        raise InvalidValueError(
-            f"{held_out.path} has no {split} episode longer than {context} rows; give another --split"
-        )
-    usual = training_reward(held_out)
-    parts = []
-    columns = (OBSERVED[held_out.manifest.kind], "action", "reward", *model.columns)
-    row = record.setting.observation.width * int(of_split["rows"].max())  # type: ignore[arg-type]
-    together = max(1, min(TOGETHER, BATCH_NUMBERS // row))
-    with suitable_threads(model, device):
-        for start in range(0, len(numbers), together):
-            batch = padded(
-                held_out, numbers[start : start + together], columns, record.setting.observation, device
-            )
-            parts.append(open_loop_errors(model, batch, context, usual, (seed, start)))
-            progress(min(start + together, len(numbers)), len(numbers), "episodes")
-    report = {
+    check_horizons(horizons, context)
+    folder = Path(run)
+    splits = tuple(dict.fromkeys((split,) if isinstance(split, str) else split))
+    with subject_of(folder, store, device) as subject:
+        model, record, reader, held_out = subject.model, subject.record, subject.reader, subject.store
+        wanted = {name: subject.episodes(name, context) for name in splits}
+        seen = beliefs_of(model, reader, subject.episodes("train"), seed)
+        reference, networks = reference_of(model, reader, seen), networks_of(model, reader, seen, seed)
+        tables, rewards = [], []
+        for name, numbers in wanted.items():
+            for chosen, episodes in reader.batches(numbers, seen.features.shape[1]):
+                judged = judge(model, episodes, context, reference, (seed, chosen[0]))
+                check_finite(folder, judged, chosen)
+                known = horizons_of(horizons, int(held_out.episodes["length"].max()) + 1 - context)  # type: ignore[arg-type]
+                tables.append(table_of(judged, held_out.episodes[chosen], known))
+                if name == splits[0]:
+                    rewards.append(judged)
+                progress(numbers.index(chosen[-1]) + 1, len(numbers), f"{name} episodes")
+    table = pl.concat(tables)
+    identity = {
         "run": str(folder),
         "model": record.config["model"],
         "size": record.config["size"],
         "pvr": record.pvr,
         "random_weights": record.random_weights,
-        "store": str(held_out.path),
+        "environment": held_out.manifest.rollouts.environment,
         "store_id": held_out.manifest.id,
-        "split": split,
+    }
+    report = {
+        **identity,
+        "run_state": record.state,
+        "store": str(held_out.path),
+        "split": splits[0],
         "context": context,
         "seed": seed,
-        "episodes": len(numbers),
-        "dynamics_error": {str(h): summary([p.dynamics for p in parts], parts, h) for h in horizons},
-        "reward_error": {str(h): summary([p.reward for p in parts], parts, h) for h in horizons},
+        "latent": list(reference.mean_latent.shape),
+        **report_of(table.filter(pl.col("split") == splits[0]), rewards, horizons, model.divergence),
+        "reward_threshold": reference.threshold,
+        "state_reader": None if reference.state is None else {"penalty": reference.state.penalty},
+        "networks": networks,
+        "groups": groups(table, horizons, model.divergence),
     }
-    write_whole(folder / runs.PROBE, (canonical_json(report) + "\n").encode())
+    about = {**identity, "run_seed": record.config["seed"]}
+    _write(folder, table.select(*(pl.lit(v).alias(k) for k, v in about.items()), pl.all()), report)
     return report
 
 
-@torch.no_grad()
-def open_loop_errors(
-    model: WorldModel, episodes: Padded, context: int, usual_reward: float, key: tuple[int, ...]
-) -> Errors:
-    """Errors of the model and of both controls at every row after the context.
-
-    Args:
-        model: any world model.
-        episodes: N of them.
-        context: rows seen before predicting, at least 1.
-        usual_reward: what predicting no change says of every reward.
-        key: seed of the samples and of the shuffled actions.
-    """
-    action, reward = episodes.batch["action"], episodes.batch["reward"][:, context:].cpu().double().numpy()
-    state, latents = model.filter(episodes.batch, chance(*key, 0))
-    begin, truth = state(context - 1), latents[:, context:]
-    shuffled = shuffled_actions(action, episodes.rows, context, np.random.default_rng((*key, 1)))
-    dynamics, rewards = {}, {}
-    for name, along in (("model", action), ("shuffled_actions", shuffled)):
-        predicted, expected = model.predict(begin, along[:, context - 1 : -1], chance(*key, 2))
-        dynamics[name] = model.divergence(predicted, truth).cpu().double().numpy()
-        rewards[name] = np.abs(expected.cpu().double().numpy() - reward)
-    held = latents[:, context - 1 : context].expand_as(truth)
-    dynamics["no_change"] = model.divergence(held, truth).cpu().double().numpy()
-    rewards["no_change"] = np.abs(usual_reward - reward)
-    mask = np.arange(context, action.shape[1]) < episodes.rows[:, None]
-    return Errors(dynamics, rewards, mask)
+def report_of(
+    table: pl.DataFrame, judged: Sequence[Judged], horizons: Sequence[int], divergence: str
+) -> dict[str, Any]:
+    """What is said of the episodes of a table, and of the rewards of their rows."""
+    measures = entries(table, horizons)
+    return {
+        "episodes": table["episode"].n_unique(),
+        "divergence": divergence,
+        **headline(measures, divergence),
+        "measures": measures,
+        "action_sensitivity": action_sensitivity(measures),
+        "returns": {str(h): returns_of(table, h) for h in horizons},
+        "reward_events": {
+            prediction: {str(h): events_of(table, prediction, h) for h in horizons}
+            for prediction in PREDICTIONS
+        },
+        "calibration": {
+            prediction: {str(h): calibrated(judged, prediction, h) for h in horizons}
+            for prediction in PREDICTIONS
+        },
+    }
 
 
-def accumulate(errors: Floats, mask: NDArray[np.bool_], horizon: int) -> tuple[Floats, Floats]:
-    """Sum and mean of each episode's errors over its first ``horizon`` rows that exist.
-
-    Args:
-        errors: (N, T).
-        mask: (N, T), True where the row exists; at least one in every episode.
-        horizon: rows at most.
-
-    Returns:
-        (N,) accumulated and (N,) per step.
-    """
-    kept = mask[:, :horizon]
-    total = np.where(kept, errors[:, :horizon], 0.0).sum(1)
-    return total, total / kept.sum(1)
-
-
-def mean_sem(values: Floats) -> dict[str, float | None]:
-    """Mean and standard error over episodes (N,)."""
-    sem = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "sem": None if sem is None else float(sem)}
+def returns_of(table: pl.DataFrame, horizon: int) -> dict[str, Any]:
+    """Imagined beside true returns of episodes over a horizon, open loop, and their correlations."""
+    imagined, true = (
+        _of(table, "open_loop", name, horizon)["accumulated"].to_numpy()
+        for name in ("reward_predicted", "reward_received")
+    )
+    return {
+        "imagined": float(imagined.mean()),
+        "true": float(true.mean()),
+        "absolute_error": float(np.abs(imagined - true).mean()),
+        "pearson": _plain(pearson(imagined, true)),
+        "spearman": _plain(spearman(imagined, true)),
+    }
 
 
-def summary(errors: list[dict[str, Floats]], parts: list[Errors], horizon: int) -> dict[str, Any]:
-    """One horizon's entry of the report, over all parts together."""
-    out: dict[str, Any] = {}
-    for variant in VARIANTS:
-        pairs = [accumulate(e[variant], p.mask, horizon) for e, p in zip(errors, parts, strict=True)]
-        total, per_step = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        numbers = {"accumulated": mean_sem(total), "per_step": mean_sem(per_step)}
-        out |= numbers if variant == "model" else {variant: numbers}
-    steps = np.concatenate([p.mask[:, :horizon].sum(1) for p in parts])
-    return {**out, "steps": mean_sem(steps.astype(np.float64)), "complete": int((steps == horizon).sum())}
+def events_of(table: pl.DataFrame, prediction: str, horizon: int) -> dict[str, float | None] | None:
+    """Precision and recall of reward events; None where rewards are not sparse."""
+    names = ("events_predicted", "events_received", "events_hit")
+    counts = [_of(table, prediction, name, horizon)["accumulated"] for name in names]
+    return precision_recall(*(float(count.sum()) for count in counts)) if len(counts[0]) else None
 
 
-def shuffled_actions(
-    action: Tensor, rows: NDArray[np.int64], context: int, random: np.random.Generator
-) -> Tensor:
-    """Each episode's actions from the last context row on, in another order of time: (N, T, A) -> same."""
-    order = np.tile(np.arange(action.shape[1]), (len(rows), 1))
-    for lane, count in enumerate(rows):
-        random.shuffle(order[lane, context - 1 : count - 1])  # nothing is done from the last row
-    lanes = torch.arange(len(rows)).unsqueeze(1)
-    return action[lanes, torch.from_numpy(order)]
+def calibrated(judged: Sequence[Judged], prediction: str, horizon: int) -> dict[str, Any]:
+    """Calibration of the rewards of all rows within a horizon."""
+    predicted, received = (
+        np.concatenate([part.within(horizon, (prediction, "model", name)) for part in judged])
+        for name in ("reward_predicted", "reward_received")
+    )
+    return calibration(predicted, received)
 
 
-def padded(
-    store: Store,
-    numbers: Sequence[int],
-    columns: Sequence[str],
-    observation: Observation,
-    device: torch.device,
-) -> Padded:
-    """Read whole episodes and lay them side by side."""
-    episodes = [store.read_episode(n, columns) for n in numbers]
-    rows = np.array([len(e["reward"]) for e in episodes])
-    arrays = {}
-    for name in columns:
-        first = episodes[0][name]
-        arrays[name] = np.zeros((len(episodes), rows.max(), *first.shape[1:]), first.dtype)
-        for lane, episode in enumerate(episodes):
-            arrays[name][lane, : rows[lane]] = episode[name]
-    return Padded(tensors_of(arrays, device, observation), rows)
+def _of(table: pl.DataFrame, prediction: str, measure: str, horizon: int) -> pl.DataFrame:
+    return table.filter(
+        (pl.col("prediction") == prediction)
+        & (pl.col("control") == "model")
+        & (pl.col("measure") == measure)
+        & (pl.col("horizon") == horizon)
+    )
 
 
-def training_reward(store: Store) -> float:
-    """Mean reward of a transition in the training episodes, from the episode table alone."""
-    train = store.episodes.filter(store.episodes["split"] == "train")
-    returns, lengths = train["episode_return"].to_numpy(), train["length"].to_numpy()
-    return float(returns.sum() / max(1, lengths.sum()))
+def _plain(estimate: Any) -> dict[str, Any]:
+    """As JSON has it: no number that is none."""
+    return {name: None if value != value else value for name, value in asdict(estimate).items()}
 
 
-def _check_encoder(record: runs.RunRecord, store: Store) -> None:
-    """Refuse observations that are not comparable with those the run was trained on."""
-    specification = store.manifest.specification
-    own = specification.encoder if isinstance(specification, EmbeddingSpecification) else None
-    if (record.encoder is None) != (own is None):
-        learned = "frames" if record.encoder is None else f"embeddings of {record.pvr}"
-        raise RunError(
-            f"the run was trained on {learned}, which {store.path} does not hold; give a store that does"
+def check_horizons(horizons: Sequence[int], context: int) -> None:
+    """Refuse horizons and contexts without a row."""
+    if context < 1 or not horizons or min(horizons) < 1:
+        raise InvalidValueError(
+            f"--horizon is {list(horizons)} behind a context of {context}; all must be at least 1"
         )
-    if record.encoder is None or own is None:
-        return
-    if differ := differences(record.encoder.model_dump(), own.model_dump(), "there"):
-        raise RunError(
-            f"the run was trained on another encoder than that of {store.path} ({differ}); "
-            "give a store that was embedded as the run's own was"
-        )
+
+
+def check_finite(folder: Path, judged: Judged, numbers: Sequence[int]) -> None:
+    """Raise RunError, naming run and episode, unless all that was measured is a number."""
+    for (prediction, control, measure), values in judged.values.items():
+        exists = np.arange(values.shape[1]) < judged.steps[:, None]
+        wrong = (exists & ~np.isfinite(values)).any(1)
+        if wrong.any():
+            raise RunError(
+                f"{folder}: {measure} of {control}, {prediction}, is not finite in episode "
+                f"{numbers[int(wrong.argmax())]}; "
+                "the model has diverged: train it again with a smaller --learning-rate and --overwrite"
+            )
+
+
+def _write(folder: Path, table: pl.DataFrame, report: dict[str, Any]) -> None:
+    """The table first: a report without it would be numbers from nowhere."""
+    data = BytesIO()
+    table.write_parquet(data)
+    write_whole(folder / runs.PROBE_TABLE, data.getvalue())
+    write_whole(folder / runs.PROBE, (canonical_json(report) + "\n").encode())

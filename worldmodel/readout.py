@@ -1,8 +1,9 @@
 """What an embedding contains: reward and state read off it by small networks, without any world model.
 
 The floor under every reward error: a model cannot read from a latent what the embedding does not hold. Each row's
-reward (received on arriving there) and state are predicted from that row's embedding alone, by ridge regression and by
-an MLP, fitted on the ``train`` episodes and judged on the held-out ones. Tokens are averaged first.
+reward (received on arriving there) and state are predicted from that row's embedding alone, by ridge regression, by an
+MLP and by the five nearest training rows, all on standardised embeddings of the ``train`` episodes, and judged on the
+held-out ones. Tokens are averaged first.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel.neighbours import neighbours_say
 
 TARGETS = ("reward", "state")
-READERS = ("linear", "mlp")
+READERS = ("linear", "mlp", "neighbours")
 WIDEST = 8192  # numbers; the normal equations are that many squared
 RIDGE = 1e-4  # times the rows, on standardised numbers
+BANK = 32768  # training rows, evenly spread, among which neighbours are looked for
 UNITS, BATCH, RATE, DECAY = 256, 512, 1e-3, 1e-4
 STILL = 1e-8  # variance of a number of the state that never changes, which cannot be explained
 Floats = NDArray[np.float64]
@@ -63,6 +66,7 @@ def read_out(
     train, val = (_rows_of(store, split) for split in ("train", "val"))
     mean, scale = train.embedding.mean(0), np.maximum(train.embedding.std(0), 1e-4)
     seen, held_out = ((rows.embedding - mean) / scale for rows in (train, val))
+    bank = np.linspace(0, len(seen) - 1, min(len(seen), BANK)).round().astype(int)
     report: dict[str, Any] = {
         "store": str(store.path),
         "store_id": store.manifest.id,
@@ -73,19 +77,28 @@ def read_out(
     for number, (name, wanted) in enumerate(train.targets.items()):
         centre = wanted.mean(0)
         predictions = {
-            "linear": ridge(seen, wanted - centre, held_out) + centre,
+            "linear": held_out @ ridge_weights(seen, wanted - centre) + centre,
             "mlp": _mlp(seen, wanted, held_out, updates, (seed, number), progress),
+            "neighbours": neighbours_say(held_out, seen[bank], wanted[bank]),
             "mean": np.broadcast_to(centre, val.targets[name].shape),
         }
         report[name] = {reader: judged(p, val.targets[name], centre) for reader, p in predictions.items()}
     return report
 
 
-def ridge(x: Floats, y: Floats, at: Floats) -> Floats:
-    """Ridge regression of y (N, n), centred, on x (N, D), standardised; its predictions at (M, D)."""
-    normal = x.T @ x
-    normal[np.diag_indices_from(normal)] += RIDGE * len(x)
-    return at @ np.linalg.solve(normal, x.T @ y)
+def ridge_weights(x: Floats, y: Floats, penalty: float = RIDGE) -> Floats:
+    """Ridge regression of y (N, n), centred, on x (N, D), standardised, by its smaller normal equations: (D, n).
+
+    Args:
+        x: features.
+        y: targets.
+        penalty: on the squared weights, times N.
+    """
+    wide = x.shape[1] > len(x)
+    normal = x @ x.T if wide else x.T @ x
+    normal[np.diag_indices_from(normal)] += penalty * len(x)
+    solved = np.linalg.solve(normal, y if wide else x.T @ y).astype(np.float64, copy=False)
+    return x.T @ solved if wide else solved
 
 
 def judged(predicted: Floats, true: Floats, centre: Floats) -> dict[str, float]:

@@ -7,6 +7,8 @@
     ├── checkpoint.safetensors   parameters and optimizer state
     ├── metrics.jsonl            training and validation losses by update
     ├── metrics.json             what `pvrpipe probe` found
+    ├── probe.parquet            the same, episode by episode
+    ├── pairs-….json, .parquet   what it found on a replay of the store
     └── tensorboard/
 """
 
@@ -42,7 +44,8 @@ from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.models import Setting
 
-RECORD, METRICS, PROBE, TENSORBOARD = RUN, "metrics.jsonl", "metrics.json", "tensorboard"
+RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
+PROBE, PROBE_TABLE, PAIRS = "metrics.json", "probe.parquet", "pairs-"
 
 
 class RunFile(Frozen):
@@ -171,7 +174,8 @@ def remove(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-    for name in (CHECKPOINT, METRICS, PROBE, RECORD):
+    names = (CHECKPOINT, METRICS, PROBE, PROBE_TABLE, *(p.name for p in folder.glob(f"{PAIRS}*")), RECORD)
+    for name in names:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ Reward is predicted from (z[t], a[t]) and compared with reward[t + 1], which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.observations import AttentionPool
+from pvrpipe.worldmodel.predictions import Filtered, Imagined
 from pvrpipe.worldmodel.ranks import own_part
 from pvrpipe.worldmodel.tdmpc2_values import (
     ENTROPY,
@@ -168,6 +169,7 @@ class TDMPC2(nn.Module):
 
     discount: Tensor
     columns: ClassVar[tuple[str, ...]] = ()  # beside observation, action, reward and the flags
+    divergence: ClassVar[str] = "mse"
     rows_before: ClassVar[int] = STACK - 1  # rows a window needs besides those it trains on
 
     def __init__(
@@ -319,15 +321,13 @@ class TDMPC2(nn.Module):
             terminal[lanes, after],
         )
 
-    def filter(
-        self, batch: Mapping[str, Tensor], random: torch.Generator
-    ) -> tuple[Callable[[int], Tensor], Tensor]:
-        """Row t's encoded latent (N, n), by t, and those of all rows of whole episodes (N, T, n)."""
+    def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
+        """The encoded latents (N, T, n) of whole episodes, which are states and features too."""
         del random
         z = self._encode(stacked(self.pool(self.seen(batch["observation"]))))
-        return lambda t: z[:, t], z
+        return Filtered(lambda t: z[:, t], z, z)
 
-    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> Imagined:
         """Open loop from one row's latent (N, n) along actions (N, T, A).
 
         Returns:
@@ -339,7 +339,8 @@ class TDMPC2(nn.Module):
             latents.append(self.dynamics(torch.cat([latents[-1], action[:, t]], -1)))
         before = torch.stack(latents[:-1], 1)
         logits = self.reward(torch.cat([before, action], -1))
-        return torch.stack(latents[1:], 1), self.two_hot.decode(logits)
+        following = torch.stack(latents[1:], 1)
+        return Imagined(following, self.two_hot.decode(logits), following, logits)
 
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
@@ -348,9 +349,14 @@ class TDMPC2(nn.Module):
         return torch.tanh(self.policy(z).chunk(2, -1)[0])
 
     @staticmethod
-    def divergence(predicted: Tensor, filtered: Tensor) -> Tensor:
+    def divergences(predicted: Tensor, filtered: Tensor) -> dict[str, Tensor]:
         """Mean squared error over the latent: (..., n) twice -> (...). At most 2 / 8."""
-        return F.mse_loss(predicted, filtered, reduction="none").mean(-1)
+        return {"mse": (predicted - filtered).square().mean(-1)}
+
+    @staticmethod
+    def average(latents: Tensor) -> Tensor:
+        """(N, n) -> (n,)."""
+        return latents.mean(0)
 
 
 def on_device(random: torch.Generator, device: torch.device) -> torch.Generator:
