@@ -1,0 +1,396 @@
+"""What a probe measures, against the formulas in NumPy and float64, and against truths that are planted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import nn
+
+from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
+from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel import probe_episodes, runs
+from pvrpipe.worldmodel.batches import chance
+from pvrpipe.worldmodel.distributions import TwoHot
+from pvrpipe.worldmodel.neighbours import nearest, neighbours_say
+from pvrpipe.worldmodel.predictions import Imagined, one_step
+from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.probe_dynamics import Judged
+from pvrpipe.worldmodel.probe_episodes import shuffled_actions
+from pvrpipe.worldmodel.probe_networks import dormant_units, effective_rank, watched
+from pvrpipe.worldmodel.probe_reward import calibration, event_threshold, precision_recall
+from pvrpipe.worldmodel.probe_state import PENALTIES, fit_state_reader
+from pvrpipe.worldmodel.probe_subject import Subject, subject_of
+from pvrpipe.worldmodel.probe_table import accumulate, groups, horizons_of, table_of
+from pvrpipe.worldmodel.training import TrainConfig, train
+
+from .planted import write_planted
+
+LENGTHS = (14, 19, 17, 12, 18) * 4
+WIDTH, CONTEXT, HORIZONS, SEED = 5, 2, (4, 9, 40), 3
+CONFIGS = {
+    "dreamerv3": TrainConfig("dreamerv3", "1m", 20, 8, 8, learning_rate=3e-3, warmup=5),
+    "tdmpc2": TrainConfig("tdmpc2", "1m", 20, 16, 4, learning_rate=2e-3),
+    "dinowm": TrainConfig("dinowm", "1m", 20, 16, 6, learning_rate=1e-3),
+}
+MODELS = tuple(CONFIGS)
+
+
+def noisy_episode(number: int, length: int) -> dict[str, np.ndarray]:
+    """Embeddings that drift by the action, sparse rewards, a state with a number that never changes."""
+    random = np.random.default_rng(number)
+    action = random.uniform(-1, 1, (length + 1, 2)).astype(np.float32)
+    moved = np.concatenate([np.zeros((1, 2)), action[:-1]]).cumsum(0)
+    embedding = np.concatenate([moved, random.normal(size=(length + 1, WIDTH - 2))], 1)
+    return {
+        "embedding": embedding.astype(np.float32),
+        "action": action,
+        "reward": (random.uniform(size=length + 1) < 0.25).astype(np.float32),
+        "state": np.concatenate([moved, np.full((length + 1, 1), 3.0)], 1).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, and a run of each model on it."""
+    folder = tmp_path_factory.mktemp("probe")
+    write_planted(folder / "store", [noisy_episode(i, length) for i, length in enumerate(LENGTHS)])
+    for name, config in CONFIGS.items():
+        train(config, folder / "store", folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probed(home: Path) -> dict[str, tuple[dict[str, Any], pl.DataFrame]]:
+    """Report and table of each run."""
+    found = {}
+    for name in MODELS:
+        report = probe(home / name, horizons=HORIZONS, context=CONTEXT, split=("val", "train"), seed=SEED)
+        found[name] = report, pl.read_parquet(home / name / runs.PROBE_TABLE)
+    return found
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def divergences(model: str, predicted: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """By the formulas."""
+    if model != "dreamerv3":
+        axes = tuple(range(2, predicted.ndim))
+        return {"dynamics_mse": ((predicted - true) ** 2).mean(axes)}
+    q, p = (0.99 * softmax(x) + 0.01 / x.shape[-1] for x in (predicted, true))
+    forward, backward = (p * np.log(p / q)).sum((-2, -1)), (q * np.log(q / p)).sum((-2, -1))
+    return {
+        "dynamics_kl_forward": forward,
+        "dynamics_kl_backward": backward,
+        "dynamics_kl_mean": (forward + backward) / 2,
+        "dynamics_mse": ((p - q) ** 2).mean((-2, -1)),
+    }
+
+
+def two_hot(reward: np.ndarray, two_hot: TwoHot) -> np.ndarray:
+    """Targets by interpolation between bins."""
+    bins = two_hot.bins.double().numpy()
+    value = np.sign(reward) * np.log1p(np.abs(reward)) if two_hot.squash else reward
+    target = np.zeros((*reward.shape, len(bins)))
+    for at in np.ndindex(reward.shape):
+        upper = int(np.searchsorted(bins, value[at], side="right"))
+        share = (value[at] - bins[upper - 1]) / (bins[upper] - bins[upper - 1])
+        target[at][upper - 1], target[at][upper] = 1 - share, share
+    return target
+
+
+def rewards(model: Any, said: Imagined, received: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+    """By the formulas; that a distribution's mean is right is tested beside the distributions."""
+    predicted = said.reward.double().numpy()
+    target, logp = two_hot(received, model.two_hot), np.log(softmax(said.reward_logits.double().numpy()))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(target > 0, target * np.log(target), 0).sum(-1)
+    return {
+        "reward_error": np.abs(predicted - received),
+        "reward_excess_nats": -(target * logp).sum(-1) - entropy,
+        "reward_predicted": predicted,
+        "reward_received": received,
+        "events_predicted": predicted > threshold,
+        "events_received": received > threshold,
+        "events_hit": (predicted > threshold) & (received > threshold),
+    }
+
+
+@pytest.fixture(params=MODELS)
+def subject(request: pytest.FixtureRequest, home: Path) -> Iterator[tuple[str, Subject]]:
+    with subject_of(home / request.param) as opened:
+        yield request.param, opened
+
+
+@torch.no_grad()
+def test_every_measure_is_its_formula_in_float64(subject: Any, probed: Any) -> None:
+    name, opened = subject
+    model, numbers = opened.model, opened.episodes("val", CONTEXT)
+    report, table = probed[name]
+    ((_, episodes),) = opened.reader.batches(numbers)
+    key, batch = (SEED, numbers[0]), episodes.batch
+    filtered = model.filter(batch, chance(*key, 0))
+    shuffled = shuffled_actions(batch["action"], episodes.rows, CONTEXT, np.random.default_rng((*key, 1)))
+    received = batch["reward"][:, CONTEXT:].double().numpy()
+    true = filtered.latents[:, CONTEXT:].double().numpy()
+    for control, action in (("model", batch["action"]), ("shuffled_actions", shuffled)):
+        begin = filtered.state(CONTEXT - 1)
+        for prediction, said in (
+            ("open_loop", model.predict(begin, action[:, CONTEXT - 1 : -1], chance(*key, 2))),
+            ("one_step", one_step(model, filtered, action, CONTEXT, chance(*key, 2))),
+        ):
+            expected = {
+                **divergences(name, said.latents.double().numpy(), true),
+                **rewards(model, said, received, report["reward_threshold"]),
+            }
+            rows = table.filter(split="val", prediction=prediction, control=control)
+            assert set(rows["measure"]) == {*expected, "state_error"}
+            for measure, values in expected.items():
+                check_totals(rows.filter(measure=measure), values, episodes.rows - CONTEXT)
+    held = np.broadcast_to(filtered.latents[:, CONTEXT - 1 : CONTEXT].double().numpy(), true.shape)
+    before = filtered.latents[:, CONTEXT - 1 : -1].double().numpy()
+    for prediction, latents in (("open_loop", held), ("one_step", before)):
+        rows = table.filter(split="val", prediction=prediction, control="no_change")
+        for measure, values in divergences(name, latents, true).items():
+            check_totals(rows.filter(measure=measure), values, episodes.rows - CONTEXT)
+
+
+def check_totals(rows: pl.DataFrame, values: np.ndarray, steps: np.ndarray) -> None:
+    """Sums over the first rows of each episode, one by one."""
+    for horizon in HORIZONS:
+        found = rows.filter(horizon=horizon).sort("episode")
+        totals = [row[: min(horizon, n)].sum() for row, n in zip(values, steps, strict=True)]
+        np.testing.assert_allclose(found["accumulated"], totals, rtol=1e-4, atol=1e-5)
+        assert found["steps"].to_list() == np.minimum(steps, horizon).tolist()
+        np.testing.assert_allclose(found["per_step"], found["accumulated"] / found["steps"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_number_of_the_report_comes_from_the_table(model: str, probed: Any, home: Path) -> None:
+    report, table = probed[model]
+    assert json.loads((home / model / runs.PROBE).read_text()) == report
+    own = table.filter(split="val")
+    assert report["episodes"] == own["episode"].n_unique()
+    for prediction, measures in report["measures"].items():
+        for measure, by_horizon in measures.items():
+            for horizon, entry in by_horizon.items():
+                chosen = own.filter(prediction=prediction, measure=measure, horizon=int(horizon))
+                for control in set(chosen["control"]):
+                    numbers = entry if control == "model" else entry[control]
+                    values = chosen.filter(control=control)["accumulated"].to_numpy()
+                    assert numbers["accumulated"]["mean"] == pytest.approx(values.mean())
+                    sem = values.std(ddof=1) / np.sqrt(len(values))
+                    assert numbers["accumulated"]["sem"] == pytest.approx(sem, abs=1e-12)
+    assert report["dynamics_error"] == report["measures"]["open_loop"][f"dynamics_{report['divergence']}"]
+    returns = report["returns"]["40"]
+    open_loop = own.filter(prediction="open_loop", control="model", horizon=40)
+    imagined, true = (
+        open_loop.filter(measure=f"reward_{name}")["accumulated"].to_numpy()
+        for name in ("predicted", "received")
+    )
+    assert returns["pearson"]["value"] == pytest.approx(np.corrcoef(imagined, true)[0, 1])
+    train_group = next(group for group in report["groups"] if group["value"] == "train")
+    errors = table.filter(
+        split="train", prediction="open_loop", control="model", measure="reward_error", horizon=4
+    )
+    assert train_group["episodes"] == len(errors)
+    assert train_group["reward_error"]["4"]["per_step"]["mean"] == pytest.approx(errors["per_step"].mean())
+
+
+def test_probing_again_writes_the_same_bytes_whatever_the_batches(
+    home: Path, probed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {"horizons": HORIZONS, "context": CONTEXT, "split": ("val", "train"), "seed": SEED}
+    files = [home / "dreamerv3" / name for name in (runs.PROBE, runs.PROBE_TABLE)]
+    before = [file.read_bytes() for file in files]
+    probe(home / "dreamerv3", **again)
+    assert [file.read_bytes() for file in files] == before
+    monkeypatch.setattr(probe_episodes, "TOGETHER", 3)
+    report, _ = probed["tdmpc2"]
+    split = probe(home / "tdmpc2", **again)
+    for error in ("dynamics_error", "reward_error", "state_error"):
+        for horizon, entry in report[error].items():
+            assert split[error][horizon]["per_step"]["mean"] == pytest.approx(
+                entry["per_step"]["mean"], rel=1e-4
+            )
+
+
+def test_accumulate_and_horizons() -> None:
+    values = np.array([[1.0, 2.0, 4.0], [5.0, np.nan, np.nan]])
+    assert accumulate(values, np.array([3, 1]), (1, 2, 9)).tolist() == [[1, 3, 7], [5, 5, 5]]
+    assert horizons_of((33, 500), 100) == [1, 2, 4, 8, 16, 32, 33, 64, 500]
+
+
+def test_groups_cut_a_factor_into_strata_that_hold_every_episode_once() -> None:
+    episodes = pl.DataFrame(
+        {
+            "episode": range(9),
+            "split": "val",
+            "distribution": ["id"] * 6 + ["ood"] * 3,
+            "variation": [f"camera={i % 3 / 10}" for i in range(9)],
+            "policy": "random",
+            "episode_return": 0.0,
+            "factor_camera": np.arange(9.0) * np.array([1, -1] * 4 + [1]),
+            "factor_still": 0.0,
+        }
+    )
+    names = ("dynamics_mse", "reward_error")
+    values = {("open_loop", "model", name): np.arange(9.0)[:, None] for name in names}
+    found = groups(table_of(Judged(values, np.ones(9, int)), episodes, [1]), [1], "mse")
+    by = {name: [g for g in found if g["by"] == name] for name in {g["by"] for g in found}}
+    assert set(by) == {"split", "distribution", "variation", "factor_camera"}
+    assert [g["episodes"] for g in by["factor_camera"]] == [3, 3, 3]
+    means = [g["reward_error"]["1"]["per_step"]["mean"] for g in by["factor_camera"]]
+    assert means == [1.0, 4.0, 7.0]
+    assert [(g["value"], g["episodes"]) for g in by["distribution"]] == [("id", 6), ("ood", 3)]
+
+
+def test_the_floor_of_a_two_hot_target_is_its_entropy() -> None:
+    """Values of worldmodels.md, section 5.2, computed from the published bins."""
+    for hot, known in (
+        (TwoHot.dreamerv3(), {0.1: 0.678, 0.5: 0.687, 1.0: 0.665, 0.0: 0.0}),
+        (TwoHot.tdmpc2(), {0.1: 0.692, 0.5: 0.125, 1.0: 0.691}),
+    ):
+        rewards_ = torch.tensor(list(known), dtype=torch.float32)
+        assert hot.floor(rewards_).tolist() == pytest.approx(list(known.values()), abs=1e-3)
+        best = hot.encode(rewards_).clamp_min(1e-30).log()
+        assert hot.loss(best, rewards_).tolist() == pytest.approx(hot.floor(rewards_).tolist(), abs=1e-5)
+
+
+def test_events_are_rewards_halfway_from_the_usual_one() -> None:
+    assert event_threshold(np.array([0.0] * 8 + [1.0, 1.0])) == 0.5
+    assert event_threshold(np.array([1.0] * 8 + [0.0])) == 0.5  # of an expert that is nearly always rewarded
+    assert event_threshold(np.array([0.0] * 8 + [-4.0])) == -2.0
+    assert event_threshold(np.linspace(0, 1, 10)) is None
+    assert event_threshold(np.zeros(10)) is None
+    assert precision_recall(4, 8, 2) == {"precision": 0.5, "recall": 0.25, "predicted": 4, "received": 8}
+    assert precision_recall(0, 3, 0)["precision"] is None
+
+
+def test_calibration_is_zero_where_predictions_are_means_and_the_bias_where_not() -> None:
+    random = np.random.default_rng(0)
+    predicted = random.uniform(size=20_000)
+    received = (random.uniform(size=20_000) < predicted).astype(float)
+    assert calibration(predicted, received)["expected_calibration_error"] < 0.02
+    biased = calibration(predicted + 0.3, received)
+    assert biased["expected_calibration_error"] == pytest.approx(0.3, abs=0.02)
+    assert sum(entry["rows"] for entry in biased["bins"]) == 20_000
+    assert calibration(np.array([1.0]), np.array([3.0]))["expected_calibration_error"] == 2.0
+
+
+def test_a_state_that_lies_in_the_features_is_read_exactly_and_one_that_does_not_costs_its_variance() -> None:
+    random = np.random.default_rng(1)
+    features = random.normal(2, 3, size=(600, 6))
+    state = np.stack([features @ random.normal(size=6), random.normal(size=600), np.full(600, 7.0)], 1)
+    episode = np.repeat(np.arange(30), 20)
+    reader = fit_state_reader(features[:500], state[:500], episode[:500], torch.device("cpu"))
+    assert reader is not None
+    assert reader.penalty in PENALTIES
+    held = torch.from_numpy(features[500:]).float(), torch.from_numpy(state[500:]).float()
+    apart = (reader(held[0]) - held[1][:, reader.moving]).square().mean(0) / reader.spread
+    assert apart[0] < 1e-3
+    assert apart[1] == pytest.approx(1, abs=0.3)
+    assert reader.error(*held).mean() == pytest.approx(float(apart.mean()), rel=1e-5)
+    x = (features[:500] - features[:500].mean(0)) / features[:500].std(0)
+    centred = state[:500, :2] - state[:500, :2].mean(0)
+    augmented = np.concatenate([x, np.sqrt(reader.penalty * 500) * np.eye(6)])
+    weights = np.linalg.lstsq(augmented, np.concatenate([centred, np.zeros((6, 2))]), rcond=None)[0]
+    ours = reader.weight.numpy() * features[:500].std(0)[:, None]
+    np.testing.assert_allclose(ours, weights, rtol=1e-4, atol=1e-5)
+    assert fit_state_reader(features, np.ones((600, 2)), episode, torch.device("cpu")) is None
+
+
+def test_effective_rank_counts_directions() -> None:
+    random = np.random.default_rng(2)
+    assert effective_rank(np.full((50, 4), 3.0)) == 0.0
+    line = np.outer(random.normal(size=200), random.normal(size=8))
+    assert effective_rank(line + 5) == pytest.approx(1, abs=1e-4)
+    cloud = random.normal(size=(300, 5)) @ random.normal(size=(5, 12))
+    values = np.linalg.svd(cloud - cloud.mean(0), compute_uv=False)
+    shares = values[values > 1e-9] / values.sum()
+    assert effective_rank(cloud) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    assert effective_rank(cloud[:9]) == pytest.approx(
+        effective_rank(cloud[:9] @ np.eye(12)[:, ::-1]), rel=1e-6
+    )
+
+
+def test_units_that_never_fire_are_dormant() -> None:
+    assert dormant_units(np.array([1.0, 1.0, 0.0, 0.04])) == 1
+    assert dormant_units(np.array([1.0, 1.0, 0.0, 0.01])) == 2
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        network[0].weight[:2] = 0
+        network[0].bias[:2] = -1
+    with watched(network) as activity:
+        for part in torch.randn(100, 3).split(30):
+            network(part)
+    report = activity.report()
+    assert report["layers"]["1"] == 2 / 8
+    assert report["units"] == 12
+    assert report["ratio"] >= 2 / 12
+    assert not network[1]._forward_hooks
+
+
+def test_nearest_rows_are_those_of_all_distances_and_never_of_the_own_episode() -> None:
+    random = np.random.default_rng(4)
+    queries, bank = random.normal(100, 1, size=(40, 6)), random.normal(100, 1, size=(70, 6))
+    indices, distances = nearest(queries, bank, 3)
+    apart = np.linalg.norm(queries[:, None] - bank, axis=-1)
+    assert (indices == np.argsort(apart, 1)[:, :3]).all()
+    np.testing.assert_allclose(distances, np.sort(apart, 1)[:, :3], rtol=1e-3)
+    episode = np.arange(70) // 10
+    indices, distances = nearest(bank, bank, 60, of_query=episode, of_bank=episode)
+    assert np.isfinite(distances).all()
+    assert (episode[indices] != episode[:, None]).all()
+    assert np.isinf(nearest(bank, bank, 61, of_query=episode, of_bank=episode)[1][:, -1]).all()
+    assert neighbours_say(bank, bank, np.arange(70.0), 1).tolist() == list(range(70))
+
+
+def test_what_cannot_be_probed_is_one_line_that_names_the_next_step(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="longer than 30 rows; give another --split or --context"):
+        probe(home / "tdmpc2", context=30)
+    with pytest.raises(UnknownNameError, match="unknown split 'test'"):
+        probe(home / "tdmpc2", split="test")
+    with pytest.raises(InvalidValueError, match="--horizon"):
+        probe(home / "tdmpc2", horizons=())
+    with pytest.raises(RunError, match="pvrpipe train-model"):
+        probe(tmp_path)
+
+
+def test_a_model_that_diverged_is_named_and_not_averaged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pvrpipe.worldmodel.tdmpc2 import TDMPC2
+
+    right = TDMPC2.predict
+
+    def broken(self: TDMPC2, *arguments: Any) -> Any:
+        said = right(self, *arguments)
+        return said._replace(latents=said.latents / 0)
+
+    before = (home / "tdmpc2" / runs.PROBE).read_bytes()
+    monkeypatch.setattr(TDMPC2, "predict", broken)
+    with pytest.raises(
+        RunError, match=r"dynamics_mse .* is not finite in episode \d+; the model has diverged"
+    ):
+        probe(home / "tdmpc2")
+    assert (home / "tdmpc2" / runs.PROBE).read_bytes() == before
+
+
+def test_a_store_without_state_has_no_state_error(tmp_path: Path) -> None:
+    episodes = [noisy_episode(i, 12) for i in range(12)]
+    for episode in episodes:
+        del episode["state"]
+    store = write_planted(tmp_path / "store", episodes)
+    train(CONFIGS["tdmpc2"], store, tmp_path / "run")
+    report = probe(tmp_path / "run", horizons=(5,))
+    assert report["state_error"] is None
+    assert "state_error" not in report["measures"]["one_step"]
+    assert Store.open(store).manifest.id == report["store_id"]
