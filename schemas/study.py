@@ -176,4 +176,6 @@ def _mistake(error: dict[str, Any]) -> str:
 
 
 def _told(value: Any) -> str:
-    return " ".join(str(part) for part in value if part is not None) if isinstance(value, tuple) else str(value)
+    return (
+        " ".join(str(part) for part in value if part is not None) if isinstance(value, tuple) else str(value)
+    )

@@ -23,7 +23,6 @@ from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import updates_done
 from pvrpipe.worldmodel.training import TrainConfig, train
 
-
 State = Literal["finished", "failed", "diverged"]
 
 
@@ -153,7 +152,9 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
         "splits": sorted(group["value"] for group in found["groups"] if group["by"] == "split"),
     }
     same = all(found[name] == value for name, value in asked.items())
-    return {name: value for name, value in found.items() if name not in ("horizons", "splits")} if same else None
+    return (
+        {name: value for name, value in found.items() if name not in ("horizons", "splits")} if same else None
+    )
 
 
 def _id_of(store: str) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvrpipe.schemas.errors import DivergedError, InvalidValueError, RunError
+from pvrpipe.schemas.errors import DivergedError, InvalidValueError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
