@@ -24,7 +24,8 @@ app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
 app.command()(sweeps.sweep)
 app.command()(models.probe)
-app.command()(studies.study)
+for command in (studies.study, studies.report, studies.compare):
+    app.command()(command)
 app.command()(models.runs)
 app.command()(embeddings.pretrain)
 for command in (

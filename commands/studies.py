@@ -19,9 +19,10 @@ from pvrpipe.commands.options import (
     Root,
     Workers,
     pick_device,
+    took,
 )
 from pvrpipe.commands.terminal import note, tell
-from pvrpipe.schemas.errors import NotAStudyError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
 
 if TYPE_CHECKING:
     from pvrpipe.commands.study_plan import Plan
@@ -144,3 +145,90 @@ def estimated(plan: Plan, json_: bool) -> None:
     }
     columns = ("stage", "jobs", "left", "bytes", "hours", "rates")
     tell(json_, found, costs, columns)
+
+
+def report(
+    studies: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of studies; default: the newest of the workspace.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; default: `report` in the first study's.")
+    ] = None,
+    returns: Annotated[
+        Path | None, typer.Option(help="CSV of what agents got: pvr,model,return and perhaps environment.")
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="Also draw figures for a paper, as SVG and PDF.")] = True,
+    root: Root = DATA,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what studies found as a page that opens offline, with tables and figures for a paper.
+
+    Example: pvrpipe report data/studies/quick
+    """
+    from pvrpipe.worldmodel.report import build_report, newest_study
+
+    if not studies:
+        newest = newest_study(root / STUDIES)
+        if newest is None:
+            raise NotAStudyError(
+                f"there is no study in {root / STUDIES}; make one with `pvrpipe study studies/quick.yaml`"
+            )
+        studies = [took("study", newest)]
+    made = build_report(studies, out or studies[0] / "report", returns=returns, figures=figures)
+    if json_:
+        return tell(True, made, [], ())
+    for sentence in made.findings:
+        print(sentence)
+    note(f"{made.page}, {made.runs} runs, {made.bytes / 1e6:.1f} MB")
+    return None
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of probed runs, or of studies.")],
+    horizon: Annotated[list[int], typer.Option(min=1, help="Horizons that are shown; repeatable.")] = [33],
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Set probed runs side by side: their errors, and which representations can be told apart.
+
+    Example: pvrpipe compare data/runs/*
+    """
+    from pvrpipe.worldmodel.report_findings import findings_of
+    from pvrpipe.worldmodel.report_page import sentences_of
+    from pvrpipe.worldmodel.report_sources import evidence_of_runs
+    from pvrpipe.worldmodel.report_tables import errors_of
+
+    evidence = evidence_of_runs(runs)
+    errors = errors_of(evidence)
+    known = sorted(set(errors["horizon"].to_list()))
+    if missing := [each for each in horizon if each not in known]:
+        raise InvalidValueError(
+            f"--horizon {missing[0]}: the runs were not probed there; they have {', '.join(map(str, known))}"
+        )
+    findings = findings_of(evidence, horizon)
+    rows = [
+        {
+            "representation": row["arm"] + (" (RANDOM WEIGHTS)" if row["random_weights"] else ""),
+            "model": f"{row['model']} {row['size']}",
+            "environment": row["environment"],
+            "error": row["measure"],
+            "horizon": row["horizon"],
+            "mean": row["mean"],
+            "sem": row["sem"],
+            "runs": row["runs"],
+        }
+        for row in errors.iter_rows(named=True)
+        if row["horizon"] in horizon
+    ]
+    rows.sort(key=lambda row: (row["environment"], row["model"], row["error"], row["horizon"], row["mean"]))
+    sentences = sentences_of(findings)
+    found = {
+        "rows": rows,
+        "findings": sentences,
+        "standings": findings.standings,
+        "comparisons": findings.comparisons,
+    }
+    tell(json_, found, rows, tuple(rows[0]))
+    for sentence in [] if json_ else sentences:
+        print(sentence)

@@ -22,7 +22,7 @@ from pvrpipe.worldmodel.filmstrip import film_strip
 from pvrpipe.worldmodel.maps import latent_map
 
 ROWS = 400  # points of a map
-POINT, MOMENT = 48, 96  # pixels of a side of their frames
+POINT, MOMENT = 48, 64  # pixels of a side of their frames
 QUALITY = 75  # of JPEG
 SEPARATION = "pvrpipe.separation"  # of the file's metadata
 
