@@ -21,6 +21,8 @@ from pvrpipe.worldmodel.models import Setting
 from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, jpeg
 from pvrpipe.worldmodel.training import TrainConfig
 
+from .planted import specification
+
 HORIZONS = (1, 8, 33, 500)
 DIVERGENCES = {"dreamerv3": "dynamics_kl_mean", "tdmpc2": "dynamics_mse"}
 FLOOR = 2.0  # what the trivial prediction gets, in units of a factor of 1
@@ -102,7 +104,7 @@ def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, se
         config=asdict(config),
         store=f"embeddings/{task[4:]}/{pvr}",
         store_id="0" * 64,
-        encoder=None,
+        encoder=None if pvr == "from scratch" else specification(1, 1, pvr, (4,)).encoder,
         setting=Setting(vector(4), 1, 2, 500, False),
         parameters=1,
         device="cpu",
@@ -113,7 +115,9 @@ def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, se
     of_run = planted.factors[pvr] * np.exp(random.normal(0, planted.noise))
     for label, grown in (("", 1.0), ("ood", planted.shift)):
         table = _table(planted, model, of_run * grown, "ood" if label else "id", random)
-        table.write_parquet(run / runs.labelled(runs.PROBE_TABLE, label))
+        table.with_columns(environment=pl.lit(task), variation=pl.lit(label or "none")).write_parquet(
+            run / runs.labelled(runs.PROBE_TABLE, label)
+        )
     if planted.pictures and seed == 0:
         _draw(run, task, random)
     return JobRecord(

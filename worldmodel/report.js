@@ -181,15 +181,16 @@ const DRAW = {
   },
   strip(panel) {
     const names = { true: "happened", imagined: "imagined", seen: "believed" };
-    const root = html("div", { class: "strip", role: "group", "aria-label": "film strip" });
-    root.style.gridTemplateColumns = `4.5rem repeat(${panel.step.length}, 1fr)`;
+    const box = html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "film strip" });
+    const root = html("div", { class: "strip" }, box);
+    root.style.gridTemplateColumns = `4.5rem repeat(${panel.step.length}, minmax(3.5rem, 1fr))`;
     for (const [name, title] of Object.entries(names)) {
       html("span", {}, root, title);
       panel.strip[name].forEach((key, i) => html("img", { src: picture(key), alt: `${title}, row ${panel.step[i]}` }, root));
     }
     html("span", {}, root, "row; reward, predicted");
     panel.step.forEach((step, i) => html("span", {}, root, `${step}; ${number(panel.received[i])}, ${number(+panel.predicted[i].toPrecision(2))}`));
-    return root;
+    return box;
   },
 };
 

@@ -31,7 +31,7 @@ NAMES = {
 UNITS = {
     "reward_error": "accumulated |r̂ − r|",
     "state_error": "accumulated error, variances",
-    "dynamics_error": "accumulated, nats (dreamerv3) or squared units",
+    "dynamics_error": "accumulated, nats or squared latents",
 }
 PROPERTIES = {
     "vit": "ViT",
@@ -256,7 +256,7 @@ def _dots_by(table: pl.DataFrame, label: str) -> Iterator[dict[str, Any]]:
         yield {
             "keys": keys,
             "x": UNITS[rows["measure"][0]],
-            "dots": [_dot(row, str(row[label])) for row in rows.sort("mean").iter_rows(named=True)],
+            "dots": [_dot(row, str(row[label])) for row in rows.sort("mean", maintain_order=True).iter_rows(named=True)],
         }
 
 
@@ -319,7 +319,7 @@ def _ood(table: pl.DataFrame, evidence: Evidence) -> Iterator[dict[str, Any]]:
     own = table.filter(look=OWN)
     shifted = table.filter(~pl.col("look").is_in([OWN]) & ~pl.col("look").str.contains(r"[=-][0-9.]+$"))
     keys = ["environment", "variation", "arm", "model", "size", "measure", "horizon"]
-    joined = shifted.join(own.select(*keys, before="mean", before_sem="sem"), on=keys)
+    joined = shifted.join(own.select(*keys, before="mean", before_sem="sem"), on=keys, maintain_order="left")
     for about, rows in _panels(joined, "horizon", "look"):
         for name, title in PROPERTIES.items():
             points = [
@@ -359,8 +359,8 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
 
 def _correlations(table: pl.DataFrame, returns: pl.DataFrame) -> Iterator[dict[str, Any]]:
     on = [name for name in ("environment", "pvr", "model") if name in returns.columns]
-    means = returns.group_by(on).agg(pl.col("return").mean())
-    for (model, measure, horizon), rows in table.join(means, on=on).group_by(
+    means = returns.group_by(on, maintain_order=True).agg(pl.col("return").mean())
+    for (model, measure, horizon), rows in table.join(means, on=on, maintain_order="left").group_by(
         "model", "measure", "horizon", maintain_order=True
     ):
         if len(rows) < 3:
@@ -450,7 +450,7 @@ def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
                 "x": unit,
                 "dots": [
                     {"label": row["pvr"], "value": row[column], "random": row["random_weights"]}
-                    for row in rows.sort(column).iter_rows(named=True)
+                    for row in rows.sort(column, maintain_order=True).iter_rows(named=True)
                 ],
             }
 

@@ -64,7 +64,7 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
     count = max(len(part) for _, part in parts)
     with _figure(path, len(parts), 1, (COLUMN, len(parts) * (0.55 + 0.16 * count))) as axes:
         for axis, ((model, size, environment, _), part) in zip(axes[:, 0], parts, strict=True):
-            ordered = part.sort("mean", descending=True)
+            ordered = part.sort("mean", descending=True, maintain_order=True)
             axis.errorbar(
                 ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
             )

@@ -80,7 +80,7 @@ def relative_errors(evidence: Evidence, look: str = OWN) -> pl.DataFrame:
     control = rows.filter(pl.col("control") == of).select(*keys, floor="accumulated")
     return (
         rows.filter(control="model")
-        .join(control, on=keys)
+        .join(control, on=keys, maintain_order="left")
         .filter(pl.col("floor") > 0)
         .with_columns(relative=pl.col("accumulated") / pl.col("floor"))
     )

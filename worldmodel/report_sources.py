@@ -126,7 +126,7 @@ def _blocks(blocks: Iterable[int] | None) -> str:
 def _evidence(studies: Any, rows: list[dict[str, Any]], tables: list[pl.DataFrame]) -> Evidence:
     known = pl.DataFrame(rows).with_columns(_arm())
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
-    return Evidence(studies, known, pl.concat(tables, how="diagonal").join(about, on="run"))
+    return Evidence(studies, known, pl.concat(tables, how="diagonal").join(about, on="run", maintain_order="left"))
 
 
 def _arm() -> pl.Expr:
