@@ -195,9 +195,9 @@ def compare(
     Example: pvrpipe compare data/runs/*
     """
     from pvrpipe.worldmodel.report_findings import findings_of
-    from pvrpipe.worldmodel.report_page import sentences_of
     from pvrpipe.worldmodel.report_sources import evidence_of_runs
     from pvrpipe.worldmodel.report_tables import errors_of
+    from pvrpipe.worldmodel.report_words import sentences_of
 
     evidence = evidence_of_runs(runs)
     errors = errors_of(evidence)

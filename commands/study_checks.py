@@ -47,7 +47,7 @@ def mistakes_of(study: Study) -> list[str]:
                         save_every=trained.save_every,
                         log_every=trained.save_every,
                     )
-    return found
+    return list(dict.fromkeys(found))
 
 
 def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:

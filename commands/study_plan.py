@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pvrpipe.commands.options import pvr_label
+from pvrpipe.commands.rollouts import usual_policy
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretraining import PretrainConfig
 from pvrpipe.pipeline.readout import Readout
@@ -125,7 +126,8 @@ def plan_of(study: Study, root: Path, device: str) -> Plan:
 def _looks(study: Study, workspace: Workspace) -> Iterator[Look]:
     for environment in study.environments:
         for variation in study.variations:
-            config = CollectConfig(environment=environment, variation=variation, **study.collect.model_dump())
+            asked = {**study.collect.model_dump(), "policy": study.collect.policy or usual_policy(environment)}
+            config = CollectConfig(environment=environment, variation=variation, **asked)
             name = environment + ("" if variation == "none" else f"-{variation}")
             yield Look(environment, variation, workspace.rollouts(f"{name}-{digest(asdict(config))}"), config)
 

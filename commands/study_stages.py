@@ -1,7 +1,7 @@
 """A study from its first store to its last run: what is there is taken, what fails is noted and the rest goes on.
 
-Whenever something was done ``study.json`` is replaced, so that a study that is killed says how far it had come; the work
-itself resumes where its own files say.
+Whenever something was done ``study.json`` is replaced, so that a study that is killed says how far it had come; the
+work itself resumes where its own files say.
 """
 
 from __future__ import annotations
@@ -148,20 +148,20 @@ def _collect(look: Look, how: How) -> dict[str, Any]:
 
 def _embed_all(studying: Studying, how: How) -> None:
     for look in studying.plan.looks:
-        if not studying.holds(look.folder):
-            continue
-        todo = [
-            each
-            for each in studying.plan.embeddings
-            if each.look == look and studying.of(each.folder).state == "waiting"
-        ]
-        todo = [each for each in todo if each.pretrained is None or _pretrained(studying, each, how)]
-        made = _embedded_together(studying, look, todo, how)
-        for each in todo:
-            if each.folder not in made:
-                studying.attempt(each.folder, lambda each=each: _cost(_embed(look, [each], how)[0]))  # type: ignore[misc]
-            if studying.holds(each.folder):
-                _take(studying, each.folder)
+        if studying.holds(look.folder):
+            _embed_look(studying, look, how)
+
+
+def _embed_look(studying: Studying, look: Look, how: How) -> None:
+    of_look = [each for each in studying.plan.embeddings if each.look == look]
+    todo = [each for each in of_look if studying.of(each.folder).state == "waiting"]
+    todo = [each for each in todo if each.pretrained is None or _pretrained(studying, each, how)]
+    made = _embedded_together(studying, look, todo, how)
+    for each in todo:
+        if each.folder not in made:
+            studying.attempt(each.folder, lambda each=each: _cost(_embed(look, [each], how)[0]))  # type: ignore[misc]
+        if studying.holds(each.folder):
+            _take(studying, each.folder)
 
 
 def _pretrained(studying: Studying, each: Encoded, how: How) -> bool:

@@ -32,7 +32,8 @@ class Collecting(Part):
     size: Positive = 256
     episodes: Positive = 200
     max_steps: Positive | None = None
-    policy: Name = "mixed"
+    policy: Name | None = None
+    """None: the best mixture that is known for each environment, as `pvrpipe collect` takes it"""
     seed: Seed = 0
 
 

@@ -39,8 +39,8 @@ def draw(
     """Write what is missing of a run's map and film strip.
 
     ``map.parquet`` has a row per point: ``episode``, ``step``, ``reward``, ``pca_x``, ``pca_y``, ``umap_x``, ``umap_y``
-    and ``frame``, a JPEG. ``strip.parquet`` has a row per moment: ``episode``, ``step``, the JPEGs ``true``, ``imagined``
-    and ``seen``, ``received`` and ``predicted`` reward, and ``distance``.
+    and ``frame``, a JPEG. ``strip.parquet`` has a row per moment: ``episode``, ``step``, the JPEGs ``true``,
+    ``imagined`` and ``seen``, ``received`` and ``predicted`` reward, and ``distance``.
 
     Args:
         run: a finished run's folder.

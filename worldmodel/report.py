@@ -25,9 +25,10 @@ from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.worldmodel.report_charts import charts_of
 from pvrpipe.worldmodel.report_figures import draw_figures
 from pvrpipe.worldmodel.report_findings import Findings, findings_of
-from pvrpipe.worldmodel.report_page import page_of, sentences_of, title_of
+from pvrpipe.worldmodel.report_page import page_of
 from pvrpipe.worldmodel.report_sources import Evidence, evidence_of
 from pvrpipe.worldmodel.report_tables import returns_of, tables_of, write_tables
+from pvrpipe.worldmodel.report_words import sentences_of, title_of
 
 PAGE, JSON, TABLES, FIGURES = "index.html", "report.json", "tables", "figures"
 

@@ -21,13 +21,9 @@ from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import severities_of, short
+from pvrpipe.worldmodel.report_words import NAMES
 from pvrpipe.worldmodel.statistics import pearson, spearman
 
-NAMES = {
-    "reward_error": "reward error",
-    "state_error": "state error",
-    "dynamics_error": "dynamics error",
-}
 UNITS = {
     "reward_error": "accumulated |r̂ − r|",
     "state_error": "accumulated error, variances",
@@ -126,8 +122,8 @@ _SUMMARY = _chart(
     "Over all tasks",
     "dots",
     "Interquartile mean over runs and tasks of the error relative to what a trivial prediction makes (1, dashed), with "
-    "95 % intervals of a bootstrap stratified over tasks. Left is better. Dynamics errors are of each model's own latent: "
-    "between representations they compare models in different units.",
+    "95 % intervals of a bootstrap stratified over tasks. Left is better. Dynamics errors are of each model's own "
+    "latent: between representations they compare models in different units.",
     "model",
     "error",
 )
@@ -152,7 +148,8 @@ _MAPS = _chart(
     "Latent maps",
     "map",
     "Held-out rows by their latents, coloured by the reward received there; separation is R² of the reward as the mean "
-    "reward of a row's nearest neighbours in other episodes. Point at a row, or walk with the arrow keys, to see its frame.",
+    "reward of a row's nearest neighbours in other episodes. Point at a row, or walk with the arrow keys, to see its "
+    "frame.",
     "representation",
     "model",
 )
@@ -160,8 +157,8 @@ _OOD = _chart(
     "ood",
     "In and out of distribution",
     "scatter",
-    "Each representation's error on the look it was trained on, and on the same trajectories seen in a shifted look. On "
-    "the dashed line a shift costs nothing. Filled: representations that have the chosen property.",
+    "Each representation's error on the look it was trained on, and on the same trajectories seen in a shifted look. "
+    "On the dashed line a shift costs nothing. Filled: representations that have the chosen property.",
     "model",
     "horizon",
 )
@@ -256,7 +253,10 @@ def _dots_by(table: pl.DataFrame, label: str) -> Iterator[dict[str, Any]]:
         yield {
             "keys": keys,
             "x": UNITS[rows["measure"][0]],
-            "dots": [_dot(row, str(row[label])) for row in rows.sort("mean", maintain_order=True).iter_rows(named=True)],
+            "dots": [
+                _dot(row, str(row[label]))
+                for row in rows.sort("mean", maintain_order=True).iter_rows(named=True)
+            ],
         }
 
 

@@ -1,8 +1,8 @@
-"""Figures of a report for a paper: SVG and PDF, in the width of a column, and a preset in the layout of the study's own.
+"""Figures of a report for a paper, as SVG and PDF, in the width of a column, and in the layout of the study's own.
 
-``figures/NAME.svg``: one panel per task, model and error at the shortest horizon. ``figures/paper/``: figures 6 (dynamics
-error), 7 (reward error) and 8 (latent maps) of Schneider et al. 2024: a column for each model, a row for each horizon, bars
-with standard errors; maps with a row for each model.
+``figures/NAME.svg``: a panel per task and model, at the shortest horizon. ``figures/paper/``: figures 6 (dynamics
+error), 7 (reward error) and 8 (latent maps) of Schneider et al. 2024: a column for each model, a row for each horizon,
+bars with standard errors; maps with a row for each model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import short
+from pvrpipe.worldmodel.report_words import NAMES
 
 COLUMN, TEXT = 3.25, 5.5  # inches: of a two-column paper, and of NeurIPS' text
 STYLE = {
@@ -34,7 +35,6 @@ STYLE = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "pvrpipe",
 }
-NAMES = {"reward_error": "reward error", "state_error": "state error", "dynamics_error": "dynamics error"}
 PAPER = {"dynamics_error": "figure-6-dynamics-error", "reward_error": "figure-7-reward-error"}
 
 
@@ -74,7 +74,7 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
 
 
 def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
-    """A column for each model, a row for each horizon, longest first; bars with standard errors, in the study's order."""
+    """A column for each model, a row for each horizon, longest first; bars with standard errors."""
     models = rows.select("model", "size").unique(maintain_order=True).rows()
     horizons = sorted(rows["horizon"].unique(), reverse=True)
     if not models:

@@ -12,16 +12,11 @@ from typing import Any
 import polars as pl
 
 from pvrpipe.schemas.study_record import STATES
-from pvrpipe.worldmodel.report_charts import NAMES, Charts
-from pvrpipe.worldmodel.report_findings import ALPHA, Comparison, Findings, Standing
+from pvrpipe.worldmodel.report_charts import Charts
+from pvrpipe.worldmodel.report_findings import ALPHA, Findings
 from pvrpipe.worldmodel.report_sources import Evidence
 from pvrpipe.worldmodel.report_tables import short
-
-TRIVIAL = {
-    "reward_error": "the error of always predicting the mean reward",
-    "state_error": "the error of the mean state",
-    "dynamics_error": "the error of predicting no change",
-}
+from pvrpipe.worldmodel.report_words import NAMES, about_of, grouped, sentences_of, summary_of, title_of
 
 
 def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict[str, pl.DataFrame]) -> str:
@@ -40,70 +35,14 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "ABSENT": _absent(charts.absent),
         "PROVENANCE": _provenance(evidence, tables["unfinished"]),
         "COMMANDS": _commands(evidence),
-        "FOOTER": "Made by <code>pvrpipe report</code>. Tables are in <code>tables/</code>, figures in <code>figures/</code>, all "
-        "of this in <code>report.json</code>.",
+        "FOOTER": "Made by <code>pvrpipe report</code>. Tables are in <code>tables/</code>, figures in "
+        "<code>figures/</code>, all of this in <code>report.json</code>.",
     }
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], _file("html"))
 
 
 def _file(suffix: str) -> str:
     return files("pvrpipe.worldmodel").joinpath(f"report.{suffix}").read_text()
-
-
-def title_of(evidence: Evidence) -> str:
-    """Of the page: the study's own, or its name."""
-    titles = [record.study.title or record.study.name for _, record in evidence.studies]
-    return "; ".join(titles) or "World models side by side"
-
-
-def sentences_of(findings: Findings) -> list[str]:
-    """What was found, a sentence for each model, error and horizon; only what the statistics bear."""
-    found = []
-    for about, standings in _grouped(findings.standings):
-        compared = [c for c in findings.comparisons if _about(c) == about]
-        model, size, error, horizon = about
-        best = standings[0]
-        interval = (
-            "" if best.relative.low is None else f" [{best.relative.low:.2f}, {best.relative.high:.2f}]"
-        )
-        text = (
-            f"{model} {size}, {NAMES[error]} over {horizon} rows: lowest is {best.pvr}, "
-            f"{best.relative.value:.2f}{interval} of {TRIVIAL[error]}."
-        )
-        found.append(" ".join([text, *_verdicts(compared, findings.reference)]))
-    return found
-
-
-def _verdicts(compared: Sequence[Comparison], reference: str) -> list[str]:
-    words = {
-        "better": f"Better than {reference}",
-        "worse": f"Worse than {reference}",
-        "unclear": f"Not told apart from {reference}",
-        "too few runs": f"Too few runs to be compared with {reference}",
-    }
-    said = []
-    for verdict, phrase in words.items():
-        names = [
-            f"{c.pvr} (P = {c.improvement.value:.2f}, q = {c.q:.2g})"
-            if verdict in ("better", "worse")
-            else c.pvr
-            for c in compared
-            if c.verdict == verdict
-        ]
-        if names:
-            said.append(f"{phrase}: {', '.join(names)}.")
-    return said
-
-
-def _grouped(standings: Iterable[Standing]) -> list[tuple[tuple[Any, ...], list[Standing]]]:
-    groups: dict[tuple[Any, ...], list[Standing]] = {}
-    for standing in standings:
-        groups.setdefault(_about(standing), []).append(standing)
-    return list(groups.items())
-
-
-def _about(row: Standing | Comparison) -> tuple[Any, ...]:
-    return row.model, row.size, row.error, row.horizon
 
 
 def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
@@ -113,7 +52,8 @@ def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     arms = ", ".join(runs["arm"].unique(maintain_order=True))
     models = ", ".join(f"{m} {s}" for m, s in runs.select("model", "size").unique(maintain_order=True).rows())
     seeds = runs["seed"].n_unique()
-    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {seeds} seed{'s' * (seeds > 1)}.</p>"
+    counted = f"{seeds} seed{'s' * (seeds > 1)}"
+    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}.</p>"
     random = runs.filter(pl.col("random_weights"))["arm"].unique(maintain_order=True).to_list()
     if random:
         text += f'<p class="alarm">Random weights, nobody trained these encoders: {escape(", ".join(random))}.</p>'
@@ -122,7 +62,10 @@ def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
             f"{count} {STATES[str(state)]}"
             for state, count in unfinished["state"].value_counts(sort=True).rows()
         )
-        text += f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} (<a href="#provenance">which</a>).</p>'
+        which = '<a href="#provenance">which</a>'
+        text += (
+            f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
+        )
     return text
 
 
@@ -138,44 +81,24 @@ def _found(findings: Findings) -> str:
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences_of(findings))
     sure = (
         "How sure: brackets are 95 % intervals of interquartile means over runs and tasks (bootstrap, stratified over "
-        "tasks); P is the probability that a run has the smaller error. A difference is claimed where a permutation test "
-        f"within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if nothing "
-        f"differed, the chance of any claim here would be {ALPHA:.0%}. Seeds change weights and batches, not the rollouts: "
-        "the intervals do not say what other trajectories would show."
+        "tasks); P is the probability that a run has the smaller error. A difference is claimed where a permutation "
+        f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if nothing "
+        f"differed, the chance of any claim here would be {ALPHA:.0%}. Seeds change weights and batches, not the "
+        "rollouts: intervals do not say what other trajectories would show."
     )
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
-        f'<details><summary>In sentences</summary><ul class="findings">{sentences}</ul></details>'
+        f'{_folded("In sentences", f"""<ul class="findings">{sentences}</ul>""")}'
         f'<p class="about">{escape(sure)}</p>'
     )
 
 
-def summary_of(findings: Findings) -> list[str]:
-    """A line for each representation: how often it is better, worse, or not told apart."""
-    words = {
-        "better": "better in {}",
-        "worse": "worse in {}",
-        "unclear": "not told apart in {}",
-        "too few runs": "too few runs to tell in {}",
-    }
-    lines = []
-    for pvr in dict.fromkeys(c.pvr for c in findings.comparisons):
-        verdicts = [c.verdict for c in findings.comparisons if c.pvr == pvr]
-        parts = [
-            phrase.format(verdicts.count(verdict))
-            for verdict, phrase in words.items()
-            if verdict in verdicts  # type: ignore[comparison-overlap]
-        ]
-        lines.append(f"{pvr}, compared with {findings.reference} {len(verdicts)} times: {', '.join(parts)}.")
-    return lines
-
-
 def _standings(findings: Findings) -> str:
     """Errors relative to the trivial prediction, a column for each representation."""
-    groups = _grouped(findings.standings)
+    groups = grouped(findings.standings)
     arms = list(dict.fromkeys(s.pvr for s in findings.standings))
     arms.sort(key=lambda arm: arm != findings.reference)
-    verdicts = {(*_about(c), c.pvr): c.verdict for c in findings.comparisons}
+    verdicts = {(*about_of(c), c.pvr): c.verdict for c in findings.comparisons}
     marks = {"better": " better", "worse": " worse"}
     rows = []
     for about, standings in groups:
@@ -186,7 +109,7 @@ def _standings(findings: Findings) -> str:
         ]
         model, size, error, horizon = about
         rows.append([f"{model} {size}", f"{NAMES[error]}, {horizon} rows", *cells])
-    caption = "Error over that of a trivial prediction, interquartile mean; lower is better, 1 is no better than trivial."
+    caption = "Error over that of a trivial prediction, interquartile mean; lower is better, 1 is as good as trivial."
     return _table(["model", "error", *arms], rows, caption)
 
 
@@ -207,14 +130,15 @@ def _comparisons(findings: Findings) -> str:
     ]
     head = ["model", "error", "horizon", "representation", "against", "P(smaller error)", "p", "q", "verdict"]
     table = _table(head, rows, "Every comparison of the report, each with its test.")
-    return f"<details><summary>{len(rows)} comparisons</summary>{table}</details>" if rows else "<p>None.</p>"
+    return _folded(f"{len(rows)} comparisons", table) if rows else "<p>None.</p>"
 
 
 def _absent(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f'<section aria-labelledby="absent"><h2 id="absent">What is not shown</h2><ul class="findings">{items}</ul></section>'
+    head = '<section aria-labelledby="absent"><h2 id="absent">What is not shown</h2>'
+    return f'{head}<ul class="findings">{items}</ul></section>'
 
 
 def _provenance(evidence: Evidence, unfinished: pl.DataFrame) -> str:
@@ -244,7 +168,11 @@ def _provenance(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     missing = (
         _table(["what", "state", "why"], unfinished.rows(), "Without numbers.") if len(unfinished) else ""
     )
-    return f"{missing}<details><summary>{len(rows)} stores</summary>{stores}</details><details><summary>{len(evidence.runs)} runs</summary>{runs}</details>"
+    return missing + _folded(f"{len(rows)} stores", stores) + _folded(f"{len(evidence.runs)} runs", runs)
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def _commands(evidence: Evidence) -> str:
@@ -253,7 +181,9 @@ def _commands(evidence: Evidence) -> str:
         parts = [store.command for store in record.stores] + [
             line for job in record.jobs for line in job.commands
         ]
-        text += f"<pre>{escape(record.command)}</pre><details><summary>Step by step</summary><pre>{escape(chr(10).join(parts))}</pre></details>"
+        steps = "\n".join(filter(None, parts))
+        text += f"<pre>{escape(record.command)}</pre>"
+        text += _folded("Step by step", f"<pre>{escape(steps)}</pre>")
     return text
 
 
@@ -261,7 +191,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> 
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}</caption>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><caption>{escape(caption)}</caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -1,7 +1,7 @@
 """What a report is made of: the records of studies, and the tables that probes wrote into their runs' folders.
 
-A number is in a report only if its run is finished, its store verifies and all of its predictions were finite; everything
-else is listed as what it is, and averaged into nothing.
+A number is in a report only if its run is finished, its store verifies and all of its predictions were finite;
+everything else is listed as what it is, and averaged into nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Evidence:
 
     studies: tuple[tuple[Path, StudyRecord], ...]
     runs: pl.DataFrame
-    """a row per run: :data:`RUN_KEYS`, ``arm`` (what it is a repeat of), ``run`` (its folder), ``store``, ``state``, ``failure``, ``random_weights``"""
+    """a row per run: :data:`RUN_KEYS`, ``arm`` (what it is a repeat of), ``run`` (its folder), ``store``, ``state``,
+    ``failure``, ``random_weights``"""
     scores: pl.DataFrame
-    """a row per finished run × :data:`ROW_KEYS`: means over episodes, ``accumulated``, ``per_step``, ``steps``, the standard
-    error ``sem`` of the first, and ``episodes``"""
+    """a row per finished run × :data:`ROW_KEYS`: means over episodes, ``accumulated``, ``per_step``, ``steps``, the
+    standard error ``sem`` of the first, and ``episodes``"""
 
     @property
     def finished(self) -> pl.DataFrame:
@@ -126,7 +127,9 @@ def _blocks(blocks: Iterable[int] | None) -> str:
 def _evidence(studies: Any, rows: list[dict[str, Any]], tables: list[pl.DataFrame]) -> Evidence:
     known = pl.DataFrame(rows).with_columns(_arm())
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
-    return Evidence(studies, known, pl.concat(tables, how="diagonal").join(about, on="run", maintain_order="left"))
+    return Evidence(
+        studies, known, pl.concat(tables, how="diagonal").join(about, on="run", maintain_order="left")
+    )
 
 
 def _arm() -> pl.Expr:
@@ -159,17 +162,14 @@ def _means(table: pl.LazyFrame, look: str) -> pl.DataFrame:
     rows = table.with_columns(
         pl.lit(look).alias("look"), pl.col("horizon").cast(pl.Int64), pl.col("steps").cast(pl.Float64)
     )
-    found = (
-        rows.group_by(ROW_KEYS, maintain_order=True)
-        .agg(
-            pl.col("accumulated").mean(),
-            (pl.col("accumulated").std() / pl.len().sqrt()).alias("sem"),
-            pl.col("per_step").mean(),
-            pl.col("steps").mean(),
-            pl.len().alias("episodes"),
-        )
-        .collect()
-    )
+    values = ("accumulated", "per_step", "steps")
+    lists = rows.group_by(ROW_KEYS, maintain_order=True).agg(values)  # a sum over threads differs in its last bits
+    found = lists.select(
+        *ROW_KEYS,
+        *(pl.col(name).list.mean() for name in values),
+        sem=pl.col("accumulated").list.std() / pl.col("accumulated").list.len().sqrt(),
+        episodes=pl.col("accumulated").list.len(),
+    ).collect()
     divergence = "dynamics_kl_mean" if "dynamics_kl_mean" in found["measure"] else "dynamics_mse"
     plotted = found.filter(measure=divergence).with_columns(pl.lit("dynamics_error").alias("measure"))
     return pl.concat([found, plotted])

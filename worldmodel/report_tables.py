@@ -78,7 +78,11 @@ def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
         severity=pl.col("look").str.extract(SINGLE.replace("=", "[=-]"), 2).cast(pl.Float64),
     ).filter(pl.col("factor").is_not_null())
     factors = graded.select("factor").unique(maintain_order=True)
-    plain = errors.filter(look=OWN).join(factors, how="cross", maintain_order="left").with_columns(severity=pl.lit(0.0))
+    plain = (
+        errors.filter(look=OWN)
+        .join(factors, how="cross", maintain_order="left")
+        .with_columns(severity=pl.lit(0.0))
+    )
     return pl.concat([plain, graded.select(plain.columns)]).sort("severity", maintain_order=True)
 
 
