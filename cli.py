@@ -24,8 +24,9 @@ app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
 app.command()(sweeps.sweep)
 app.command()(models.probe)
-for command in (studies.study, studies.report, studies.compare):
-    app.command()(command)
+app.command()(studies.study)
+app.command()(studies.report)
+app.command()(studies.compare)
 app.command()(models.runs)
 app.command()(embeddings.pretrain)
 for command in (

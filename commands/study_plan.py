@@ -126,7 +126,10 @@ def plan_of(study: Study, root: Path, device: str) -> Plan:
 def _looks(study: Study, workspace: Workspace) -> Iterator[Look]:
     for environment in study.environments:
         for variation in study.variations:
-            asked = {**study.collect.model_dump(), "policy": study.collect.policy or usual_policy(environment)}
+            asked = {
+                **study.collect.model_dump(),
+                "policy": study.collect.policy or usual_policy(environment),
+            }
             config = CollectConfig(environment=environment, variation=variation, **asked)
             name = environment + ("" if variation == "none" else f"-{variation}")
             yield Look(environment, variation, workspace.rollouts(f"{name}-{digest(asdict(config))}"), config)

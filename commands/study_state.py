@@ -60,7 +60,8 @@ class Studying:
     @property
     def done(self) -> bool:
         """Whether all of it is there."""
-        return all(part.state == "finished" for part in (*self.stores.values(), *self.jobs.values()))
+        states = [store.state for store in self.stores.values()] + [job.state for job in self.jobs.values()]
+        return set(states) == {"finished"}
 
     def attempt(self, folder: Path, make: Callable[[], dict[str, Any]]) -> None:
         """Make a store; whatever goes wrong is noted, for the others are to go on."""

@@ -86,7 +86,8 @@ class StudyRecord(Part):
     @property
     def unfinished(self) -> list[StoreRecord | JobRecord]:
         """What has no result, and why is in it."""
-        return [part for part in (*self.stores, *self.jobs) if part.state != "finished"]
+        parts: list[StoreRecord | JobRecord] = [*self.stores, *self.jobs]
+        return [part for part in parts if part.state != "finished"]
 
 
 def read_record(folder: Path) -> StudyRecord:

@@ -18,6 +18,19 @@ import polars as pl
 from pvrpipe.schemas.study_record import StoreRecord
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.report_captions import (
+    BLOCKS,
+    BY_HORIZON,
+    BY_PVR,
+    COST,
+    ENCODERS,
+    MAPS,
+    OOD,
+    RETURNS,
+    SEVERITY,
+    STRIPS,
+    SUMMARY,
+)
 from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import severities_of, short
@@ -86,129 +99,26 @@ def charts_of(
     horizons = sorted({h for _, record in evidence.studies for h in record.study.probe.horizons})
     at = errors.filter(pl.col("horizon").is_in(horizons)) if horizons else errors
     own = at.filter(look=OWN)
-    made.add(_SUMMARY, list(_standing_panels(findings)), "No run has an error to be compared.")
-    made.add(_BY_PVR, list(_dots_by(own, "arm")), "No run has an error.")
-    made.add(_BY_HORIZON, list(_growth(errors.filter(look=OWN))), "Errors were probed at one horizon only.")
+    made.add(SUMMARY, list(_standing_panels(findings)), "No run has an error to be compared.")
+    made.add(BY_PVR, list(_dots_by(own, "arm")), "No run has an error.")
+    made.add(BY_HORIZON, list(_growth(errors.filter(look=OWN))), "Errors were probed at one horizon only.")
     _maps(made, evidence)
+    made.add(OOD, list(_ood(at, evidence)), "No run was probed on a shifted look: the study has no `shifts`.")
     made.add(
-        _OOD, list(_ood(at, evidence)), "No run was probed on a shifted look: the study has no `shifts`."
-    )
-    made.add(
-        _SEVERITY,
+        SEVERITY,
         list(_severity(at)),
         "No look varies one factor by a severity, e.g. `shifts: [camera=0.3]`.",
     )
+    made.add(ENCODERS, list(_ablation(own, "encoder")), "Every representation was read through one map only.")
+    made.add(BLOCKS, list(_ablation(own, "blocks")), "No representation was cut down to some of its blocks.")
     made.add(
-        _ENCODERS, list(_ablation(own, "encoder")), "Every representation was read through one map only."
-    )
-    made.add(_BLOCKS, list(_ablation(own, "blocks")), "No representation was cut down to some of its blocks.")
-    made.add(
-        _RETURNS,
+        RETURNS,
         [] if returns is None else list(_correlations(own, returns)),
         "No returns of agents were given (`pvrpipe report --returns FILE.csv`), so errors are not correlated with any.",
     )
     _strips(made, evidence)
-    made.add(_COST, list(_cost(tables["costs"])), "No embeddings were made, so none have a cost.")
+    made.add(COST, list(_cost(tables["costs"])), "No embeddings were made, so none have a cost.")
     return made
-
-
-def _chart(name: str, title: str, kind: str, text: str, *beside: str) -> dict[str, Any]:
-    """What a chart is; of ``beside``, the page shows all values beside each other."""
-    return {"id": name, "title": title, "kind": kind, "text": text, "beside": beside}
-
-
-_SUMMARY = _chart(
-    "summary",
-    "Over all tasks",
-    "dots",
-    "Interquartile mean over runs and tasks of the error relative to what a trivial prediction makes (1, dashed), with "
-    "95 % intervals of a bootstrap stratified over tasks. Left is better. Dynamics errors are of each model's own "
-    "latent: between representations they compare models in different units.",
-    "model",
-    "error",
-)
-_BY_PVR = _chart(
-    "errors",
-    "Error by representation",
-    "dots",
-    "Accumulated over the horizon, open loop, on held-out episodes. Bar: standard error over runs; ticks: the runs.",
-    "model",
-    "horizon",
-)
-_BY_HORIZON = _chart(
-    "horizons",
-    "Error by horizon",
-    "lines",
-    "Mean over runs of the accumulated error; band: standard error over runs.",
-    "model",
-    "error",
-)
-_MAPS = _chart(
-    "maps",
-    "Latent maps",
-    "map",
-    "Held-out rows by their latents, coloured by the reward received there; separation is R² of the reward as the mean "
-    "reward of a row's nearest neighbours in other episodes. Point at a row, or walk with the arrow keys, to see its "
-    "frame.",
-    "representation",
-    "model",
-)
-_OOD = _chart(
-    "ood",
-    "In and out of distribution",
-    "scatter",
-    "Each representation's error on the look it was trained on, and on the same trajectories seen in a shifted look. "
-    "On the dashed line a shift costs nothing. Filled: representations that have the chosen property.",
-    "model",
-    "horizon",
-)
-_SEVERITY = _chart(
-    "severity",
-    "Error by severity",
-    "lines",
-    "One factor changed at a time, on the same trajectories; 0 is the look that was trained on.",
-    "model",
-    "factor",
-)
-_ENCODERS = _chart(
-    "encoders",
-    "Map from the embedding to the model",
-    "dots",
-    "The same representation read through different maps.",
-    "model",
-    "representation",
-)
-_BLOCKS = _chart(
-    "blocks",
-    "Transformer blocks kept",
-    "dots",
-    "The same representation with fewer of its blocks.",
-    "model",
-    "representation",
-)
-_RETURNS = _chart(
-    "returns",
-    "Errors and returns",
-    "scatter",
-    "Mean error of a representation's models, and the return that agents got with it.",
-    "model",
-    "error",
-)
-_STRIPS = _chart(
-    "strips",
-    "Imagined rollouts",
-    "strip",
-    "A latent has no picture; shown is the training frame whose latent is nearest to it: to what was imagined from the "
-    "first frame on, and to what was believed once each frame was seen.",
-    "representation",
-)
-_COST = _chart(
-    "cost",
-    "Cost of a representation",
-    "dots",
-    "Seconds that 1,000 frames take on one worker, and bytes of a frame.",
-    "cost",
-)
 
 
 def _standing_panels(findings: Findings) -> Iterator[dict[str, Any]]:
@@ -412,7 +322,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
                 }
             )
     made.add(
-        _MAPS, panels, "No latents were laid out: the study says `maps: false`, or its runs are not done."
+        MAPS, panels, "No latents were laid out: the study says `maps: false`, or its runs are not done."
     )
 
 
@@ -432,7 +342,7 @@ def _strips(made: Charts, evidence: Evidence) -> None:
             }
         )
     made.add(
-        _STRIPS, panels, "No rollouts were drawn: the study says `maps: false`, or its runs are not done."
+        STRIPS, panels, "No rollouts were drawn: the study says `maps: false`, or its runs are not done."
     )
 
 

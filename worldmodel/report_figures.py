@@ -23,7 +23,7 @@ from pvrpipe.worldmodel.report_tables import short
 from pvrpipe.worldmodel.report_words import NAMES
 
 COLUMN, TEXT = 3.25, 5.5  # inches: of a two-column paper, and of NeurIPS' text
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.spines.top": False,

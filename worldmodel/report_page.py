@@ -82,9 +82,9 @@ def _found(findings: Findings) -> str:
     sure = (
         "How sure: brackets are 95 % intervals of interquartile means over runs and tasks (bootstrap, stratified over "
         "tasks); P is the probability that a run has the smaller error. A difference is claimed where a permutation "
-        f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if nothing "
-        f"differed, the chance of any claim here would be {ALPHA:.0%}. Seeds change weights and batches, not the "
-        "rollouts: intervals do not say what other trajectories would show."
+        f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if "
+        f"nothing differed, the chance of any claim here would be {ALPHA:.0%}. Seeds change weights and batches, not "
+        "the rollouts: intervals do not say what other trajectories would show."
     )
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'

@@ -163,7 +163,9 @@ def _means(table: pl.LazyFrame, look: str) -> pl.DataFrame:
         pl.lit(look).alias("look"), pl.col("horizon").cast(pl.Int64), pl.col("steps").cast(pl.Float64)
     )
     values = ("accumulated", "per_step", "steps")
-    lists = rows.group_by(ROW_KEYS, maintain_order=True).agg(values)  # a sum over threads differs in its last bits
+    lists = rows.group_by(ROW_KEYS, maintain_order=True).agg(
+        values
+    )  # a sum over threads differs in its last bits
     found = lists.select(
         *ROW_KEYS,
         *(pl.col(name).list.mean() for name in values),

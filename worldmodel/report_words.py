@@ -38,9 +38,7 @@ def summary_of(findings: Findings) -> list[str]:
     for pvr in dict.fromkeys(c.pvr for c in findings.comparisons):
         verdicts = [c.verdict for c in findings.comparisons if c.pvr == pvr]
         parts = [
-            phrase.format(verdicts.count(verdict))
-            for verdict, phrase in words.items()
-            if verdict in verdicts  # type: ignore[comparison-overlap]
+            phrase.format(verdicts.count(verdict)) for verdict, phrase in words.items() if verdict in verdicts
         ]
         lines.append(f"{pvr}, compared with {findings.reference} {len(verdicts)} times: {', '.join(parts)}.")
     return lines

@@ -188,7 +188,8 @@ def sweep(
             f"two jobs would write to {twice[0]}; name each store, model, size and seed once, and give stores whose "
             "folders differ in name"
         )
-    done = {number: outcome for number, job in enumerate(jobs) if (outcome := finished(job)) is not None}
+    known = {number: finished(job) for number, job in enumerate(jobs)}
+    done = {number: outcome for number, outcome in known.items() if outcome is not None}
     todo = [number for number in range(len(jobs)) if number not in done]
     left = [jobs[number] for number in todo]
     total = sum(job.config.updates for job in left)
@@ -201,9 +202,9 @@ def sweep(
         progress(sum(updates_done(job.run) for job in left), total, f"{len(done)} of {len(jobs)} runs")
 
     gpus = 1 if any(job.device.startswith("cuda") for job in left) else 0
-    for place, outcome in outcomes(left, do, address=address, workers=workers, gpus=gpus, watch=watch):
+    for place, found in outcomes(left, do, address=address, workers=workers, gpus=gpus, watch=watch):
         number, job = todo[place], left[place]
-        done[number] = outcome if isinstance(outcome, Outcome) else Outcome.of(job, "failed", failure=outcome)
+        done[number] = found if isinstance(found, Outcome) else Outcome.of(job, "failed", failure=found)
         watch()
     return [done[number] for number in range(len(jobs))]
 
