@@ -136,7 +136,7 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
     for job in record.jobs:
         names = {path.name for path in (tmp_path / "data" / job.run).iterdir()}
         assert {*job.probes, "map.parquet", "strip.parquet", "metrics.json", "metrics-ood.json"} <= names
-    before = files_of(tmp_path)
+    before, numbers = files_of(tmp_path), measured(tmp_path)
     began = time.perf_counter()
     code, found, told = study(tmp_path)
     assert time.perf_counter() - began < 10
@@ -156,8 +156,11 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
         _, command, *arguments = shlex.split(line)
         again = run(command, *arguments, *extra.get(command, []), cwd=tmp_path)
         assert again.returncode == 0, f"{line}: {again.stderr}"
-    moved = changed(before, files_of(tmp_path))
-    assert {name for name in moved if "/studies/" not in name} == set(), "a command made something else"
+    moved = {name for name in changed(before, files_of(tmp_path)) if "/studies/" not in name}
+    assert {Path(name).name for name in moved} == {"probe.parquet", "metrics.json"}, (
+        "a command made something else"
+    )
+    assert measured(tmp_path) == numbers
 
 
 def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Path) -> None:
@@ -225,6 +228,12 @@ def test_a_study_on_ray_is_the_study_inline(tmp_path: Path) -> None:
         for e in ("inline", "ray")
     )
     assert ours == theirs
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What the probes of all runs say, without the paths under which they were asked."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("runs/*/metrics.json")}
+    return {run: {k: v for k, v in m.items() if k not in ("run", "store")} for run, m in found.items()}
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
