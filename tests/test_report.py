@@ -58,7 +58,7 @@ def test_in_a_null_study_no_difference_is_claimed(tmp_path: Path) -> None:
     same = dict.fromkeys(TRUE, 1.0)
     folder = write_study(tmp_path, Planted(same, noise=0.2))
     found = build_report([folder], folder / "report", figures=False)
-    assert (found.comparisons, found.claims) == (36, 0)
+    assert (found.comparisons, found.claims) == (24, 0)
     assert "0 find a difference" in found.page.read_text()
 
 
@@ -172,8 +172,8 @@ def test_the_folder_has_tables_figures_and_json(report: Report) -> None:
     assert float(width[1]) == pytest.approx(3.25 * 72)
     content = json.loads((folder / "report.json").read_text())
     assert content["findings"] == list(report.findings)
-    assert len(content["comparisons"]) == report.comparisons == 36
-    assert report.claims == 36
+    assert len(content["comparisons"]) == report.comparisons == 24
+    assert report.claims == 24
 
 
 def test_the_page_flags_random_weights_and_asks_for_nothing(report: Report) -> None:

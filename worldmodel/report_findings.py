@@ -23,6 +23,8 @@ from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
 from pvrpipe.worldmodel.statistics import Estimate, aggregate, probability_of_improvement
 
 ALPHA = 0.05
+#: Errors in the same units for every representation. A latent's are its own: one that hardly moves is easily predicted.
+JUDGED = ("reward_error", "state_error")
 EXACT, DRAWN = 20_000, 9_999  # arrangements that are all looked at; else so many of them
 REFERENCE = "from scratch"
 TASK = ("environment", "variation")
@@ -114,7 +116,7 @@ def findings_of(evidence: Evidence, horizons: Sequence[int]) -> Findings:
         ]
         for pvr, tasks in by_pvr.items():
             shared = [task for task in tasks if task in by_pvr.get(reference, {})]
-            if pvr != reference and shared:
+            if pvr != reference and shared and error in JUDGED:
                 ours, theirs = [tasks[t] for t in shared], [by_pvr[reference][t] for t in shared]
                 raw.append((about, pvr, ours, theirs))
     ordered = sorted(
