@@ -71,7 +71,7 @@ def build_report(
     write_tables(tables, out / TABLES)
     if figures:
         draw_figures(evidence, tables["errors"], horizons, out / FIGURES)
-    write_whole(out / JSON, (json.dumps(plain_of(evidence, findings, tables), indent=1) + "\n").encode())
+    write_whole(out / JSON, (json.dumps(plain_of(evidence, findings, tables)) + "\n").encode())
     write_whole(out / PAGE, page_of(evidence, findings, charts, tables).encode())
     return Report(
         page=out / PAGE,

@@ -35,12 +35,14 @@ def tables_of(evidence: Evidence, findings: Findings) -> dict[str, pl.DataFrame]
 def scores_of(evidence: Evidence, findings: Findings) -> pl.DataFrame:
     """Each run's open-loop errors and its controls', at the horizons that are compared."""
     horizons = {standing.horizon for standing in findings.standings}
+    kept = [*OF_RUNS, "seed", "look", "control", "measure", "horizon"]
+    values = ("accumulated", "sem", "per_step", "steps", "episodes")
     return evidence.scores.filter(
         pl.col("measure").is_in(ERRORS),
         pl.col("control").is_in(("model", "no_change", "mean")),
         pl.col("horizon").is_in(sorted(horizons)),
         prediction="open_loop",
-    )
+    ).select(*kept, *values)
 
 
 def errors_of(evidence: Evidence) -> pl.DataFrame:
