@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GL_PACKAGES := libegl1 libgl1 libopengl0 libgl1-mesa-dri
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || { sudo -n true 2>/dev/null && echo sudo -n || echo no; })
 
-.PHONY: help setup demo test test-slow fuzz lint bench bench-peers clean
+.PHONY: help setup demo study test test-slow fuzz lint bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -42,6 +42,10 @@ $(READY): requirements.lock pyproject.toml
 
 demo: setup  ## the whole way on a real environment, in minutes
 	@$(BIN)/pvrpipe demo
+
+study: setup  ## studies/quick.yaml, and what it found as a page: data/studies/quick/report/index.html
+	@$(BIN)/pvrpipe study studies/quick.yaml
+	@$(BIN)/pvrpipe report
 
 test: setup  ## everything that is not marked slow, a file at a time on each of two processors
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

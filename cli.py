@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pvrpipe.commands import embeddings, importing, machine, models, rollouts, stores, sweeps
+from pvrpipe.commands import embeddings, importing, machine, models, rollouts, stores, studies, sweeps
 from pvrpipe.schemas.errors import PvrpipeError, one_line
 
 STOPPED = 130  # what typer returns for Ctrl-C
@@ -24,6 +24,9 @@ app.command()(embeddings.embed)
 app.command("train-model")(models.train_model)
 app.command()(sweeps.sweep)
 app.command()(models.probe)
+app.command()(studies.study)
+app.command()(studies.report)
+app.command()(studies.compare)
 app.command()(models.runs)
 app.command()(embeddings.pretrain)
 for command in (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from pvrpipe.commands.shared_ray import shared_ray
 from pvrpipe.commands.terminal import error_rows, note, watching
 from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
@@ -17,9 +17,7 @@ from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
-from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import RunError, WeightsError, one_line
-from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.workspace import Workspace
 from pvrpipe.worldmodel.sweep import Job, sweep
 from pvrpipe.worldmodel.training import TrainConfig
@@ -56,7 +54,7 @@ def demonstrate(root: Path, config: DemoConfig) -> list[dict[str, str]]:
     """Collect, pretrain, embed, train and probe; the rows of the table that compares the models."""
     workspace = Workspace(root)
     rollouts, autoencoder = workspace.rollouts(ENVIRONMENT), workspace.pvr(ENVIRONMENT, "autoencoder")
-    with _ray(config.engine):
+    with shared_ray(config.engine):
         collecting = CollectConfig(
             environment=ENVIRONMENT,
             size=SIZE,
@@ -118,19 +116,3 @@ def _real_pvr() -> list[EncoderRequest]:
         note(f"no published PVR in this demonstration: {one_line(error)}")
         return []
     return [EncoderRequest(name)]
-
-
-@contextmanager
-def _ray(engine: str) -> Iterator[None]:
-    """One Ray for both stages that use it."""
-    if engine != "ray":
-        yield
-        return
-    import ray
-
-    with quiet_start():
-        ray.init(**ray_arguments("local"))
-    try:
-        yield
-    finally:
-        ray.shutdown()

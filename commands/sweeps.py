@@ -110,7 +110,7 @@ def sweep(
     ]
     with watching("sweep", "updates", f"{len(jobs)} runs in {root / 'runs'}") as progress:
         outcomes = schedule(jobs, engine=engine, address=address, workers=workers, progress=progress)
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    failed = [outcome for outcome in outcomes if outcome.state != "finished"]
     for outcome in failed:
         note(f"{outcome.run}: {outcome.failure}")
     columns = ("run", "model", "size", "seed", "state", "updates", "loss", "val_loss")

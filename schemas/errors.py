@@ -103,6 +103,14 @@ class RunError(PvrpipeError):
     """A training run that cannot be begun, resumed or probed."""
 
 
+class DivergedError(RunError):
+    """Losses or predictions of a run that are not finite: a result, but not one to average."""
+
+
+class NotAStudyError(PvrpipeError):
+    """A study's file or folder that holds none, or one with mistakes."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of any exception, folded into one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 RAY_FILES = {
     *(f"{stage}/ray_engine.py" for stage in ("rollouts", "pipeline", "worldmodel")),
-    "commands/demo.py",
+    "commands/shared_ray.py",
     "commands/doctor.py",
 }
 NO_TORCH = ("schemas", "store", "rollouts")

@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from pvrpipe.schemas.errors import InvalidValueError, RunError
+from pvrpipe.schemas.errors import DivergedError, InvalidValueError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
@@ -54,6 +54,7 @@ def probe(
     split: str | Sequence[str] = "val",
     seed: int = 0,
     device: str | torch.device = "cpu",
+    label: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Probe a run and write ``metrics.json`` and ``probe.parquet`` into its folder.
@@ -66,6 +67,7 @@ def probe(
         split: which episodes; of several, the first is what the report is about and the others are groups.
         seed: decides the samples and the shuffled actions.
         device: where to compute.
+        label: of the store, where it is not the run's own: ``probe-LABEL.parquet`` lies beside the run's own.
         progress: told episodes done and to do.
 
     Returns:
@@ -79,7 +81,8 @@ def probe(
         standard errors are over episodes; the standard error of one episode is None.
 
     Raises:
-        RunError: no run, a store of another encoder, or predictions that are not finite.
+        RunError: no run, or a store of another encoder.
+        DivergedError: predictions that are not finite.
         InvalidValueError: no episode of the split is longer than the context.
     """
     check_horizons(horizons, context)
@@ -115,7 +118,8 @@ def probe(
         "networks": networks,
         "groups": groups(table, horizons, model.divergence),
     }
-    write_findings(folder, runs.PROBE_TABLE, runs.PROBE, labelled(table, about), report)
+    table_name, report_name = (runs.labelled(name, label) for name in (runs.PROBE_TABLE, runs.PROBE))
+    write_findings(folder, table_name, report_name, labelled(table, about), report)
     return report
 
 
@@ -215,12 +219,12 @@ def check_horizons(horizons: Sequence[int], context: int) -> None:
 
 
 def check_finite(folder: Path, judged: Judged, numbers: Sequence[int]) -> None:
-    """Raise RunError, naming run and episode, unless all that was measured is a number."""
+    """Raise DivergedError, naming run and episode, unless all that was measured is a number."""
     for (prediction, control, measure), values in judged.values.items():
         exists = np.arange(values.shape[1]) < judged.steps[:, None]
         wrong = (exists & ~np.isfinite(values)).any(1)
         if wrong.any():
-            raise RunError(
+            raise DivergedError(
                 f"{folder}: {measure} of {control}, {prediction}, is not finite in episode "
                 f"{numbers[int(wrong.argmax())]}; "
                 "the model has diverged: train it again with a smaller --learning-rate and --overwrite"

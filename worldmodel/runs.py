@@ -8,6 +8,8 @@
     ├── metrics.jsonl            training and validation losses by update
     ├── metrics.json             what `pvrpipe probe` found
     ├── probe.parquet            the same, episode by episode
+    ├── metrics-….json, probe-….parquet   the same of other looks, in a study
+    ├── map.parquet, strip.parquet        its latents in the plane and a film strip, in a study
     ├── pairs-….json, .parquet   what it found on a replay of the store
     └── tensorboard/
 """
@@ -46,6 +48,9 @@ from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
 PROBE, PROBE_TABLE, PAIRS = "metrics.json", "probe.parquet", "pairs-"
+MAP, STRIP = "map.parquet", "strip.parquet"
+#: What was found of a run once it was trained; it goes when the run goes.
+FOUND = ("metrics*.json", "probe*.parquet", f"{PAIRS}*", MAP, STRIP)
 
 
 class RunFile(Frozen):
@@ -83,6 +88,12 @@ class RunRecord(Frozen):
     def random_weights(self) -> bool:
         """Whether nobody trained the representation."""
         return self.encoder is not None and self.encoder.weights.random_seed is not None
+
+
+def labelled(name: str, label: str) -> str:
+    """``probe.parquet`` of another look than the run's own: ``probe-LABEL.parquet``."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}-{label}.{suffix}" if label else name
 
 
 def versions() -> dict[str, str]:
@@ -174,8 +185,8 @@ def remove(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-    names = (CHECKPOINT, METRICS, PROBE, PROBE_TABLE, *(p.name for p in folder.glob(f"{PAIRS}*")), RECORD)
-    for name in names:
+    found = [path.name for pattern in FOUND for path in folder.glob(pattern)]
+    for name in (CHECKPOINT, METRICS, *found, RECORD):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -6,18 +6,24 @@ goes on where each of its runs was, and one that fails leaves the others alone.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pvrpipe.schemas.errors import InvalidValueError, one_line
+from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.pictures import draw, drawn
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import updates_done
 from pvrpipe.worldmodel.training import TrainConfig, train
+
+State = Literal["finished", "failed", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,12 @@ class Job:
     config: TrainConfig
     horizons: tuple[int, ...] = ()
     """rows that it is probed over; none: it is not probed"""
+    context: int = 1
+    split: tuple[str, ...] = ("val",)
+    shifts: tuple[tuple[str, str], ...] = ()
+    """further stores that it is probed on: (label, store)"""
+    frames: str = ""
+    """the rollout store that pictures of its latents come from; empty: none are made"""
     device: str = "cpu"
     overwrite: bool = False
 
@@ -42,7 +54,7 @@ class Outcome:
     model: str
     size: str
     seed: int
-    state: Literal["finished", "failed"]
+    state: State
     updates: int
     loss: float | None = None
     val_loss: float | None = None
@@ -50,7 +62,7 @@ class Outcome:
     failure: str = ""
 
     @classmethod
-    def of(cls, job: Job, state: Literal["finished", "failed"], **found: Any) -> Outcome:
+    def of(cls, job: Job, state: State, **found: Any) -> Outcome:
         """The outcome of a job as far as its run has come."""
         config, done = job.config, updates_done(job.run)
         return cls(
@@ -66,19 +78,87 @@ class Outcome:
 
 
 def do(job: Job, progress: Progress = silent) -> Outcome:
-    """Train and probe one run; whatever goes wrong is its outcome, for the others are to go on."""
+    """Train, probe and draw one run; whatever goes wrong is its outcome, for the others are to go on."""
     try:
         result = train(
             job.config, job.store, job.run, device=job.device, overwrite=job.overwrite, progress=progress
         )
-        metrics = (
-            probe(job.run, horizons=job.horizons, seed=job.config.seed, device=job.device)
-            if job.horizons
-            else None
-        )
+        metrics = [_probed(job, label, store) for label, store in _probes(job)]
+        if job.frames:
+            draw(job.run, job.frames, context=job.context, seed=job.config.seed, device=job.device)
+    except DivergedError as error:
+        return Outcome.of(job, "diverged", failure=one_line(error))
     except Exception as error:
         return Outcome.of(job, "failed", failure=one_line(error))
-    return Outcome.of(job, "finished", loss=result.train["loss"], val_loss=result.val["loss"], probe=metrics)
+    return _finished(job, result.train["loss"], result.val["loss"], metrics)
+
+
+def finished(job: Job) -> Outcome | None:
+    """The outcome of a job of which nothing is left to do, from its files alone; None of any other."""
+    try:
+        record = runs.read_run(job.run)
+        same = record.config == asdict(job.config) and record.store_id == _id_of(job.store)
+        metrics = [_found(job, label, store) for label, store in _probes(job)]
+    except (PvrpipeError, OSError, ValueError, KeyError):
+        return None
+    if job.overwrite or not same or record.result is None or (job.frames and not drawn(job.run)):
+        return None
+    known = [found for found in metrics if found is not None]
+    if len(known) < len(metrics):
+        return None
+    return _finished(job, record.result["train"]["loss"], record.result["val"]["loss"], known)
+
+
+def _finished(job: Job, loss: float, val_loss: float, metrics: Sequence[dict[str, Any]]) -> Outcome:
+    own = metrics[0] if metrics else None
+    return Outcome.of(job, "finished", loss=loss, val_loss=val_loss, probe=own)
+
+
+def _probes(job: Job) -> list[tuple[str, str]]:
+    """Label and store of each probe of a job; its own store's first, without a label."""
+    return [("", job.store), *job.shifts] if job.horizons else []
+
+
+def _probed(job: Job, label: str, store: str) -> dict[str, Any]:
+    return _found(job, label, store) or probe(
+        job.run,
+        store,
+        horizons=job.horizons,
+        context=job.context,
+        split=job.split,
+        seed=job.config.seed,
+        device=job.device,
+        label=label,
+    )
+
+
+def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
+    """What an earlier probe of this run found, if it was asked the same of the same store."""
+    path = job.run / runs.labelled(runs.PROBE, label)
+    if not path.is_file() or not (job.run / runs.labelled(runs.PROBE_TABLE, label)).is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    asked = {
+        "store_id": _id_of(store),
+        "horizons": sorted(map(str, job.horizons)),
+        "splits": sorted(job.split),
+        "split": job.split[0],
+        "context": job.context,
+        "seed": job.config.seed,
+        "run_state": "finished",
+    }
+    found |= {
+        "horizons": sorted(found["dynamics_error"]),
+        "splits": sorted(group["value"] for group in found["groups"] if group["by"] == "split"),
+    }
+    same = all(found[name] == value for name, value in asked.items())
+    return (
+        {name: value for name, value in found.items() if name not in ("horizons", "splits")} if same else None
+    )
+
+
+def _id_of(store: str) -> str | None:
+    return Store.open(store).manifest.id
 
 
 def sweep(
@@ -108,19 +188,23 @@ def sweep(
             f"two jobs would write to {twice[0]}; name each store, model, size and seed once, and give stores whose "
             "folders differ in name"
         )
-    total = sum(job.config.updates for job in jobs)
-    if engine == "inline":
-        return list(_one_by_one(jobs, total, progress))
+    known = {number: finished(job) for number, job in enumerate(jobs)}
+    done = {number: outcome for number, outcome in known.items() if outcome is not None}
+    todo = [number for number in range(len(jobs)) if number not in done]
+    left = [jobs[number] for number in todo]
+    total = sum(job.config.updates for job in left)
+    if engine == "inline" or not left:
+        done |= dict(zip(todo, _one_by_one(left, total, progress), strict=True))
+        return [done[number] for number in range(len(jobs))]
     from pvrpipe.worldmodel.ray_engine import outcomes
 
     def watch() -> None:
-        progress(sum(updates_done(job.run) for job in jobs), total, f"{len(done)} of {len(jobs)} runs")
+        progress(sum(updates_done(job.run) for job in left), total, f"{len(done)} of {len(jobs)} runs")
 
-    done: dict[int, Outcome] = {}
-    gpus = 1 if any(job.device.startswith("cuda") for job in jobs) else 0
-    for number, outcome in outcomes(jobs, do, address=address, workers=workers, gpus=gpus, watch=watch):
-        job = jobs[number]
-        done[number] = outcome if isinstance(outcome, Outcome) else Outcome.of(job, "failed", failure=outcome)
+    gpus = 1 if any(job.device.startswith("cuda") for job in left) else 0
+    for place, found in outcomes(left, do, address=address, workers=workers, gpus=gpus, watch=watch):
+        number, job = todo[place], left[place]
+        done[number] = found if isinstance(found, Outcome) else Outcome.of(job, "failed", failure=found)
         watch()
     return [done[number] for number in range(len(jobs))]
 

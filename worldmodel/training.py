@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvrpipe.schemas.errors import InvalidValueError, RunError
+from pvrpipe.schemas.errors import DivergedError, InvalidValueError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
@@ -156,7 +156,8 @@ def train(
         NotAStoreError: the store holds no embeddings.
         InvalidValueError: no window fits an episode, or the batch does not fit into the device's memory.
         OutputExistsError: the run was begun with another configuration; it is left as it is.
-        RunError: a loss is not finite, or the checkpoint does not fit; the last good one is kept.
+        DivergedError: a loss is not finite.
+        RunError: the checkpoint does not fit; the last good one is kept.
     """
     store, folder, device = open_observations(store_path), Path(run), torch.device(device)
     first = ranks().rank == 0  # of several processes, the one that writes
@@ -253,9 +254,9 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def check_finite(loss: float, update: int, data: Batches) -> None:
-    """Raise RunError, naming the update and its windows, unless a loss is a number."""
+    """Raise DivergedError, naming the update and its windows, unless a loss is a number."""
     if not math.isfinite(loss):
-        raise RunError(
+        raise DivergedError(
             f"the loss of update {update} is {loss}, on windows of {data.origin(update)}; the last checkpoint is "
             "kept: try a smaller learning rate, or look at the store with `pvrpipe verify`"
         )

@@ -1,0 +1,112 @@
+"""Every mistake of a study at once, before any work: what names nothing, does not go together, or cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pvrpipe.commands.study_plan import Plan
+from pvrpipe.pipeline.cached import cached_weights
+from pvrpipe.pipeline.readout import Readout, read_out
+from pvrpipe.pipeline.weights import find_weights
+from pvrpipe.pipeline.zoo import find_pvr
+from pvrpipe.rollouts.collect import draft_manifest
+from pvrpipe.rollouts.variation import parse_variation
+from pvrpipe.schemas.errors import PvrpipeError, one_line
+from pvrpipe.schemas.manifest import Manifest
+from pvrpipe.schemas.study import ALL, AUTOENCODER, RANDOM, SCRATCH, Representation, Study
+from pvrpipe.store.layout import read_manifest
+from pvrpipe.worldmodel.models import check_names
+from pvrpipe.worldmodel.training import TrainConfig
+
+OWN = (SCRATCH, AUTOENCODER)  # have no weights to be fetched
+
+
+def mistakes_of(study: Study) -> list[str]:
+    """Looks, representations, models, sizes and windows that are none, a line each."""
+    found: list[str] = []
+    for name in (*study.variations, *study.shifts):
+        with _noted(found, f"variation {name}"):
+            parse_variation(name)
+    for wanted in study.pvrs:
+        with _noted(found, f"pvrs: {wanted.pvr}"):
+            _check(wanted)
+    for trained in study.models:
+        for size in trained.sizes:
+            with _noted(found, f"models: {trained.model} {size}"):
+                check_names(trained.model, size)
+                for windows in (trained, trained.scratch or trained):
+                    TrainConfig(
+                        trained.model,
+                        size,
+                        trained.updates,
+                        windows.batch,
+                        windows.length,
+                        save_every=trained.save_every,
+                        log_every=trained.save_every,
+                    )
+    return list(dict.fromkeys(found))
+
+
+def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
+    """Environments that cannot be made, or not in these looks; weights that are not to be had, a line each.
+
+    Args:
+        plan: of a study without mistakes in its names.
+        fetch: also fetch what weights are not on this machine, to be sure of them.
+    """
+    found: list[str] = []
+    for look in plan.looks:
+        if sealed(look.folder) is None:
+            with _noted(found, f"environments: {look.environment} {look.variation}"):
+                draft_manifest(replace(look.config, variation=look.variation))
+    for name, weights in sorted(_weights_of(plan)):
+        if fetch or (weights == "auto" and not find_pvr(name).source.repo and not find_pvr(name).source.url):
+            with _noted(found, f"pvrs: {name}"):
+                find_weights(find_pvr(name), weights, name)
+    return list(dict.fromkeys(found))
+
+
+def unfetched(plan: Plan) -> list[str]:
+    """Representations whose published weights are not on this machine."""
+    return sorted(
+        name
+        for name, weights in _weights_of(plan)
+        if weights == "auto" and cached_weights(find_pvr(name)) is None
+    )
+
+
+def sealed(folder: Path) -> Manifest | None:
+    """The manifest of a store that is finished; None of any other."""
+    try:
+        manifest = read_manifest(folder)
+    except PvrpipeError:
+        return None
+    return manifest if manifest.state == "sealed" else None
+
+
+def _weights_of(plan: Plan) -> set[tuple[str, str]]:
+    """Name and weights of every encoder that is not trained by the study."""
+    requests = [
+        each.request for each in plan.embeddings if each.request is not None and each.pretrained is None
+    ]
+    return {(request.pvr, request.weights) for request in requests}
+
+
+def _check(wanted: Representation) -> None:
+    if wanted.pvr in (*OWN, RANDOM):
+        return
+    pvr = find_pvr(wanted.pvr)
+    for blocks in wanted.blocks:
+        read_out(pvr, Readout(wanted.layer, None if blocks == ALL else blocks, None, wanted.pool))
+
+
+@contextmanager
+def _noted(found: list[str], where: str) -> Iterator[None]:
+    """A user's mistake is a line of the list, and the next thing is looked at."""
+    try:
+        yield
+    except PvrpipeError as error:
+        found.append(f"{where}: {one_line(error)}")

@@ -1,0 +1,246 @@
+"""A study from its first store to its last run: what is there is taken, what fails is noted and the rest goes on.
+
+Whenever something was done ``study.json`` is replaced, so that a study that is killed says how far it had come; the
+work itself resumes where its own files say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pvrpipe.commands.shared_ray import shared_ray
+from pvrpipe.commands.study_checks import sealed
+from pvrpipe.commands.study_plan import Encoded, Look, Plan
+from pvrpipe.commands.study_state import Studying
+from pvrpipe.commands.terminal import note, watching
+from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
+from pvrpipe.pipeline.pretraining import pretrain
+from pvrpipe.pipeline.pvrs import SPEC_FILE
+from pvrpipe.pipeline.zoo import find_pvr
+from pvrpipe.rollouts.collect import Engine, collect, replay
+from pvrpipe.schemas.errors import PvrpipeError, one_line
+from pvrpipe.schemas.study_record import StudyRecord
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+from pvrpipe.worldmodel.sweep import finished, sweep
+
+
+@dataclass(frozen=True)
+class How:
+    """What runs a study; nothing in it changes a number, but the device its last bits."""
+
+    engine: Engine
+    device: str
+
+
+def conduct(plan: Plan, out: Path, how: How, command: str) -> StudyRecord:
+    """Make all of a study that is not there yet.
+
+    Args:
+        plan: of a study without mistakes.
+        out: folder of its record.
+        how: what runs it.
+        command: that was typed, for the record.
+    """
+    studying = Studying(plan, out, command)
+    _take_what_is_there(studying)
+    if not studying.done:
+        with shared_ray(how.engine.name, how.engine.address):
+            _collect_all(studying, how)
+            _embed_all(studying, how)
+            _train_all(studying, how)
+    return studying.save("finished" if studying.done else "unfinished")
+
+
+def _take_what_is_there(studying: Studying) -> None:
+    """Whatever lies under the name of its own configuration and verifies needs no engine."""
+    plan = studying.plan
+    for look in plan.looks:
+        _take(studying, look.folder)
+    for each in plan.embeddings:
+        if each.pretrained is not None and (each.pretrained[0] / SPEC_FILE).is_file():
+            studying.update(each.pretrained[0], state="finished", failure="", weights_sha256=_sha256(each))
+        if studying.holds(each.look.folder) and _is_of(each, sealed(each.look.folder)):
+            _take(studying, each.folder)
+    for job, record in plan.jobs:
+        if _ready(studying, job.store, job.shifts) and finished(job) is not None:
+            studying.jobs[record.run] = record.model_copy(update={"state": "finished"})
+    studying.save()
+
+
+def _take(studying: Studying, folder: Path) -> None:
+    """A sealed store as it is, checked in full if its files have changed since they were."""
+    manifest = sealed(folder)
+    if manifest is None:
+        return None
+    record, stamp = studying.of(folder), stamp_of(folder)
+    failures = [] if record.checked == stamp else _failures(folder)
+    if failures:
+        told = "; ".join(failures[:3])
+        note(f"{folder} does not verify: {told}")
+        return studying.update(folder, state="damaged", failure=told, checked=None)
+    changes: dict[str, Any] = {"id": manifest.id, "rows": manifest.rows, "bytes": manifest.bytes}
+    if manifest.embeddings is not None:
+        weights = manifest.embeddings.encoder.weights
+        changes |= {
+            "weights_sha256": weights.tensors_sha256,
+            "random_weights": weights.random_seed is not None,
+        }
+    return studying.update(folder, state="finished", failure="", checked=stamp, **changes)
+
+
+def _failures(folder: Path) -> list[str]:
+    try:
+        return [f"{failure.where}: {failure.what}" for failure in verify(folder)]
+    except PvrpipeError as error:
+        return [one_line(error)]
+
+
+def stamp_of(folder: Path) -> str:
+    """Size and last change of a folder's files; while it stays, what was verified holds."""
+    files = [path.stat() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return f"{sum(s.st_size for s in files)} bytes in {len(files)}, {max(s.st_mtime_ns for s in files)}"
+
+
+def _is_of(each: Encoded, rollouts: Any) -> bool:
+    """Whether embeddings, if there are any, are of these rollouts by this encoder, as far as names can say."""
+    manifest = sealed(each.folder)
+    if manifest is None or manifest.embeddings is None or rollouts is None:
+        return False
+    same = manifest.embeddings.rollouts_id == rollouts.id
+    return same and (
+        each.pretrained is None or manifest.embeddings.encoder.weights.file_sha256 == _sha256(each)
+    )
+
+
+def _sha256(each: Encoded) -> str | None:
+    assert each.pretrained is not None
+    folder = each.pretrained[0]
+    return find_pvr(str(folder)).source.sha256 if (folder / SPEC_FILE).is_file() else None
+
+
+def _collect_all(studying: Studying, how: How) -> None:
+    for look in studying.plan.looks:
+        if studying.of(look.folder).state != "waiting":
+            continue
+        if look.source is not None and not studying.holds(look.source.folder):
+            studying.update(look.folder, state="failed", failure=f"{look.source.folder} could not be made")
+            continue
+        studying.attempt(look.folder, lambda look=look: _collect(look, how))  # type: ignore[misc]
+        if studying.holds(look.folder):
+            _take(studying, look.folder)
+
+
+def _collect(look: Look, how: How) -> dict[str, Any]:
+    with watching(
+        "collect", "frames", f"{look.environment}, {look.variation}, into {look.folder}"
+    ) as progress:
+        if look.source is None:
+            result = collect(look.config, look.folder, how.engine, progress=progress)
+        else:
+            source = Store.open(look.source.folder, kind="rollouts")
+            result = replay(source, look.folder, how.engine, variation=look.variation, progress=progress)
+    return {"frames_per_second": result.frames_per_second or None, "seconds": result.seconds}
+
+
+def _embed_all(studying: Studying, how: How) -> None:
+    for look in studying.plan.looks:
+        if studying.holds(look.folder):
+            _embed_look(studying, look, how)
+
+
+def _embed_look(studying: Studying, look: Look, how: How) -> None:
+    of_look = [each for each in studying.plan.embeddings if each.look == look]
+    todo = [each for each in of_look if studying.of(each.folder).state == "waiting"]
+    todo = [each for each in todo if each.pretrained is None or _pretrained(studying, each, how)]
+    made = _embedded_together(studying, look, todo, how)
+    for each in todo:
+        if each.folder not in made:
+            studying.attempt(each.folder, lambda each=each: _cost(_embed(look, [each], how)[0]))  # type: ignore[misc]
+        if studying.holds(each.folder):
+            _take(studying, each.folder)
+
+
+def _pretrained(studying: Studying, each: Encoded, how: How) -> bool:
+    """Train the encoder of a representation if it is not there."""
+    assert each.pretrained is not None
+    folder, config, rollouts = each.pretrained
+
+    def make() -> dict[str, Any]:
+        with watching("pretrain", "updates", f"training an autoencoder into {folder}") as progress:
+            result = pretrain(
+                rollouts.absolute(), folder.absolute(), config, device=how.device, progress=progress
+            )
+        return {"seconds": result.seconds, "weights_sha256": _sha256(each)}
+
+    if not studying.holds(folder):
+        studying.attempt(folder, make)
+    if not studying.holds(folder):
+        studying.update(each.folder, state="failed", failure=f"{folder} could not be trained")
+    return studying.holds(folder)
+
+
+def _embedded_together(studying: Studying, look: Look, todo: Sequence[Encoded], how: How) -> set[Path]:
+    """Decode every frame once for all encoders; if that fails, nothing is made and each is tried alone."""
+    if len(todo) < 2:
+        return set()
+    try:
+        results = _embed(look, todo, how)
+    except PvrpipeError as error:
+        note(f"{look.folder}: {one_line(error)}; each representation is now embedded alone")
+        return set()
+    for result in results:
+        studying.update(result.store, state="finished", failure="", **_cost(result))
+    return {each.folder for each in todo}
+
+
+def _embed(look: Look, todo: Sequence[Encoded], how: How) -> list[EmbedResult]:
+    config = EmbedConfig(engine=how.engine.name, address=how.engine.address, workers=how.engine.workers)
+    outputs = [(each.request, each.folder) for each in todo if each.request is not None]
+    with watching("embed", "frames", f"embedding {look.folder} with {len(outputs)} encoders") as progress:
+        return embed(str(look.folder), outputs, config, progress)
+
+
+def _cost(result: EmbedResult) -> dict[str, Any]:
+    """Seconds that this encoder computed on one worker; reading and writing are shared."""
+    rate = result.rows / result.model_seconds if result.model_seconds else None
+    return {"seconds": result.model_seconds or None, "frames_per_second": rate}
+
+
+def _ready(studying: Studying, store: str, shifts: Sequence[tuple[str, str]]) -> bool:
+    return all(studying.holds(Path(folder)) for folder in (store, *(s for _, s in shifts)))
+
+
+def _train_all(studying: Studying, how: How) -> None:
+    """Train and probe what has its stores; what lacks one says which."""
+    todo = []
+    for job, record in studying.plan.jobs:
+        if studying.jobs[record.run].state == "finished":
+            continue
+        lacking = [f for f in (job.store, *(s for _, s in job.shifts)) if not studying.holds(Path(f))]
+        if lacking:
+            store = studying.of(lacking[0])
+            state = "damaged" if store.state == "damaged" else "failed"
+            told = f"its store {store.folder} is {store.state}: {store.failure}"
+            studying.jobs[record.run] = record.model_copy(update={"state": state, "failure": told})
+        else:
+            todo.append((job, record))
+    studying.save()
+    if not todo:
+        return
+    with watching("models", "updates", f"{len(todo)} runs in {studying.plan.root / 'runs'}") as progress:
+        outcomes = sweep(
+            [job for job, _ in todo],
+            engine=how.engine.name,
+            address=how.engine.address,
+            workers=how.engine.workers,
+            progress=progress,
+        )
+    for (_, record), outcome in zip(todo, outcomes, strict=True):
+        if outcome.state != "finished":
+            note(f"{record.run}: {outcome.failure}")
+        became = {"state": outcome.state, "failure": outcome.failure}
+        studying.jobs[record.run] = record.model_copy(update=became)

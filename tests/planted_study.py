@@ -1,0 +1,195 @@
+"""Studies whose every error a test has made up: records, runs and probe tables as `pvrpipe study` leaves them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from pvrpipe.schemas.study import Study
+from pvrpipe.schemas.study_record import JobRecord, StoreRecord, StudyRecord
+from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.inputs import vector
+from pvrpipe.worldmodel.models import Setting
+from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, jpeg
+from pvrpipe.worldmodel.training import TrainConfig
+
+from .planted import specification
+
+HORIZONS = (1, 8, 33, 500)
+DIVERGENCES = {"dreamerv3": "dynamics_kl_mean", "tdmpc2": "dynamics_mse"}
+FLOOR = 2.0  # what the trivial prediction gets, in units of a factor of 1
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What is true of a study."""
+
+    factors: Mapping[str, float]
+    """representation → its errors, as multiples of one and the same"""
+    tasks: Sequence[str] = ("dmc:one", "dmc:other")
+    models: Sequence[str] = ("dreamerv3", "tdmpc2")
+    seeds: int = 6
+    shift: float = 1.5
+    """by which errors grow on the other look"""
+    noise: float = 0.05
+    """of a run, relative"""
+    episodes: int = 8
+    pictures: bool = False
+
+
+def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
+    """Write it all into a workspace; the study's folder."""
+    folder = root / "studies" / "planted"
+    folder.mkdir(parents=True)
+    jobs = [
+        _write_run(root, planted, task, pvr, model, seed)
+        for task in planted.tasks
+        for pvr in planted.factors
+        for model in planted.models
+        for seed in range(planted.seeds)
+    ]
+    stores = [
+        StoreRecord(
+            folder=f"embeddings/{task[4:]}/{pvr}",
+            kind="embeddings",
+            environment=task,
+            variation="none",
+            pvr=pvr,
+            state="finished",
+            id="0" * 64,
+            weights_sha256="1" * 64,
+            random_weights=pvr.startswith("random"),
+            vit=number % 2 == 0,
+            rows=1000,
+            bytes=1000 * 1536,
+            frames_per_second=10.0 + number,
+            command=f"pvrpipe embed {pvr}",
+        )
+        for task in planted.tasks
+        for number, pvr in enumerate(planted.factors)
+        if pvr != "from scratch"
+    ]
+    study = Study.model_validate(
+        {
+            "name": "planted",
+            "title": "A planted study",
+            "environments": list(planted.tasks),
+            "shifts": ["ood"],
+            "pvrs": ["scratch"],
+            "models": [{"model": model} for model in planted.models],
+            "seeds": list(range(planted.seeds)),
+        }
+    )
+    made = {"state": "finished", "stores": stores, "jobs": jobs, "command": "pvrpipe study planted.yaml"}
+    record = StudyRecord.model_validate({"study": study, "root": "../..", **made, **of_record})
+    (folder / "study.json").write_text(record.model_dump_json())
+    return folder
+
+
+def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, seed: int) -> JobRecord:
+    name = f"{task[4:]}-{pvr.replace(' ', '-')}-{model}-s{seed}"
+    run, key = root / "runs" / name, zlib.crc32(f"{name}".encode())
+    run.mkdir(parents=True)
+    config = TrainConfig(model=model, seed=seed)
+    record = runs.RunRecord(
+        state="finished",
+        config=asdict(config),
+        store=f"embeddings/{task[4:]}/{pvr}",
+        store_id="0" * 64,
+        encoder=None if pvr == "from scratch" else specification(1, 1, pvr, (4,)).encoder,
+        setting=Setting(vector(4), 1, 2, 500, False),
+        parameters=1,
+        device="cpu",
+        versions={},
+    )
+    runs.write_run(run, record)
+    random = np.random.default_rng(key)
+    of_run = planted.factors[pvr] * np.exp(random.normal(0, planted.noise))
+    for label, grown in (("", 1.0), ("ood", planted.shift)):
+        table = _table(planted, model, of_run * grown, "ood" if label else "id", random)
+        table.with_columns(environment=pl.lit(task), variation=pl.lit(label or "none")).write_parquet(
+            run / runs.labelled(runs.PROBE_TABLE, label)
+        )
+    if planted.pictures and seed == 0:
+        _draw(run, task, random)
+    return JobRecord(
+        run=f"runs/{name}",
+        store=f"embeddings/{task[4:]}/{pvr}",
+        environment=task,
+        variation="none",
+        pvr=pvr,
+        encoder="auto",
+        blocks="all",
+        model=model,
+        size="1m",
+        seed=seed,
+        state="finished",
+        probes=("probe.parquet", "probe-ood.parquet"),
+        commands=(f"pvrpipe train-model {name}", f"pvrpipe probe {name}"),
+    )
+
+
+def _table(
+    planted: Planted, model: str, factor: float, distribution: str, random: np.random.Generator
+) -> pl.DataFrame:
+    """Probe rows: an episode's error is the factor times what its episode adds, and grows with the horizon."""
+    measures = ("reward_error", "state_error", DIVERGENCES[model])
+    controls = {"model": factor, "no_change": FLOOR, "mean": FLOOR}
+    keys = [
+        (prediction, control, measure, horizon)
+        for prediction in ("open_loop", "one_step")
+        for control in controls
+        for measure in measures
+        for horizon in HORIZONS
+    ]
+    N, K = planted.episodes, len(keys)
+    columns = list(zip(*keys, strict=True))
+    horizon = np.tile(np.array(columns[3], np.int32), N)
+    level = np.tile(np.array([controls[control] for control in columns[1]]), N)
+    of_episode = np.repeat(1 + 0.1 * random.normal(size=N), K)
+    accumulated = level * of_episode * horizon
+    return pl.DataFrame(
+        {
+            "episode": np.repeat(np.arange(N), K),
+            "split": np.full(N * K, "val"),
+            "distribution": np.full(N * K, distribution),
+            "prediction": list(columns[0]) * N,
+            "control": list(columns[1]) * N,
+            "measure": list(columns[2]) * N,
+            "horizon": horizon,
+            "steps": horizon,
+            "accumulated": accumulated,
+            "per_step": accumulated / horizon,
+        }
+    )
+
+
+def _draw(run: Path, task: str, random: np.random.Generator, points: int = 400, moments: int = 8) -> None:
+    """A map and a film strip of noise, as large as real ones."""
+    seen = np.random.default_rng(zlib.crc32(task.encode()))  # maps of one task show the same rows
+    frames = [jpeg(f, POINT) for f in seen.integers(0, 256, (points, 8, 8, 3), np.uint8)]
+    places = {f"{m}_{axis}": random.normal(size=points) for m in ("pca", "umap") for axis in "xy"}
+    about = {"episode": np.arange(points) // 20, "step": np.arange(points) % 20}
+    table = pl.DataFrame({**about, "reward": seen.uniform(size=points), **places, "frame": frames})
+    separation = json.dumps({"latent": 0.5, "pca": 0.2, "umap": 0.4})
+    table.write_parquet(run / runs.MAP, metadata={SEPARATION: separation})
+    pictures = {
+        name: [jpeg(f, MOMENT) for f in random.integers(0, 256, (moments, 8, 8, 3), np.uint8)]
+        for name in ("true", "imagined", "seen")
+    }
+    numbers = {name: random.uniform(size=moments) for name in ("received", "predicted", "distance")}
+    strip = pl.DataFrame({"episode": [0] * moments, "step": list(range(moments)), **pictures, **numbers})
+    strip.write_parquet(run / runs.STRIP)
+
+
+def picture_of(data: bytes) -> tuple[int, int]:
+    """Size of an encoded picture."""
+    return Image.open(BytesIO(data)).size

@@ -1,0 +1,116 @@
+"""``pvrpipe report``: one folder that opens offline and says what a study found.
+
+::
+
+    report/
+    ├── index.html      the page; asks the network for nothing
+    ├── report.json     what it says, for machines
+    ├── tables/         every table, as CSV and Parquet
+    └── figures/        as SVG and PDF, in the width of a paper's column, and paper/ in the layout of the study's own
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pvrpipe.store.files import make_folder, write_whole
+from pvrpipe.worldmodel.report_charts import charts_of
+from pvrpipe.worldmodel.report_figures import draw_figures
+from pvrpipe.worldmodel.report_findings import Findings, findings_of
+from pvrpipe.worldmodel.report_page import page_of
+from pvrpipe.worldmodel.report_sources import Evidence, evidence_of
+from pvrpipe.worldmodel.report_tables import returns_of, tables_of, write_tables
+from pvrpipe.worldmodel.report_words import sentences_of, title_of
+
+PAGE, JSON, TABLES, FIGURES = "index.html", "report.json", "tables", "figures"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    runs: int
+    unfinished: int
+    comparisons: int
+    claims: int
+    findings: tuple[str, ...]
+    bytes: int
+
+
+def build_report(
+    studies: Sequence[Path], out: Path, *, returns: Path | None = None, figures: bool = True
+) -> Report:
+    """Write a report; the same studies give the same page, whatever was in the folder before.
+
+    Args:
+        studies: folders with a ``study.json``.
+        out: folder of the report; its own files are replaced.
+        returns: a CSV of what agents got, to correlate errors with.
+        figures: also draw the figures, which takes most of the time.
+
+    Raises:
+        NotAStudyError: a folder holds no study, or no run was probed.
+    """
+    evidence = evidence_of(studies)
+    horizons = sorted({h for _, record in evidence.studies for h in record.study.probe.horizons})
+    findings = findings_of(evidence, horizons)
+    tables = tables_of(evidence, findings)
+    charts = charts_of(evidence, findings, tables, None if returns is None else returns_of(returns))
+    make_folder(out)
+    for name in (TABLES, FIGURES):
+        shutil.rmtree(out / name, ignore_errors=True)
+    write_tables(tables, out / TABLES)
+    if figures:
+        draw_figures(evidence, tables["errors"], horizons, out / FIGURES)
+    write_whole(out / JSON, (json.dumps(plain_of(evidence, findings, tables)) + "\n").encode())
+    write_whole(out / PAGE, page_of(evidence, findings, charts, tables).encode())
+    return Report(
+        page=out / PAGE,
+        runs=len(evidence.finished),
+        unfinished=len(tables["unfinished"]),
+        comparisons=len(findings.comparisons),
+        claims=sum(c.verdict in ("better", "worse") for c in findings.comparisons),
+        findings=tuple(sentences_of(findings)),
+        bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+    )
+
+
+def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFrame]) -> dict[str, Any]:
+    """``report.json``: what the page says, with numbers that are none as null."""
+    content = {
+        "format": "pvrpipe report",
+        "format_version": 1,
+        "title": title_of(evidence),
+        "reference": findings.reference,
+        "findings": sentences_of(findings),
+        "standings": [asdict(standing) for standing in findings.standings],
+        "comparisons": [asdict(comparison) for comparison in findings.comparisons],
+        "errors": tables["errors"].to_dicts(),
+        "costs": tables["costs"].to_dicts(),
+        "unfinished": tables["unfinished"].to_dicts(),
+        "studies": [record.model_dump(mode="json") for _, record in evidence.studies],
+    }
+    return _finite(content)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def newest_study(home: Path) -> Path | None:
+    """The study of a workspace whose record was written last."""
+    records = sorted(home.glob("*/study.json"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    return records[-1].parent if records else None

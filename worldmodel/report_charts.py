@@ -1,0 +1,369 @@
+"""The charts of a report as data: what ``report.js`` draws, and the tables that stand behind them.
+
+A chart has panels, each with ``keys`` that the page filters by, axes, and one of ``dots`` (a value with its interval
+and the runs behind it), ``lines`` or ``points``. What there is no data for is no chart, but a sentence.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pvrpipe.schemas.study_record import StoreRecord
+from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.report_captions import (
+    BLOCKS,
+    BY_HORIZON,
+    BY_PVR,
+    COST,
+    ENCODERS,
+    MAPS,
+    OOD,
+    RETURNS,
+    SEVERITY,
+    STRIPS,
+    SUMMARY,
+)
+from pvrpipe.worldmodel.report_findings import Findings
+from pvrpipe.worldmodel.report_sources import OWN, Evidence
+from pvrpipe.worldmodel.report_tables import severities_of, short
+from pvrpipe.worldmodel.report_words import NAMES
+from pvrpipe.worldmodel.statistics import pearson, spearman
+
+UNITS = {
+    "reward_error": "accumulated |r̂ − r|",
+    "state_error": "accumulated error, variances",
+    "dynamics_error": "accumulated, nats or squared latents",
+}
+PROPERTIES = {
+    "vit": "ViT",
+    "diverse": "diverse data",
+    "sequential": "sequential data",
+    "language": "language",
+}
+MOMENTS = ("true", "imagined", "seen")
+
+
+@dataclass
+class Charts:
+    """Charts in the order of the page, their pictures, and a sentence for each chart that there is not."""
+
+    charts: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[str] = field(default_factory=list)
+    """pictures, each once"""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """of maps: maps of one task show the same rows"""
+    absent: list[str] = field(default_factory=list)
+    _numbers: dict[tuple[int, bytes], int] = field(default_factory=dict)
+
+    def add(self, chart: dict[str, Any], panels: list[dict[str, Any]], without: str) -> None:
+        """Take a chart in if it has a panel."""
+        if panels:
+            self.charts.append({**chart, "panels": panels})
+        else:
+            self.absent.append(without)
+
+    def frame(self, jpeg: bytes) -> int:
+        """The number of a picture."""
+        return self._once(self.frames, jpeg, base64.b64encode(jpeg).decode())
+
+    def rows_of(self, table: pl.DataFrame) -> int:
+        """The number of a map's rows, without their places."""
+        rows = {name: table[name].to_list() for name in ("episode", "step")}
+        rows["reward"] = [float(f"{value:.4g}") for value in table["reward"]]
+        rows["frames"] = [self.frame(jpeg) for jpeg in table["frame"]]
+        return self._once(self.rows, repr(rows).encode(), rows)
+
+    def _once(self, kept: list[Any], content: bytes, value: Any) -> int:
+        number = self._numbers.setdefault((id(kept), content), len(kept))
+        if number == len(kept):
+            kept.append(value)
+        return number
+
+
+def charts_of(
+    evidence: Evidence,
+    findings: Findings,
+    tables: dict[str, pl.DataFrame],
+    returns: pl.DataFrame | None = None,
+) -> Charts:
+    """All charts of a page."""
+    made, errors = Charts(), tables["errors"]
+    horizons = sorted({h for _, record in evidence.studies for h in record.study.probe.horizons})
+    at = errors.filter(pl.col("horizon").is_in(horizons)) if horizons else errors
+    own = at.filter(look=OWN)
+    made.add(SUMMARY, list(_standing_panels(findings)), "No run has an error to be compared.")
+    made.add(BY_PVR, list(_dots_by(own, "arm")), "No run has an error.")
+    made.add(BY_HORIZON, list(_growth(errors.filter(look=OWN))), "Errors were probed at one horizon only.")
+    _maps(made, evidence)
+    made.add(OOD, list(_ood(at, evidence)), "No run was probed on a shifted look: the study has no `shifts`.")
+    made.add(
+        SEVERITY,
+        list(_severity(at)),
+        "No look varies one factor by a severity, e.g. `shifts: [camera=0.3]`.",
+    )
+    made.add(ENCODERS, list(_ablation(own, "encoder")), "Every representation was read through one map only.")
+    made.add(BLOCKS, list(_ablation(own, "blocks")), "No representation was cut down to some of its blocks.")
+    made.add(
+        RETURNS,
+        [] if returns is None else list(_correlations(own, returns)),
+        "No returns of agents were given (`pvrpipe report --returns FILE.csv`), so errors are not correlated with any.",
+    )
+    _strips(made, evidence)
+    made.add(COST, list(_cost(tables["costs"])), "No embeddings were made, so none have a cost.")
+    return made
+
+
+def _standing_panels(findings: Findings) -> Iterator[dict[str, Any]]:
+    table: dict[tuple[Any, ...], list[Any]] = {}
+    for s in findings.standings:
+        table.setdefault((f"{s.model} {s.size}", s.error, s.horizon), []).append(s)
+    for (model, error, horizon), standings in table.items():
+        yield {
+            "keys": {"model": model, "error": NAMES[error], "horizon": str(horizon)},
+            "x": "error / trivial prediction",
+            "mark": 1.0,
+            "dots": [
+                {
+                    "label": s.pvr,
+                    "value": s.relative.value,
+                    "low": s.relative.low,
+                    "high": s.relative.high,
+                    "note": f"{s.runs} runs, {s.tasks} task{'s' * (s.tasks > 1)}",
+                }
+                for s in standings
+            ],
+        }
+
+
+def _panels(table: pl.DataFrame, *more: str) -> Iterator[tuple[dict[str, str], pl.DataFrame]]:
+    """Rows by task, model, error and horizon, as far as the table has them."""
+    keys = ["environment", "variation", "model", "size", "measure", *more]
+    for values, rows in table.group_by(keys, maintain_order=True):
+        found = dict(zip(keys, map(str, values), strict=True))
+        task = short(found.pop("environment"))
+        look = found.pop("variation")
+        named = {
+            "task": task if look == "none" else f"{task}, {look}",
+            "model": f"{found.pop('model')} {found.pop('size')}",
+            "error": NAMES[found.pop("measure")],
+        }
+        yield {**named, **found}, rows
+
+
+def _dots_by(table: pl.DataFrame, label: str) -> Iterator[dict[str, Any]]:
+    for keys, rows in _panels(table, "horizon"):
+        yield {
+            "keys": keys,
+            "x": UNITS[rows["measure"][0]],
+            "dots": [
+                _dot(row, str(row[label]))
+                for row in rows.sort("mean", maintain_order=True).iter_rows(named=True)
+            ],
+        }
+
+
+def _dot(row: dict[str, Any], label: str) -> dict[str, Any]:
+    sem = row["sem"] or 0.0
+    return {
+        "label": label,
+        "value": row["mean"],
+        "low": row["mean"] - sem,
+        "high": row["mean"] + sem,
+        "runs": [float(value) for value in row["values"].split()],
+        "random": row["random_weights"],
+        "note": f"{row['runs']} runs, {row['episodes']} episodes",
+    }
+
+
+def _growth(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    for keys, rows in _panels(table):
+        lines = [_line(arm, part.sort("horizon"), "horizon") for arm, part in _by(rows, "arm")]
+        if any(len(line["x"]) > 1 for line in lines):
+            yield {
+                "keys": keys,
+                "x": "horizon, rows",
+                "y": UNITS[rows["measure"][0]],
+                "log": True,
+                "lines": lines,
+            }
+
+
+def _severity(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    graded = severities_of(table)
+    for keys, rows in _panels(graded, "horizon", "factor"):
+        lines = [_line(arm, part.sort("severity"), "severity") for arm, part in _by(rows, "arm")]
+        yield {
+            "keys": keys,
+            "x": f"severity of {keys['factor']}",
+            "y": UNITS[rows["measure"][0]],
+            "lines": lines,
+        }
+
+
+def _line(label: str, rows: pl.DataFrame, x: str) -> dict[str, Any]:
+    mean, sem = rows["mean"], rows["sem"].fill_null(0.0)
+    return {
+        "label": label,
+        "x": rows[x].to_list(),
+        "y": mean.to_list(),
+        "low": (mean - sem).to_list(),
+        "high": (mean + sem).to_list(),
+    }
+
+
+def _by(table: pl.DataFrame, key: str) -> Iterator[tuple[str, pl.DataFrame]]:
+    for (value,), rows in table.group_by(key, maintain_order=True):
+        yield str(value), rows
+
+
+def _ood(table: pl.DataFrame, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    stores = {store.pvr: store for _, record in evidence.studies for store in record.stores if store.pvr}
+    own = table.filter(look=OWN)
+    shifted = table.filter(~pl.col("look").is_in([OWN]) & ~pl.col("look").str.contains(r"[=-][0-9.]+$"))
+    keys = ["environment", "variation", "arm", "model", "size", "measure", "horizon"]
+    joined = shifted.join(own.select(*keys, before="mean", before_sem="sem"), on=keys, maintain_order="left")
+    for about, rows in _panels(joined, "horizon", "look"):
+        for name, title in PROPERTIES.items():
+            points = [
+                {
+                    "label": row["arm"],
+                    "x": row["before"],
+                    "y": row["mean"],
+                    "x_sem": row["before_sem"],
+                    "y_sem": row["sem"],
+                    "filled": _has(stores.get(row["pvr"]), name),
+                }
+                for row in rows.iter_rows(named=True)
+            ]
+            if name == "vit" or any(point["filled"] for point in points):
+                yield {
+                    "keys": {**about, "property": title},
+                    "x": "error as trained",
+                    "y": f"error, {about['look']}",
+                    "diagonal": True,
+                    "points": points,
+                }
+
+
+def _has(store: StoreRecord | None, name: str) -> bool:
+    return store is not None and bool(getattr(store, name))
+
+
+def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
+    """A representation at each value of ``key``, where it has several."""
+    stem = table.with_columns(stem=pl.col("pvr").str.replace(r" blocks .*$", ""))
+    varied = stem.filter(pl.col(key).n_unique().over("stem", "environment", "model") > 1)
+    for keys, rows in _panels(varied, "horizon"):
+        for name, part in _by(rows, "stem"):
+            dots = [_dot(row, f"{name}, {row[key]}") for row in part.iter_rows(named=True)]
+            yield {"keys": {**keys, "representation": name}, "x": UNITS[rows["measure"][0]], "dots": dots}
+
+
+def _correlations(table: pl.DataFrame, returns: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    on = [name for name in ("environment", "pvr", "model") if name in returns.columns]
+    means = returns.group_by(on, maintain_order=True).agg(pl.col("return").mean())
+    for (model, measure, horizon), rows in table.join(means, on=on, maintain_order="left").group_by(
+        "model", "measure", "horizon", maintain_order=True
+    ):
+        if len(rows) < 3:
+            continue
+        linear, ranked = pearson(rows["mean"], rows["return"]), spearman(rows["mean"], rows["return"])
+        p = "" if linear.p is None else f" (p = {linear.p:.2g})"
+        yield {
+            "keys": {"model": str(model), "error": NAMES[str(measure)], "horizon": str(horizon)},
+            "x": UNITS[str(measure)],
+            "y": "return",
+            "text": f"Pearson {linear.value:.2f}{p}, Spearman {ranked.value:.2f}, {linear.count} points",
+            "points": [
+                {
+                    "label": f"{row['arm']}, {short(row['environment'])}",
+                    "x": row["mean"],
+                    "y": row["return"],
+                    "filled": True,
+                }
+                for row in rows.iter_rows(named=True)
+            ],
+        }
+
+
+def _pictured(evidence: Evidence, name: str) -> Iterator[tuple[dict[str, str], Path]]:
+    for row in evidence.finished.iter_rows(named=True):
+        folder = Path(row["run"])
+        if (folder / name).is_file():
+            keys = {"task": short(row["environment"]), "model": f"{row['model']} {row['size']}"}
+            yield {**keys, "representation": row["arm"]}, folder
+
+
+def _maps(made: Charts, evidence: Evidence) -> None:
+    panels = []
+    for keys, folder in _pictured(evidence, runs.MAP):
+        table, separation = read_map(folder)
+        rows = made.rows_of(table)
+        for method in ("umap", "pca"):
+            place = table.select(f"{method}_x", f"{method}_y").to_numpy()
+            low, high = place.min(0), place.max(0)
+            unit = np.round((place - low) / np.maximum(high - low, 1e-12), 3)
+            told, latent = separation[method], separation["latent"]
+            panels.append(
+                {
+                    "keys": {**keys, "map": method.upper()},
+                    "text": f"separation {_number(told)} here, {_number(latent)} in the latent",
+                    "x": unit[:, 0].tolist(),
+                    "y": unit[:, 1].tolist(),
+                    "rows": rows,
+                }
+            )
+    made.add(
+        MAPS, panels, "No latents were laid out: the study says `maps: false`, or its runs are not done."
+    )
+
+
+def _strips(made: Charts, evidence: Evidence) -> None:
+    panels = []
+    for keys, folder in _pictured(evidence, runs.STRIP):
+        table = pl.read_parquet(folder / runs.STRIP)
+        panels.append(
+            {
+                "keys": keys,
+                "text": f"episode {table['episode'][0]}",
+                "step": table["step"].to_list(),
+                "strip": {name: [made.frame(jpeg) for jpeg in table[name]] for name in MOMENTS},
+                "received": table["received"].to_list(),
+                "predicted": table["predicted"].to_list(),
+                "distance": table["distance"].to_list(),
+            }
+        )
+    made.add(
+        STRIPS, panels, "No rollouts were drawn: the study says `maps: false`, or its runs are not done."
+    )
+
+
+def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    units = {"seconds_per_1000_frames": "seconds for 1,000 frames", "bytes_per_frame": "bytes of a frame"}
+    for column, unit in units.items():
+        rows = (
+            costs.filter(pl.col(column).is_not_null())
+            .group_by("pvr", maintain_order=True)
+            .agg(pl.col(column).mean(), pl.col("random_weights").any())
+        )
+        if len(rows):
+            yield {
+                "keys": {"cost": unit},
+                "x": unit,
+                "dots": [
+                    {"label": row["pvr"], "value": row[column], "random": row["random_weights"]}
+                    for row in rows.sort(column, maintain_order=True).iter_rows(named=True)
+                ],
+            }
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"

@@ -1,0 +1,129 @@
+"""Figures of a report for a paper, as SVG and PDF, in the width of a column, and in the layout of the study's own.
+
+``figures/NAME.svg``: a panel per task and model, at the shortest horizon. ``figures/paper/``: figures 6 (dynamics
+error), 7 (reward error) and 8 (latent maps) of Schneider et al. 2024: a column for each model, a row for each horizon,
+bars with standard errors; maps with a row for each model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import polars as pl
+
+from pvrpipe.store.files import make_folder
+from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.report_sources import OWN, Evidence
+from pvrpipe.worldmodel.report_tables import short
+from pvrpipe.worldmodel.report_words import NAMES
+
+COLUMN, TEXT = 3.25, 5.5  # inches: of a two-column paper, and of NeurIPS' text
+STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "pvrpipe",
+}
+PAPER = {"dynamics_error": "figure-6-dynamics-error", "reward_error": "figure-7-reward-error"}
+
+
+def draw_figures(evidence: Evidence, errors: pl.DataFrame, horizons: Sequence[int], folder: Path) -> None:
+    """Draw all figures that there is data for."""
+    make_folder(folder / "paper")
+    own = errors.filter(pl.col("horizon").is_in(list(horizons)), look=OWN)
+    with matplotlib.rc_context(STYLE):
+        for error in NAMES:
+            rows = own.filter(measure=error)
+            if len(rows):
+                shortest = rows.filter(horizon=rows["horizon"].min())
+                _draw_columns(shortest, NAMES[error], folder / error.replace("_", "-"))
+        for environment, variation in (
+            own.select("environment", "variation").unique(maintain_order=True).rows()
+        ):
+            task = own.filter(environment=environment, variation=variation)
+            name = short(environment) if variation == "none" else f"{short(environment)}-{variation}"
+            for error, stem in PAPER.items():
+                _draw_paper(task.filter(measure=error), NAMES[error], folder / "paper" / f"{stem}-{name}")
+            _draw_maps(evidence, environment, variation, folder / "paper" / f"figure-8-latent-maps-{name}")
+
+
+def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
+    """A panel for each model and task, one under another, in the width of a column."""
+    parts = list(rows.group_by("model", "size", "environment", "variation", maintain_order=True))
+    count = max(len(part) for _, part in parts)
+    with _figure(path, len(parts), 1, (COLUMN, len(parts) * (0.55 + 0.16 * count))) as axes:
+        for axis, ((model, size, environment, _), part) in zip(axes[:, 0], parts, strict=True):
+            ordered = part.sort("mean", descending=True, maintain_order=True)
+            axis.errorbar(
+                ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
+            )
+            axis.set_title(f"{short(str(environment))}, {model} {size}", loc="left")
+            axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
+            axis.set_xlim(left=0)
+
+
+def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
+    """A column for each model, a row for each horizon, longest first; bars with standard errors."""
+    models = rows.select("model", "size").unique(maintain_order=True).rows()
+    horizons = sorted(rows["horizon"].unique(), reverse=True)
+    if not models:
+        return
+    with _figure(path, len(horizons), len(models), (TEXT, 1.5 * len(horizons) + 0.5)) as axes:
+        for column, (model, size) in enumerate(models):
+            for line, horizon in enumerate(horizons):
+                axis = axes[line, column]
+                part = rows.filter(model=model, size=size, horizon=horizon)
+                colours = ["#555555" if random else "#0072b2" for random in part["random_weights"]]
+                axis.bar(
+                    part["arm"], part["mean"], yerr=part["sem"].fill_null(0.0), color=colours, ecolor="black"
+                )
+                axis.tick_params(axis="x", rotation=60 if len(part) > 3 else 0)
+                axis.set_ylabel(f"{name}, {horizon} rows")
+                if line == 0:
+                    axis.set_title(f"{model} {size}")
+
+
+def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path) -> None:
+    """UMAPs coloured by reward: a row for each model, a column for each representation."""
+    drawn = evidence.finished.filter(environment=environment, variation=variation)
+    drawn = drawn.filter([(Path(run) / runs.MAP).is_file() for run in drawn["run"]])
+    if not len(drawn):
+        return
+    models = drawn.select("model", "size").unique(maintain_order=True).rows()
+    arms = drawn["arm"].unique(maintain_order=True).to_list()
+    width = TEXT / max(len(arms), 3)
+    with _figure(path, len(models), len(arms), (TEXT, len(models) * width + 0.3)) as axes:
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for row in drawn.iter_rows(named=True):
+            axis = axes[models.index((row["model"], row["size"])), arms.index(row["arm"])]
+            points, separation = read_map(Path(row["run"]))
+            axis.scatter(points["umap_x"], points["umap_y"], c=points["reward"], s=2, lw=0, rasterized=True)
+            told = separation["latent"]
+            axis.set_title(
+                f"{row['arm']}, {row['model']}" + ("" if told is None else f"\nR² {told:.2f}"), fontsize=6
+            )
+
+
+@contextmanager
+def _figure(path: Path, rows: int, columns: int, inches: tuple[float, float]) -> Iterator[Any]:
+    """Axes (rows, columns), written as SVG and PDF that hold no date."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure.subplots(rows, columns, squeeze=False)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, dpi=300)

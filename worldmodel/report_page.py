@@ -1,0 +1,207 @@
+"""``index.html``: the page of a report, one file that asks the network for nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import polars as pl
+
+from pvrpipe.schemas.study_record import STATES
+from pvrpipe.worldmodel.report_charts import Charts
+from pvrpipe.worldmodel.report_findings import ALPHA, Findings
+from pvrpipe.worldmodel.report_sources import Evidence
+from pvrpipe.worldmodel.report_tables import short
+from pvrpipe.worldmodel.report_words import NAMES, about_of, grouped, sentences_of, summary_of, title_of
+
+
+def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict[str, pl.DataFrame]) -> str:
+    """The whole page."""
+    arms = evidence.runs["arm"].unique(maintain_order=True).to_list()
+    arms.sort(key=lambda arm: arm != findings.reference)  # the reference has the colour of the text
+    data = {"arms": arms, "charts": charts.charts, "frames": charts.frames, "rows": charts.rows}
+    parts = {
+        "TITLE": escape(title_of(evidence)),
+        "STYLE": _file("css"),
+        "SCRIPT": _file("js"),
+        "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        "LEAD": _lead(evidence, tables["unfinished"]),
+        "FOUND": _found(findings),
+        "COMPARISONS": _comparisons(findings),
+        "ABSENT": _absent(charts.absent),
+        "PROVENANCE": _provenance(evidence, tables["unfinished"]),
+        "COMMANDS": _commands(evidence),
+        "FOOTER": "Made by <code>pvrpipe report</code>. Tables are in <code>tables/</code>, figures in "
+        "<code>figures/</code>, all of this in <code>report.json</code>.",
+    }
+    return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], _file("html"))
+
+
+def _file(suffix: str) -> str:
+    return files("pvrpipe.worldmodel").joinpath(f"report.{suffix}").read_text()
+
+
+def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
+    runs = evidence.finished
+    tasks = runs.select("environment", "variation").unique(maintain_order=True).rows()
+    names = ", ".join(short(e) if v == "none" else f"{short(e)} ({v})" for e, v in tasks)
+    arms = ", ".join(runs["arm"].unique(maintain_order=True))
+    models = ", ".join(f"{m} {s}" for m, s in runs.select("model", "size").unique(maintain_order=True).rows())
+    seeds = runs["seed"].n_unique()
+    counted = f"{seeds} seed{'s' * (seeds > 1)}"
+    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}.</p>"
+    random = runs.filter(pl.col("random_weights"))["arm"].unique(maintain_order=True).to_list()
+    if random:
+        text += f'<p class="alarm">Random weights, nobody trained these encoders: {escape(", ".join(random))}.</p>'
+    if len(unfinished):
+        states = ", ".join(
+            f"{count} {STATES[str(state)]}"
+            for state, count in unfinished["state"].value_counts(sort=True).rows()
+        )
+        which = '<a href="#provenance">which</a>'
+        text += (
+            f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
+        )
+    return text
+
+
+def _found(findings: Findings) -> str:
+    claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
+    count = len(findings.comparisons)
+    head = (
+        f"Of {count} comparisons with {findings.reference}, {claims} find a difference."
+        if count
+        else "There is nothing to compare."
+    )
+    items = "".join(f"<li>{escape(line)}</li>" for line in summary_of(findings))
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences_of(findings))
+    sure = (
+        "How sure: brackets are 95 % intervals of interquartile means over runs and tasks (bootstrap, stratified over "
+        "tasks); P is the probability that a run has the smaller error. A difference is claimed where a permutation "
+        f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if "
+        f"nothing differed, the chance of any claim here would be {ALPHA:.0%}. Seeds change weights and batches, not "
+        "the rollouts: intervals do not say what other trajectories would show. Dynamics errors are shown and not "
+        "judged: each model's latent has units of its own, and one that hardly moves is easily predicted."
+    )
+    return (
+        f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
+        f'{_folded("In sentences", f"""<ul class="findings">{sentences}</ul>""")}'
+        f'<p class="about">{escape(sure)}</p>'
+    )
+
+
+def _standings(findings: Findings) -> str:
+    """Errors relative to the trivial prediction, a column for each representation."""
+    groups = grouped(findings.standings)
+    arms = list(dict.fromkeys(s.pvr for s in findings.standings))
+    arms.sort(key=lambda arm: arm != findings.reference)
+    verdicts = {(*about_of(c), c.pvr): c.verdict for c in findings.comparisons}
+    marks = {"better": " better", "worse": " worse"}
+    rows = []
+    for about, standings in groups:
+        values = {s.pvr: s.relative.value for s in standings}
+        cells = [
+            f"{values[arm]:.2f}{marks.get(verdicts.get((*about, arm), ''), '')}" if arm in values else "–"
+            for arm in arms
+        ]
+        model, size, error, horizon = about
+        rows.append([f"{model} {size}", f"{NAMES[error]}, {horizon} rows", *cells])
+    caption = "Error over that of a trivial prediction, interquartile mean; lower is better, 1 is as good as trivial."
+    return _table(["model", "error", *arms], rows, caption)
+
+
+def _comparisons(findings: Findings) -> str:
+    rows = [
+        [
+            f"{c.model} {c.size}",
+            NAMES[c.error],
+            c.horizon,
+            c.pvr,
+            c.against,
+            c.improvement,
+            f"{c.p:.3g}",
+            f"{c.q:.3g}",
+            c.verdict,
+        ]
+        for c in findings.comparisons
+    ]
+    head = ["model", "error", "horizon", "representation", "against", "P(smaller error)", "p", "q", "verdict"]
+    table = _table(head, rows, "Every comparison of the report, each with its test.")
+    return _folded(f"{len(rows)} comparisons", table) if rows else "<p>None.</p>"
+
+
+def _absent(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    head = '<section aria-labelledby="absent"><h2 id="absent">What is not shown</h2>'
+    return f'{head}<ul class="findings">{items}</ul></section>'
+
+
+def _provenance(evidence: Evidence, unfinished: pl.DataFrame) -> str:
+    rows = [
+        [
+            store.folder,
+            store.kind,
+            ("RANDOM WEIGHTS " if store.random_weights else "") + (store.pvr or ""),
+            store.state,
+            store.id or "",
+            store.weights_sha256 or "",
+        ]
+        for _, record in evidence.studies
+        for store in record.stores
+    ]
+    stores = _table(
+        ["store", "kind", "representation", "state", "id", "sha256 of weights"], rows, "Stores, as verified."
+    )
+    runs = _table(
+        ["run", "representation", "model", "seed", "state"],
+        [
+            [r["run"], r["arm"], f"{r['model']} {r['size']}", r["seed"], r["state"]]
+            for r in evidence.runs.iter_rows(named=True)
+        ],
+        "Runs; their numbers are in probe.parquet and metrics.json of each folder.",
+    )
+    missing = (
+        _table(["what", "state", "why"], unfinished.rows(), "Without numbers.") if len(unfinished) else ""
+    )
+    return missing + _folded(f"{len(rows)} stores", stores) + _folded(f"{len(evidence.runs)} runs", runs)
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
+
+
+def _commands(evidence: Evidence) -> str:
+    text = ""
+    for _, record in evidence.studies:
+        parts = [store.command for store in record.stores] + [
+            line for job in record.jobs for line in job.commands
+        ]
+        steps = "\n".join(filter(None, parts))
+        text += f"<pre>{escape(record.command)}</pre>"
+        text += _folded("Step by step", f"<pre>{escape(steps)}</pre>")
+    return text
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><caption>{escape(caption)}</caption>"
+        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if hasattr(value, "low"):
+        value = f"{value.value:.2f}" + ("" if value.low is None else f" [{value.low:.2f}, {value.high:.2f}]")
+    text = escape(str(value))
+    if text.startswith("RANDOM WEIGHTS"):
+        return f'<td class="alarm">{text}</td>'
+    return f"<td><code>{text}</code></td>" if len(text) >= 40 and " " not in text else f"<td>{text}</td>"

@@ -1,0 +1,162 @@
+"""The tables of a report, each also a CSV and a Parquet file: every number of the page is in one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pvrpipe.store.files import make_folder
+from pvrpipe.worldmodel.report_findings import Findings
+from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
+from pvrpipe.worldmodel.statistics import interquartile_mean
+
+OF_RUNS = ("environment", "variation", "arm", "model", "size")
+SINGLE = r"^([a-z_]+)=([0-9.]+)$"  # a look that varies one factor
+
+
+def tables_of(evidence: Evidence, findings: Findings) -> dict[str, pl.DataFrame]:
+    """By name: ``runs``, ``errors``, ``scores``, ``standings``, ``comparisons``, ``costs``, ``unfinished``."""
+    return {
+        "runs": evidence.runs,
+        "errors": errors_of(evidence),
+        "scores": scores_of(evidence, findings),
+        "standings": _flat(findings.standings, "relative"),
+        "comparisons": _flat(findings.comparisons, "improvement"),
+        "costs": costs_of(evidence),
+        "unfinished": unfinished_of(evidence),
+    }
+
+
+def scores_of(evidence: Evidence, findings: Findings) -> pl.DataFrame:
+    """Each run's open-loop errors and its controls', at the horizons that are compared."""
+    horizons = {standing.horizon for standing in findings.standings}
+    kept = [*OF_RUNS, "seed", "look", "control", "measure", "horizon"]
+    values = ("accumulated", "sem", "per_step", "steps", "episodes")
+    return evidence.scores.filter(
+        pl.col("measure").is_in(ERRORS),
+        pl.col("control").is_in(("model", "no_change", "mean")),
+        pl.col("horizon").is_in(sorted(horizons)),
+        prediction="open_loop",
+    ).select(*kept, *values)
+
+
+def errors_of(evidence: Evidence) -> pl.DataFrame:
+    """Open-loop errors, a row per task, arm, look, error and horizon: means over runs of means over episodes.
+
+    ``sem`` is the standard error over runs (of one run: over its episodes), ``iqm`` the interquartile mean over runs,
+    ``values`` the runs' own, joined by blanks.
+    """
+    rows = evidence.errors().filter(pl.col("measure").is_in(ERRORS))
+    keys = [*OF_RUNS, "look", "measure", "horizon"]
+    found = rows.group_by(keys, maintain_order=True).agg(
+        runs=pl.len(),
+        mean=pl.col("accumulated").mean(),
+        sem=pl.when(pl.len() > 1)
+        .then(pl.col("accumulated").std() / pl.len().sqrt())
+        .otherwise(pl.col("sem").first()),
+        per_step=pl.col("per_step").mean(),
+        steps=pl.col("steps").mean(),
+        episodes=pl.col("episodes").sum(),
+        pvr=pl.col("pvr").first(),
+        encoder=pl.col("encoder").first(),
+        blocks=pl.col("blocks").first(),
+        random_weights=pl.col("random_weights").any(),
+        values=pl.col("accumulated").sort_by("seed"),
+    )
+    middle = pl.Series("iqm", [float(interquartile_mean(v)) for v in found["values"].to_list()], pl.Float64)
+    values = pl.col("values").list.eval(pl.element().cast(pl.String)).list.join(" ")
+    return found.with_columns(middle, values)
+
+
+def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
+    """Errors in looks that vary one factor by a severity, and at severity 0 those of the look that was trained on."""
+    graded = errors.with_columns(
+        factor=pl.col("look").str.extract(SINGLE.replace("=", "[=-]"), 1),
+        severity=pl.col("look").str.extract(SINGLE.replace("=", "[=-]"), 2).cast(pl.Float64),
+    ).filter(pl.col("factor").is_not_null())
+    factors = graded.select("factor").unique(maintain_order=True)
+    plain = (
+        errors.filter(look=OWN)
+        .join(factors, how="cross", maintain_order="left")
+        .with_columns(severity=pl.lit(0.0))
+    )
+    return pl.concat([plain, graded.select(plain.columns)]).sort("severity", maintain_order=True)
+
+
+def costs_of(evidence: Evidence) -> pl.DataFrame:
+    """What each representation took: seconds for 1,000 frames on one worker, bytes for each."""
+    rows: list[dict[str, Any]] = [
+        {
+            "environment": store.environment,
+            "variation": store.variation,
+            "pvr": store.pvr,
+            "rows": store.rows,
+            "bytes": store.bytes,
+            "bytes_per_frame": store.bytes / store.rows,
+            "seconds_per_1000_frames": 1000 / store.frames_per_second if store.frames_per_second else None,
+            "random_weights": store.random_weights,
+        }
+        for _, record in evidence.studies
+        for store in record.stores
+        if store.kind == "embeddings" and store.rows
+    ]
+    return pl.DataFrame(rows, schema=COSTS)
+
+
+COSTS = {
+    "environment": pl.String,
+    "variation": pl.String,
+    "pvr": pl.String,
+    "rows": pl.Int64,
+    "bytes": pl.Int64,
+    "bytes_per_frame": pl.Float64,
+    "seconds_per_1000_frames": pl.Float64,
+    "random_weights": pl.Boolean,
+}
+
+
+def unfinished_of(evidence: Evidence) -> pl.DataFrame:
+    """Runs and stores without numbers, and why."""
+    stores = [
+        {"what": store.folder, "state": store.state, "why": store.failure}
+        for _, record in evidence.studies
+        for store in record.stores
+        if store.state != "finished"
+    ]
+    runs = [
+        {"what": row["run"], "state": row["state"], "why": row["failure"]}
+        for row in evidence.runs.filter(pl.col("state") != "finished").iter_rows(named=True)
+    ]
+    return pl.DataFrame([*stores, *runs], schema={"what": pl.String, "state": pl.String, "why": pl.String})
+
+
+def returns_of(path: Path) -> pl.DataFrame:
+    """Returns that agents got elsewhere, a CSV with ``pvr``, ``model``, ``return`` and perhaps ``environment``."""
+    return pl.read_csv(path).with_columns(pl.col("return").cast(pl.Float64))
+
+
+def write_tables(tables: Mapping[str, pl.DataFrame], folder: Path) -> None:
+    """Each as ``NAME.csv`` and ``NAME.parquet``."""
+    make_folder(folder)
+    for name, table in tables.items():
+        table.write_parquet(folder / f"{name}.parquet")
+        table.write_csv(folder / f"{name}.csv")
+
+
+def short(environment: str) -> str:
+    """An environment as a chart's title has it."""
+    return re.sub(r"^dmc:", "", environment)
+
+
+def _flat(rows: Any, estimate: str) -> pl.DataFrame:
+    """Dataclasses as rows; an estimate's parts beside it."""
+    flat = []
+    for row in map(asdict, rows):
+        parts = row.pop(estimate)
+        flat.append({**row, estimate: parts["value"], "low": parts["low"], "high": parts["high"]})
+    return pl.DataFrame(flat, infer_schema_length=None)

@@ -1,0 +1,96 @@
+"""What a report says in words; only what the statistics bear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pvrpipe.worldmodel.report_findings import Comparison, Findings, Standing
+from pvrpipe.worldmodel.report_sources import Evidence
+
+NAMES = {
+    "reward_error": "reward error",
+    "state_error": "state error",
+    "dynamics_error": "dynamics error",
+}
+TRIVIAL = {
+    "reward_error": "the error of always predicting the mean reward",
+    "state_error": "the error of the mean state",
+    "dynamics_error": "the error of predicting no change",
+}
+
+
+def title_of(evidence: Evidence) -> str:
+    """Of the page: the study's own, or its name."""
+    titles = [record.study.title or record.study.name for _, record in evidence.studies]
+    return "; ".join(titles) or "World models side by side"
+
+
+def summary_of(findings: Findings) -> list[str]:
+    """A line for each representation: how often it is better, worse, or not told apart."""
+    words = {
+        "better": "better in {}",
+        "worse": "worse in {}",
+        "unclear": "not told apart in {}",
+        "too few runs": "too few runs to tell in {}",
+    }
+    lines = []
+    for pvr in dict.fromkeys(c.pvr for c in findings.comparisons):
+        verdicts = [c.verdict for c in findings.comparisons if c.pvr == pvr]
+        parts = [
+            phrase.format(verdicts.count(verdict)) for verdict, phrase in words.items() if verdict in verdicts
+        ]
+        lines.append(f"{pvr}, compared with {findings.reference} {len(verdicts)} times: {', '.join(parts)}.")
+    return lines
+
+
+def sentences_of(findings: Findings) -> list[str]:
+    """What was found, a sentence for each model, error and horizon; only what the statistics bear."""
+    found = []
+    for about, standings in grouped(findings.standings):
+        compared = [c for c in findings.comparisons if about_of(c) == about]
+        model, size, error, horizon = about
+        best = standings[0]
+        interval = (
+            "" if best.relative.low is None else f" [{best.relative.low:.2f}, {best.relative.high:.2f}]"
+        )
+        text = (
+            f"{model} {size}, {NAMES[error]} over {horizon} rows: lowest is {best.pvr}, "
+            f"{best.relative.value:.2f}{interval} of {TRIVIAL[error]}."
+        )
+        found.append(" ".join([text, *_verdicts(compared, findings.reference)]))
+    return found
+
+
+def _verdicts(compared: Sequence[Comparison], reference: str) -> list[str]:
+    words = {
+        "better": f"Better than {reference}",
+        "worse": f"Worse than {reference}",
+        "unclear": f"Not told apart from {reference}",
+        "too few runs": f"Too few runs to be compared with {reference}",
+    }
+    said = []
+    for verdict, phrase in words.items():
+        names = [
+            f"{c.pvr} (P = {c.improvement.value:.2f}, q = {c.q:.2g})"
+            if verdict in ("better", "worse")
+            else c.pvr
+            for c in compared
+            if c.verdict == verdict
+        ]
+        if names:
+            said.append(f"{phrase}: {', '.join(names)}.")
+    return said
+
+
+def grouped(standings: Iterable[Standing]) -> list[tuple[tuple[Any, ...], list[Standing]]]:
+    """By model, size, error and horizon."""
+    groups: dict[tuple[Any, ...], list[Standing]] = {}
+    for standing in standings:
+        groups.setdefault(about_of(standing), []).append(standing)
+    return list(groups.items())
+
+
+def about_of(row: Standing | Comparison) -> tuple[Any, ...]:
+    """What is compared: model, size, error and horizon."""
+    return row.model, row.size, row.error, row.horizon
