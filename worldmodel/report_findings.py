@@ -3,7 +3,8 @@
 Runs are compared by their error over that of the run's own ``no_change`` control (of the state, over the variance that
 the training mean leaves), so that tasks can be averaged. A difference is claimed only where a permutation test within
 tasks finds one and it survives the control of the false discovery rate over all comparisons of the report (Benjamini
-and Hochberg 1995): in a study in which nothing differs, the chance of any claim at all is 5 %.
+and Hochberg 1995): in a study in which nothing differs, the chance of any claim at all is about 5 %
+(exactly for independent comparisons; those of one run are not).
 """
 
 from __future__ import annotations
