@@ -84,8 +84,8 @@ def _found(findings: Findings) -> str:
         "tasks); P is the probability that a run has the smaller error. A difference is claimed where a permutation "
         f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if "
         f"nothing differed, the chance of any claim here would be about {ALPHA:.0%}. Seeds change weights and "
-        "batches, not the rollouts: intervals do not say what other trajectories would show. Dynamics errors are shown and not "
-        "judged: each model's latent has units of its own, and one that hardly moves is easily predicted."
+        "batches, not the rollouts: intervals do not say what other trajectories would show. Dynamics errors "
+        "are shown and not judged: each model's latent has units of its own, and one that hardly moves is easily predicted."
     )
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
