@@ -85,7 +85,8 @@ def _found(findings: Findings) -> str:
         f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if "
         f"nothing differed, the chance of any claim here would be about {ALPHA:.0%}. Seeds change weights and "
         "batches, not the rollouts: intervals do not say what other trajectories would show. Dynamics errors "
-        "are shown and not judged: each model's latent has units of its own, and one that hardly moves is easily predicted."
+        "are shown and not judged: each model's latent has units of its own, and one that hardly moves is easily "
+        "predicted."
     )
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
