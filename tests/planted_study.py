@@ -21,6 +21,7 @@ from pvrpipe.worldmodel.models import Setting
 from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, jpeg
 from pvrpipe.worldmodel.training import TrainConfig
 
+from .conftest import rollout_specification
 from .planted import specification
 
 HORIZONS = (1, 8, 33, 500)
@@ -99,12 +100,15 @@ def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, se
     run, key = root / "runs" / name, zlib.crc32(f"{name}".encode())
     run.mkdir(parents=True)
     config = TrainConfig(model=model, seed=seed)
+    made = specification(rollout_specification(1, 1), pvr, (4,), "0" * 64)
     record = runs.RunRecord(
         state="finished",
         config=asdict(config),
         store=f"embeddings/{task[4:]}/{pvr}",
         store_id="0" * 64,
-        encoder=None if pvr == "from scratch" else specification(1, 1, pvr, (4,)).encoder,
+        encoder=None
+        if pvr == "from scratch"
+        else specification(rollout_specification(1, 1), pvr, (4,), "0" * 64).encoder,
         setting=Setting(vector(4), 1, 2, 500, False),
         parameters=1,
         device="cpu",
