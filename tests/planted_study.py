@@ -106,9 +106,7 @@ def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, se
         config=asdict(config),
         store=f"embeddings/{task[4:]}/{pvr}",
         store_id="0" * 64,
-        encoder=None
-        if pvr == "from scratch"
-        else specification(rollout_specification(1, 1), pvr, (4,), "0" * 64).encoder,
+        encoder=None if pvr == "from scratch" else made.encoder,
         setting=Setting(vector(4), 1, 2, 500, False),
         parameters=1,
         device="cpu",
