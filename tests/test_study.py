@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,6 @@ from pvrpipe.schemas.study_record import StudyRecord, read_record
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 
 from .commands import run
-from .killing import PROCESSES
 
 STUDIES = Path(__file__).parent.parent / "studies"
 TINY: dict[str, Any] = {
@@ -197,12 +199,23 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_pat
         folder.mkdir()
         written(folder)
     assert study(whole)[0] == 0
-    for seconds in (4, 6, 8, 10, 12):
-        process = PROCESSES.Process(target=study, args=(killed,))
-        process.start()
-        process.join(seconds)
+    command = [
+        sys.executable,
+        "-m",
+        "pvrpipe.cli",
+        "study",
+        "study.yaml",
+        "--engine",
+        "inline",
+        "--device",
+        "cpu",
+    ]
+    for seconds in (6, 8, 10, 12, 14):
+        process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
         process.kill()
-        process.join()
+        process.wait()
     assert study(killed)[0] == 0
     ours, theirs = (
         {path.relative_to(folder): path.read_bytes() for path in (folder / "data").rglob(CHECKPOINT)}
