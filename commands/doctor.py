@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvrpipe.schemas.addresses import ray_arguments
+from pvrpipe.commands.shared_ray import shared_ray
 from pvrpipe.schemas.errors import one_line
-from pvrpipe.schemas.quiet import quiet_start
 
 GIB = 2**30
 DISK_WANTED = 5 * GIB
@@ -80,13 +79,9 @@ def _renderer() -> str:
 def _ray() -> str:
     import ray
 
-    with quiet_start():
-        ray.init(**ray_arguments("local"))
-    try:
+    with shared_ray("ray", "local"):
         ray.get(ray.remote(lambda: 0).remote())
         return f"{ray.__version__} with {ray.cluster_resources()['CPU']:.0f} processors"
-    finally:
-        ray.shutdown()
 
 
 def _disk(root: Path) -> str:

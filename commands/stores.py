@@ -10,6 +10,7 @@ import typer
 
 from pvrpipe.commands.options import DATA, Debug, Device, Json, Overwrite, Root, ShardRows
 from pvrpipe.commands.terminal import note, show, tell, watching
+from pvrpipe.schemas.errors import InvalidValueError
 
 RUN_SHARED = ("run", "url", "files", "bytes")
 SHARED = ("store", "url", "files", "resumed", "bytes", "licence")
@@ -132,6 +133,10 @@ def verify(
     if (Path(store) / RUN).is_file():
         from pvrpipe.worldmodel.sharing import verify_run
 
+        if golden or sample:
+            raise InvalidValueError(
+                "--golden and --sample are of stores; a run is checked whole, without them"
+            )
         return _tell_checked(store, {}, verify_run(Path(store)), json_)
     with watching("verify", "shards") as progress:
         failures = check(store, progress, sample)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pvrpipe.commands.study_plan import Plan
+from pvrpipe.commands.study_plan import Plan, config_of
 from pvrpipe.pipeline.cached import cached_weights
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import find_weights
@@ -19,7 +19,6 @@ from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.study import ALL, AUTOENCODER, RANDOM, SCRATCH, Representation, Study
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.worldmodel.models import check_names
-from pvrpipe.worldmodel.training import TrainConfig
 
 OWN = (SCRATCH, AUTOENCODER)  # have no weights to be fetched
 
@@ -38,15 +37,7 @@ def mistakes_of(study: Study) -> list[str]:
             with _noted(found, f"models: {trained.model} {size}"):
                 check_names(trained.model, size)
                 for windows in (trained, trained.scratch or trained):
-                    TrainConfig(
-                        trained.model,
-                        size,
-                        trained.updates,
-                        windows.batch,
-                        windows.length,
-                        save_every=trained.save_every,
-                        log_every=trained.save_every,
-                    )
+                    config_of(trained, windows, size, "auto", 0)
     return list(dict.fromkeys(found))
 
 

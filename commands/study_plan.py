@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pvrpipe.commands.options import pvr_label
 from pvrpipe.commands.rollouts import usual_policy
@@ -20,7 +20,17 @@ from pvrpipe.pipeline.pretraining import PretrainConfig
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.rollouts.collect import CollectConfig
 from pvrpipe.schemas.manifest import canonical_json
-from pvrpipe.schemas.study import ALL, AUTOENCODER, CONTROL, RANDOM, SCRATCH, Representation, Study, Trained
+from pvrpipe.schemas.study import (
+    ALL,
+    AUTOENCODER,
+    CONTROL,
+    RANDOM,
+    SCRATCH,
+    Representation,
+    Study,
+    Trained,
+    Windows,
+)
 from pvrpipe.schemas.study_record import JobRecord
 from pvrpipe.store.workspace import Workspace, slug
 from pvrpipe.worldmodel.sweep import Job
@@ -63,6 +73,8 @@ class Encoded:
     """None: the frames themselves"""
     pretrained: tuple[Path, PretrainConfig, Path] | None = None
     """folder, configuration and rollouts of an encoder that is trained for it"""
+    dtype: Literal["float16", "float32"] = "float16"
+    """that it is stored in"""
 
     @property
     def command(self) -> str:
@@ -76,6 +88,7 @@ class Encoded:
             "blocks": readout.blocks,
             "pool": readout.pooling,
             "precision": self.request.precision,
+            "dtype": self.dtype,
         }
         return line_of("embed", self.look.folder, self.folder, *options_of(given))
 
@@ -169,6 +182,7 @@ def _encoded(study: Study, workspace: Workspace, trained: Look, look: Look) -> I
                 workspace.embeddings(look.folder.name, folder + precise + wide),
                 EncoderRequest(name, weights, study.embed.precision, readout=readout),
                 pretrained,
+                study.embed.dtype,
             )
 
 
@@ -208,18 +222,9 @@ def maps_of(study: Study, trained: Trained, encoded: Encoded) -> list[str]:
     return [name for name in study.encoders if name == "auto" or name in has] or ["auto"]
 
 
-def _job(
-    study: Study,
-    root: Path,
-    encoded: Encoded,
-    elsewhere: list[tuple[str, Encoded]],
-    trained: Trained,
-    variant: tuple[str, str, int],
-    device: str,
-) -> tuple[Job, JobRecord]:
-    size, through, seed = variant
-    windows = trained.scratch if encoded.request is None and trained.scratch else trained
-    config = TrainConfig(
+def config_of(trained: Trained, windows: Windows, size: str, through: str, seed: int) -> TrainConfig:
+    """How one run is trained."""
+    return TrainConfig(
         model=trained.model,
         size=size,
         updates=trained.updates,
@@ -234,6 +239,20 @@ def _job(
         save_every=trained.save_every,
         log_every=LOG_EVERY if trained.save_every % LOG_EVERY == 0 else trained.save_every,
     )
+
+
+def _job(
+    study: Study,
+    root: Path,
+    encoded: Encoded,
+    elsewhere: list[tuple[str, Encoded]],
+    trained: Trained,
+    variant: tuple[str, str, int],
+    device: str,
+) -> tuple[Job, JobRecord]:
+    size, through, seed = variant
+    windows = trained.scratch if encoded.request is None and trained.scratch else trained
+    config = config_of(trained, windows, size, through, seed)
     where = encoded.folder.absolute().relative_to(root.absolute())
     stem = encoded.look.environment.removeprefix("dmc:")
     parts = (stem, encoded.label, through, trained.model, size, f"s{seed}")

@@ -198,7 +198,12 @@ def _embedded_together(studying: Studying, look: Look, todo: Sequence[Encoded], 
 
 
 def _embed(look: Look, todo: Sequence[Encoded], how: How) -> list[EmbedResult]:
-    config = EmbedConfig(engine=how.engine.name, address=how.engine.address, workers=how.engine.workers)
+    config = EmbedConfig(
+        dtype=todo[0].dtype,
+        engine=how.engine.name,
+        address=how.engine.address,
+        workers=how.engine.workers,
+    )
     outputs = [(each.request, each.folder) for each in todo if each.request is not None]
     with watching("embed", "frames", f"embedding {look.folder} with {len(outputs)} encoders") as progress:
         return embed(str(look.folder), outputs, config, progress)

@@ -259,7 +259,7 @@ def test_a_report_of_a_whole_study_stays_small(tmp_path: Path) -> None:
     found = build_report([folder], folder / "report")
     assert found.runs == 720
     assert found.page.stat().st_size < 12e6
-    assert found.bytes < 24e6, found.bytes
+    assert found.bytes < 20e6, found.bytes
 
 
 def _data_of(page: Path) -> dict[str, list[dict[str, list[dict[str, str]]]]]:

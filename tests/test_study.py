@@ -19,6 +19,7 @@ from pvrpipe.commands.study_checks import mistakes_of
 from pvrpipe.commands.study_plan import plan_of
 from pvrpipe.schemas.study import read_study
 from pvrpipe.schemas.study_record import StudyRecord, read_record
+from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 
 from .commands import run
@@ -75,21 +76,25 @@ def test_all_mistakes_of_a_study_are_told_at_once(tmp_path: Path) -> None:
         tmp_path,
         variations=["none", "camara=0.3"],
         pvrs=["scratch", "vc11", "vc11"],
-        models=[{"model": "dreamer"}, {"model": "tdmpc2", "sizes": ["1m", "2m"], "batch": 1, "length": 2}],
+        models=[
+            {"model": "dreamer"},
+            {"model": "tdmpc2", "sizes": ["1m", "2m"], "batch": 1, "length": 2, "warmup": 5},
+        ],
     )
     code, _, told = study(tmp_path)
     lines = told.strip().splitlines()
     assert code == 1
-    assert len(lines) == 5, told
+    assert len(lines) == 6, told
     for wanted in (
         "vc11 auto all is named 2 times",
         "'camara'",
         "unknown PVR 'vc11'; nearest: vc1",
         "'dreamer'",
         "'2m'",
+        "models: tdmpc2 1m: warmup is 5, but tdmpc2 has none",
     ):
         assert sum(wanted in line for line in lines) == 1, (wanted, told)
-    assert "4 mistakes more" in lines[-1]
+    assert "5 mistakes more" in lines[-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["study.yaml"]
     written(tmp_path, seeds=[-1], collect={"size": 0, "episode": 3}, environments=None)
     code, _, told = study(tmp_path)
@@ -170,7 +175,7 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     """Weights that are none fail one representation; a flipped byte another; the third has its numbers."""
     (tmp_path / "weights.safetensors").write_bytes(b"\x08" + b"\x00" * 7 + b"{}      ")
     wrong = {"pvr": "resnet18", "weights": str(tmp_path / "weights.safetensors")}
-    written(tmp_path, pvrs=["autoencoder", "scratch", wrong], shifts=None)
+    written(tmp_path, pvrs=["autoencoder", "scratch", wrong], shifts=None, embed={"dtype": "float32"})
     code, _, told = study(tmp_path)
     assert code == 1
     record = record_in(tmp_path)
@@ -178,6 +183,8 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     assert states == {"autoencoder": "finished", "from scratch": "finished", "resnet18": "failed"}
     assert "pvrpipe study" not in told or "run it again" in told
     store = next(s for s in record.stores if s.pvr == "autoencoder" and s.kind == "embeddings")
+    assert Store.open(tmp_path / "data" / store.folder).column("embedding").dtype == "float32"
+    assert store.command.endswith("--dtype float32")
     shard = next((tmp_path / "data" / store.folder / "shards").glob("*.parquet"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1

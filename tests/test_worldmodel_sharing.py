@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 
 from pvrpipe.cli import app
 from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunError
+from pvrpipe.store.destination import Destination
+from pvrpipe.store.files import temporary_beside
+from pvrpipe.store.remote import Source
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import METRICS, PROBE, PROBE_TABLE, RECORD
@@ -110,12 +113,40 @@ def test_nothing_is_overwritten_unasked(finished: Path, run: Path, tmp_path: Pat
     push_run(run, tmp_path / "lab", overwrite=True)
 
 
+def test_what_was_stopped_goes_on(
+    finished: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the record, which is moved last; what is there already is not moved again."""
+    lab, moved = tmp_path / "lab", []
+    put, fetch = Destination.put, Source.fetch
+    monkeypatch.setattr(Destination, "put", lambda s, f, n: (moved.append(n), put(s, f, n)))
+    monkeypatch.setattr(Source, "fetch", lambda s, f, *rest: (moved.append(f.name), fetch(s, f, *rest))[1])
+    for name in (RECORD, METRICS):
+        (lab / name).unlink()
+    push_run(finished, lab)
+    assert moved == [METRICS, RECORD]
+    moved.clear()
+    for name in (RECORD, METRICS):
+        (run / name).unlink()
+    temporary_beside(run / METRICS).write_bytes(b"half")
+    pull_run(lab, run)
+    assert moved == [METRICS, PROBE, PROBE_TABLE]
+    assert verify_run(run) == []
+    (lab / RECORD).unlink()
+    (lab / METRICS).write_bytes(bytes(len((lab / METRICS).read_bytes())))
+    with pytest.raises(OutputExistsError, match=f"other files \\({METRICS}\\)"):
+        push_run(finished, lab)
+
+
 def test_the_commands(finished: Path, tmp_path: Path) -> None:
     def call(*arguments: str) -> tuple[int, str]:
         result = CliRunner().invoke(app, list(arguments))
         return result.exit_code, result.output or str(result.exception)
 
     assert call("verify", str(finished)) == (0, f"{finished}: every byte and number holds\n")
+    code, said = call("verify", str(finished), "--golden")
+    assert code == 1
+    assert "without them" in said
     assert call("push", str(finished), str(tmp_path / "lab"))[0] == 0
     assert call("pull", str(tmp_path / "lab"), "--root", str(tmp_path / "data"))[0] == 0
     assert verify_run(tmp_path / "data" / "runs" / "lab") == []

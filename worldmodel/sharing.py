@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.destination import Destination
-from pvrpipe.store.files import locked, make_folder, write_whole
+from pvrpipe.store.files import TEMPORARY, locked, make_folder, remove_temporaries, sha256_of, write_whole
 from pvrpipe.store.layout import MANIFEST_LIMIT, StoreFile
 from pvrpipe.store.places import Place, Url, place_of
 from pvrpipe.store.remote import Source, problem_of
@@ -100,7 +101,7 @@ def _of_probe(folder: Path, record: runs.RunRecord) -> list[Failure]:
 def push_run(
     folder: Path, url: Place | str, *, overwrite: bool = False, progress: Progress = silent
 ) -> SharedRun:
-    """Publish a run that verifies.
+    """Publish a run that verifies; after a stop it goes on.
 
     Args:
         folder: of the run.
@@ -122,16 +123,31 @@ def push_run(
         make_folder(place)
     probed = [name for name in PROBED if (folder / name).is_file()]
     names = [*runs.read_run(folder).files, *probed, runs.RECORD]
-    there = destination.read(runs.RECORD)
-    strangers = [] if there else sorted(destination.sizes(names))
+    there, present = destination.read(runs.RECORD), set[str]()
+    strangers: list[str] = []
+    if not there:  # an earlier push may have been stopped
+        held = [name for name in destination.sizes(names) if TEMPORARY not in name]
+        present = {name for name in held if name in names and _same(Source(place), name, folder / name)}
+        strangers = sorted(set(held) - present)
     other = bool(there) and there != (folder / runs.RECORD).read_bytes()
     if strangers or (other and not overwrite):
         holds = "another run" if other else f"no run but other files ({', '.join(strangers[:3])})"
         raise OutputExistsError(f"{url} holds {holds}; choose another, or replace a run with --overwrite")
     for done, name in enumerate(names, start=1):
-        destination.put(folder / name, name)
+        if name not in present:
+            destination.put(folder / name, name)
         progress(done, len(names), name)
     return _shared(folder, url, names)
+
+
+def _same(source: Source, name: str, file: Path) -> bool:
+    """Whether what lies there is this very file."""
+    size = file.stat().st_size
+    digest, found = hashlib.sha256(), 0
+    for piece in source.pieces(name, size):
+        digest.update(piece)
+        found += len(piece)
+    return found == size and digest.hexdigest() == sha256_of(file)
 
 
 def holds_run(url: Place | str) -> bool:
@@ -143,7 +159,7 @@ def holds_run(url: Place | str) -> bool:
 
 
 def pull_run(url: Place | str, folder: Path, *, progress: Progress = silent) -> SharedRun:
-    """Fetch a run into an empty folder; each file takes its name once its sha256 is right.
+    """Fetch a run into an empty folder; each file takes its name once its sha256 is right. After a stop it goes on.
 
     Raises:
         RunError: there is none.
@@ -163,11 +179,14 @@ def pull_run(url: Place | str, folder: Path, *, progress: Progress = silent) -> 
     names = [*record.files, *PROBED, runs.RECORD]
     make_folder(folder)
     with locked(folder):
+        remove_temporaries(folder)
         held = [p.name for p in folder.iterdir() if p.name not in names]
         if held or ((folder / runs.RECORD).is_file() and (folder / runs.RECORD).read_bytes() != text):
             raise OutputExistsError(f"{folder} holds something else; pull into an empty folder")
         for done, (name, file) in enumerate(record.files.items(), start=1):
-            source.fetch(StoreFile(name, file.size, file.sha256), folder / name)
+            wanted = StoreFile(name, file.size, file.sha256)
+            if not (folder / name).is_file() or problem_of(wanted, folder / name):
+                source.fetch(wanted, folder / name)
             progress(done, len(names), name)
         lacking = [n for n in PROBED if not source.fetch(StoreFile(n, optional=True), folder / n)]
         write_whole(folder / runs.RECORD, text)

@@ -19,7 +19,7 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
-from pvrpipe.worldmodel.batches import Backing, Batches, chance, open_observations, setting_of
+from pvrpipe.worldmodel.batches import PIXELS, Backing, Batches, chance, open_observations, setting_of
 from pvrpipe.worldmodel.memory import check_room
 from pvrpipe.worldmodel.models import Setting, WorldModel, build_model, check_names, suitable_threads
 from pvrpipe.worldmodel.optimizer import Updater
@@ -69,7 +69,7 @@ class TrainConfig:
     """rows in front of a window that only carry dreamerv3's state to it"""
     proprioception: bool = False
     """dinowm sees and predicts the state too"""
-    pixels: int = 64
+    pixels: int = PIXELS
     """side of the frames that a model from scratch is shown"""
     precision: Precision = "fp32"
     """what products are computed in; weights, optimizer and the recurrence of dreamerv3 stay in float32"""
