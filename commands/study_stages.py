@@ -25,7 +25,7 @@ from pvrpipe.schemas.errors import PvrpipeError, one_line
 from pvrpipe.schemas.study_record import StudyRecord
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
-from pvrpipe.worldmodel.sweep import finished, sweep
+from pvrpipe.worldmodel.sweep import Job, Outcome, finished, sweep
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,13 @@ def _embed(look: Look, todo: Sequence[Encoded], how: How) -> list[EmbedResult]:
 
 
 def _cost(result: EmbedResult) -> dict[str, Any]:
-    """Seconds that this encoder computed on one worker; reading and writing are shared."""
+    """Seconds that this encoder computed on one worker, and its memory; reading and writing are shared."""
     rate = result.rows / result.model_seconds if result.model_seconds else None
-    return {"seconds": result.model_seconds or None, "frames_per_second": rate}
+    return {
+        "seconds": result.model_seconds or None,
+        "frames_per_second": rate,
+        "memory_bytes": result.memory_bytes,
+    }
 
 
 def _ready(studying: Studying, store: str, shifts: Sequence[tuple[str, str]]) -> bool:
@@ -236,16 +240,22 @@ def _train_all(studying: Studying, how: How) -> None:
     studying.save()
     if not todo:
         return
+    records = {job.run: record for job, record in todo}
+
+    def told(job: Job, outcome: Outcome) -> None:
+        record = records[job.run]
+        if outcome.state != "finished":
+            note(f"{record.run}: {outcome.failure}")
+        became = {"state": outcome.state, "failure": outcome.failure}
+        studying.jobs[record.run] = record.model_copy(update=became)
+        studying.save()
+
     with watching("models", "updates", f"{len(todo)} runs in {studying.plan.root / 'runs'}") as progress:
-        outcomes = sweep(
+        sweep(
             [job for job, _ in todo],
             engine=how.engine.name,
             address=how.engine.address,
             workers=how.engine.workers,
             progress=progress,
+            told=told,
         )
-    for (_, record), outcome in zip(todo, outcomes, strict=True):
-        if outcome.state != "finished":
-            note(f"{record.run}: {outcome.failure}")
-        became = {"state": outcome.state, "failure": outcome.failure}
-        studying.jobs[record.run] = record.model_copy(update=became)

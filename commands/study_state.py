@@ -92,7 +92,7 @@ def _stores_of(plan: Plan, known: dict[str, StoreRecord]) -> list[StoreRecord]:
     def add(folder: Path, look: Look, kind: str, command: str, each: Encoded | None = None) -> None:
         key = plan.relative(folder)
         before = known.get(key)
-        kept = ("seconds", "frames_per_second", "checked")
+        kept = ("seconds", "frames_per_second", "memory_bytes", "checked")
         records[key] = StoreRecord.model_validate(
             {
                 "folder": key,

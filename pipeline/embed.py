@@ -53,6 +53,8 @@ class EmbedResult:
     batch: int
     smaller_batches: int
     """shards for which memory did not suffice"""
+    memory_bytes: int
+    """of the device: weights, and the most that a batch took beside them"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ def embed(
         outcomes = _run(rollouts, _passes(drafts, targets, config), config, store, progress, size)
         sealed = [p.seal(golden_frames(store, p) if p.manifest.revision == 1 else None) for p in pending]
         seconds = time.perf_counter() - started
-        return [_result(p, manifest, outcomes, seconds) for p, manifest in zip(pending, sealed, strict=True)]
+        return [
+            _result(d, p, manifest, outcomes, seconds)
+            for d, p, manifest in zip(drafts, pending, sealed, strict=True)
+        ]
 
 
 def estimate(
@@ -205,7 +210,11 @@ def _outcomes(
 
 
 def _result(
-    pending: PendingStore, manifest: Manifest, outcomes: Sequence[ShardOutcome], seconds: float
+    drafted: Draft,
+    pending: PendingStore,
+    manifest: Manifest,
+    outcomes: Sequence[ShardOutcome],
+    seconds: float,
 ) -> EmbedResult:
     specification, place = made_by(manifest), str(pending.folder)
     done = [o for o in outcomes if place in o.model_seconds]
@@ -226,4 +235,5 @@ def _result(
         random_weights=specification.encoder.weights.random_seed is not None,
         batch=specification.computation.batch,
         smaller_batches=sum(entry.batch is not None for entry in manifest.shards),
+        memory_bytes=drafted.need.weights + drafted.need.batch,
     )

@@ -44,6 +44,8 @@ class StoreRecord(Part):
     seconds: float | None = None
     """that making it took, where this study made it"""
     frames_per_second: float | None = None
+    memory_bytes: int | None = None
+    """of the device, while it was embedded"""
     checked: str | None = None
     """size and time of change of its files when it was last verified"""
     command: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from pvrpipe.schemas.study import Study
 from pvrpipe.schemas.study_record import JobRecord, StoreRecord, StudyRecord
+from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting
@@ -34,12 +35,14 @@ class Planted:
     """What is true of a study."""
 
     factors: Mapping[str, float]
-    """representation → its errors, as multiples of one and the same"""
+    """representation → its errors, as multiples of one and the same; ``NAME blocks WHICH`` is cut down to these"""
     tasks: Sequence[str] = ("dmc:one", "dmc:other")
     models: Sequence[str] = ("dreamerv3", "tdmpc2")
     seeds: int = 6
-    shift: float = 1.5
-    """by which errors grow on the other look"""
+    shifts: Mapping[str, float] = field(default_factory=lambda: {"ood": 1.5})
+    """further look → by how much errors grow on it"""
+    maps: Mapping[str, float] = field(default_factory=lambda: {"auto": 1.0})
+    """map from the embedding to the model → by how much it changes errors"""
     noise: float = 0.05
     """of a run, relative"""
     episodes: int = 8
@@ -51,9 +54,10 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
     folder = root / "studies" / "planted"
     folder.mkdir(parents=True)
     jobs = [
-        _write_run(root, planted, task, pvr, model, seed)
+        _write_run(root, planted, task, pvr, encoder, model, seed)
         for task in planted.tasks
         for pvr in planted.factors
+        for encoder in planted.maps
         for model in planted.models
         for seed in range(planted.seeds)
     ]
@@ -72,6 +76,7 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
             rows=1000,
             bytes=1000 * 1536,
             frames_per_second=10.0 + number,
+            memory_bytes=1_000_000 * (1 + number),
             command=f"pvrpipe embed {pvr}",
         )
         for task in planted.tasks
@@ -83,7 +88,7 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
             "name": "planted",
             "title": "A planted study",
             "environments": list(planted.tasks),
-            "shifts": ["ood"],
+            "shifts": list(planted.shifts),
             "pvrs": ["scratch"],
             "models": [{"model": model} for model in planted.models],
             "seeds": list(range(planted.seeds)),
@@ -95,8 +100,11 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
     return folder
 
 
-def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, seed: int) -> JobRecord:
-    name = f"{task[4:]}-{pvr.replace(' ', '-')}-{model}-s{seed}"
+def _write_run(
+    root: Path, planted: Planted, task: str, pvr: str, encoder: str, model: str, seed: int
+) -> JobRecord:
+    through = "" if encoder == "auto" else f"-{encoder}"
+    name = f"{task[4:]}-{pvr.replace(' ', '-')}{through}-{model}-s{seed}"
     run, key = root / "runs" / name, zlib.crc32(f"{name}".encode())
     run.mkdir(parents=True)
     config = TrainConfig(model=model, seed=seed)
@@ -114,8 +122,9 @@ def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, se
     )
     runs.write_run(run, record)
     random = np.random.default_rng(key)
-    of_run = planted.factors[pvr] * np.exp(random.normal(0, planted.noise))
-    for label, grown in (("", 1.0), ("ood", planted.shift)):
+    of_run = planted.factors[pvr] * planted.maps[encoder] * np.exp(random.normal(0, planted.noise))
+    looks = {"": 1.0, **{slug(look): grown for look, grown in planted.shifts.items()}}
+    for label, grown in looks.items():
         table = _table(planted, model, of_run * grown, "ood" if label else "id", random)
         table.with_columns(environment=pl.lit(task), variation=pl.lit(label or "none")).write_parquet(
             run / runs.labelled(runs.PROBE_TABLE, label)
@@ -128,13 +137,13 @@ def _write_run(root: Path, planted: Planted, task: str, pvr: str, model: str, se
         environment=task,
         variation="none",
         pvr=pvr,
-        encoder="auto",
-        blocks="all",
+        encoder=encoder,
+        blocks=pvr.partition(" blocks ")[2] or "all",
         model=model,
         size="1m",
         seed=seed,
         state="finished",
-        probes=("probe.parquet", "probe-ood.parquet"),
+        probes=tuple(runs.labelled(runs.PROBE_TABLE, label) for label in looks),
         commands=(f"pvrpipe train-model {name}", f"pvrpipe probe {name}"),
     )
 

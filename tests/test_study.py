@@ -7,7 +7,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +144,7 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
         names = {path.name for path in (tmp_path / "data" / job.run).iterdir()}
         assert {*job.probes, "map.parquet", "strip.parquet", "metrics.json", "metrics-ood.json"} <= names
     before, numbers = files_of(tmp_path), measured(tmp_path)
-    began = time.perf_counter()
     code, found, told = study(tmp_path)
-    assert time.perf_counter() - began < 10
     assert (code, found["state"]) == (0, "finished")
     assert changed(before, files_of(tmp_path)) == {"data/studies/tiny/study.json"}
     assert [store.frames_per_second for store in record_in(tmp_path).stores] == [

@@ -63,7 +63,15 @@ def test_a_sweep_makes_the_runs_that_train_makes_and_one_failure_stops_none(
     engine: Literal["inline", "ray"], stores: dict[str, Path], tmp_path: Path
 ) -> None:
     jobs, told = jobs_in(tmp_path, stores), []
-    found = sweep(jobs, engine=engine, workers=2, progress=lambda *about: told.append(about))
+    heard: list[Outcome] = []
+    found = sweep(
+        jobs,
+        engine=engine,
+        workers=2,
+        progress=lambda *about: told.append(about),
+        told=lambda job, outcome: heard.append(outcome),
+    )
+    assert sorted(heard, key=found.index) == found
     assert [Path(outcome.run) for outcome in found] == [job.run for job in jobs]
     (failed,) = [outcome for outcome in found if outcome.state == "failed"]
     assert failed.store == str(stores["short"])

@@ -99,6 +99,6 @@ COST = chart_of(
     "cost",
     "Cost of a representation",
     "dots",
-    "Seconds that 1,000 frames take on one worker, and bytes of a frame.",
+    "Seconds that 1,000 frames take on one worker, bytes of a frame, and memory for weights and a batch meanwhile.",
     "cost",
 )

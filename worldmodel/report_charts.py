@@ -77,7 +77,7 @@ class Charts:
     def rows_of(self, table: pl.DataFrame) -> int:
         """The number of a map's rows, without their places."""
         rows = {name: table[name].to_list() for name in ("episode", "step")}
-        rows["reward"] = [float(f"{value:.4g}") for value in table["reward"]]
+        rows["reward"] = table["reward"].to_list()
         rows["frames"] = [self.frame(jpeg) for jpeg in table["frame"]]
         return self._once(self.rows, repr(rows).encode(), rows)
 
@@ -177,7 +177,7 @@ def _dot(row: dict[str, Any], label: str) -> dict[str, Any]:
         "value": row["mean"],
         "low": row["mean"] - sem,
         "high": row["mean"] + sem,
-        "runs": [float(value) for value in row["values"].split()],
+        "runs": row["values"],
         "random": row["random_weights"],
         "note": f"{row['runs']} runs, {row['episodes']} episodes",
     }
@@ -263,7 +263,7 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
     varied = stem.filter(pl.col(key).n_unique().over("stem", "environment", "model") > 1)
     for keys, rows in _panels(varied, "horizon"):
         for name, part in _by(rows, "stem"):
-            dots = [_dot(row, f"{name}, {row[key]}") for row in part.iter_rows(named=True)]
+            dots = [_dot(row, row["arm"]) for row in part.iter_rows(named=True)]
             yield {"keys": {**keys, "representation": name}, "x": UNITS[rows["measure"][0]], "dots": dots}
 
 
@@ -347,7 +347,11 @@ def _strips(made: Charts, evidence: Evidence) -> None:
 
 
 def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    units = {"seconds_per_1000_frames": "seconds for 1,000 frames", "bytes_per_frame": "bytes of a frame"}
+    units = {
+        "seconds_per_1000_frames": "seconds for 1,000 frames",
+        "bytes_per_frame": "bytes of a frame",
+        "memory_bytes": "bytes of memory while embedding",
+    }
     for column, unit in units.items():
         rows = (
             costs.filter(pl.col(column).is_not_null())

@@ -28,7 +28,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "TITLE": escape(title_of(evidence)),
         "STYLE": _file("css"),
         "SCRIPT": _file("js"),
-        "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        "DATA": json.dumps(_drawn(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
         "LEAD": _lead(evidence, tables["unfinished"]),
         "FOUND": _found(findings),
         "COMPARISONS": _comparisons(findings),
@@ -39,6 +39,15 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "<code>figures/</code>, all of this in <code>report.json</code>.",
     }
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], _file("html"))
+
+
+def _drawn(value: Any) -> Any:
+    """What the charts are drawn from, with as many digits as a screen can show."""
+    if isinstance(value, dict):
+        return {key: _drawn(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_drawn(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _file(suffix: str) -> str:

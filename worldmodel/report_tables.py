@@ -16,6 +16,7 @@ from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
 from pvrpipe.worldmodel.statistics import interquartile_mean
 
 OF_RUNS = ("environment", "variation", "arm", "model", "size")
+DIGITS = 6  # of a number that is read, not computed with
 SINGLE = r"^([a-z_]+)=([0-9.]+)$"  # a look that varies one factor
 
 
@@ -49,7 +50,7 @@ def errors_of(evidence: Evidence) -> pl.DataFrame:
     """Open-loop errors, a row per task, arm, look, error and horizon: means over runs of means over episodes.
 
     ``sem`` is the standard error over runs (of one run: over its episodes), ``iqm`` the interquartile mean over runs,
-    ``values`` the runs' own, joined by blanks.
+    ``values`` the runs' own, by seed.
     """
     rows = evidence.errors().filter(pl.col("measure").is_in(ERRORS))
     keys = [*OF_RUNS, "look", "measure", "horizon"]
@@ -69,8 +70,7 @@ def errors_of(evidence: Evidence) -> pl.DataFrame:
         values=pl.col("accumulated").sort_by("seed"),
     )
     middle = pl.Series("iqm", [float(interquartile_mean(v)) for v in found["values"].to_list()], pl.Float64)
-    values = pl.col("values").list.eval(pl.element().cast(pl.String)).list.join(" ")
-    return found.with_columns(middle, values)
+    return found.with_columns(middle)
 
 
 def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
@@ -89,7 +89,7 @@ def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
 
 
 def costs_of(evidence: Evidence) -> pl.DataFrame:
-    """What each representation took: seconds for 1,000 frames on one worker, bytes for each."""
+    """What each representation took: seconds for 1,000 frames on one worker, memory meanwhile, bytes for each."""
     rows: list[dict[str, Any]] = [
         {
             "environment": store.environment,
@@ -99,6 +99,7 @@ def costs_of(evidence: Evidence) -> pl.DataFrame:
             "bytes": store.bytes,
             "bytes_per_frame": store.bytes / store.rows,
             "seconds_per_1000_frames": 1000 / store.frames_per_second if store.frames_per_second else None,
+            "memory_bytes": store.memory_bytes,
             "random_weights": store.random_weights,
         }
         for _, record in evidence.studies
@@ -116,6 +117,7 @@ COSTS = {
     "bytes": pl.Int64,
     "bytes_per_frame": pl.Float64,
     "seconds_per_1000_frames": pl.Float64,
+    "memory_bytes": pl.Int64,
     "random_weights": pl.Boolean,
 }
 
@@ -145,7 +147,14 @@ def write_tables(tables: Mapping[str, pl.DataFrame], folder: Path) -> None:
     make_folder(folder)
     for name, table in tables.items():
         table.write_parquet(folder / f"{name}.parquet")
-        table.write_csv(folder / f"{name}.csv")
+        table.with_columns(*map(_legible, table)).write_csv(folder / f"{name}.csv")
+
+
+def _legible(column: pl.Series) -> pl.Series:
+    """As a CSV has it: six digits, lists joined by blanks; Parquet has them all."""
+    if isinstance(column.dtype, pl.List):
+        return column.list.eval(pl.element().round_sig_figs(DIGITS).cast(pl.String)).list.join(" ")
+    return column.round_sig_figs(DIGITS) if column.dtype.is_float() else column
 
 
 def short(environment: str) -> str:

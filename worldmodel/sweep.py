@@ -6,9 +6,10 @@ goes on where each of its runs was, and one that fails leaves the others alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,7 @@ def sweep(
     address: str | None = None,
     workers: int | None = None,
     progress: Progress = silent,
+    told: Callable[[Job, Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Do all jobs, one after another or on Ray; their outcomes in the order of the jobs.
 
@@ -176,7 +178,8 @@ def sweep(
         engine: ``ray``, as many at once as there are processors, or GPUs where jobs are to use one; or ``inline``.
         address: of a running cluster; None starts Ray on this machine, unless it is initialised already.
         workers: the most at once on Ray.
-        progress: told updates done and to do, over all jobs.
+        progress: told updates done and to do, over all jobs that are left.
+        told: told each job once its outcome is known.
 
     Raises:
         InvalidValueError: two jobs would write to one folder.
@@ -192,31 +195,49 @@ def sweep(
     done = {number: outcome for number, outcome in known.items() if outcome is not None}
     todo = [number for number in range(len(jobs)) if number not in done]
     left = [jobs[number] for number in todo]
-    total = sum(job.config.updates for job in left)
-    if engine == "inline" or not left:
-        done |= dict(zip(todo, _one_by_one(left, total, progress), strict=True))
-        return [done[number] for number in range(len(jobs))]
-    from pvrpipe.worldmodel.ray_engine import outcomes
-
-    def watch() -> None:
-        progress(sum(updates_done(job.run) for job in left), total, f"{len(done)} of {len(jobs)} runs")
-
-    gpus = 1 if any(job.device.startswith("cuda") for job in left) else 0
-    for place, found in outcomes(left, do, address=address, workers=workers, gpus=gpus, watch=watch):
-        number, job = todo[place], left[place]
-        done[number] = found if isinstance(found, Outcome) else Outcome.of(job, "failed", failure=found)
-        watch()
+    inline = engine == "inline" or not left
+    made = _one_by_one(left, progress) if inline else _on_ray(left, address, workers, progress)
+    for number, outcome in itertools.chain(list(done.items()), ((todo[place], o) for place, o in made)):
+        done[number] = outcome
+        if told is not None:
+            told(jobs[number], outcome)
     return [done[number] for number in range(len(jobs))]
 
 
-def _one_by_one(jobs: Sequence[Job], total: int, progress: Progress) -> Iterator[Outcome]:
+def _one_by_one(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[int, Outcome]]:
     """The jobs in this process."""
-    before = 0
-    for number, job in enumerate(jobs, start=1):
+    before, total = 0, _updates_of(jobs)
+    for number, job in enumerate(jobs):
         outcome = do(job, partial(_shifted, progress, before, total))
         before += outcome.updates
-        progress(before, total, f"{number} of {len(jobs)} runs")
-        yield outcome
+        progress(before, total, f"{number + 1} of {len(jobs)} runs")
+        yield number, outcome
+
+
+def _on_ray(
+    jobs: Sequence[Job], address: str | None, workers: int | None, progress: Progress
+) -> Iterator[tuple[int, Outcome]]:
+    """The jobs as they are done, by several processes."""
+    from pvrpipe.worldmodel.ray_engine import outcomes
+
+    count = 0
+
+    def watch() -> None:
+        progress(
+            sum(updates_done(job.run) for job in jobs), _updates_of(jobs), f"{count} of {len(jobs)} runs"
+        )
+
+    gpus = 1 if any(job.device.startswith("cuda") for job in jobs) else 0
+    for number, found in outcomes(jobs, do, address=address, workers=workers, gpus=gpus, watch=watch):
+        count += 1
+        watch()
+        if isinstance(found, str):
+            found = Outcome.of(jobs[number], "failed", failure=found)
+        yield number, found
+
+
+def _updates_of(jobs: Sequence[Job]) -> int:
+    return sum(job.config.updates for job in jobs)
 
 
 def _shifted(progress: Progress, before: int, total: int, done: float, _: float, note: str = "") -> None:
