@@ -19,7 +19,7 @@ from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting
-from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, jpeg
+from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, webp
 from pvrpipe.worldmodel.training import TrainConfig
 
 from .conftest import rollout_specification
@@ -186,14 +186,14 @@ def _table(
 def _draw(run: Path, task: str, random: np.random.Generator, points: int = 400, moments: int = 8) -> None:
     """A map and a film strip of noise, as large as real ones."""
     seen = np.random.default_rng(zlib.crc32(task.encode()))  # maps of one task show the same rows
-    frames = [jpeg(f, POINT) for f in seen.integers(0, 256, (points, 8, 8, 3), np.uint8)]
+    frames = [webp(f, POINT) for f in seen.integers(0, 256, (points, 8, 8, 3), np.uint8)]
     places = {f"{m}_{axis}": random.normal(size=points) for m in ("pca", "umap") for axis in "xy"}
     about = {"episode": np.arange(points) // 20, "step": np.arange(points) % 20}
     table = pl.DataFrame({**about, "reward": seen.uniform(size=points), **places, "frame": frames})
     separation = json.dumps({"latent": 0.5, "pca": 0.2, "umap": 0.4})
     table.write_parquet(run / runs.MAP, metadata={SEPARATION: separation})
     pictures = {
-        name: [jpeg(f, MOMENT) for f in random.integers(0, 256, (moments, 8, 8, 3), np.uint8)]
+        name: [webp(f, MOMENT) for f in random.integers(0, 256, (moments, 8, 8, 3), np.uint8)]
         for name in ("true", "imagined", "seen")
     }
     numbers = {name: random.uniform(size=moments) for name in ("received", "predicted", "distance")}

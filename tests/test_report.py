@@ -295,7 +295,7 @@ def test_a_report_of_a_whole_study_stays_small(tmp_path: Path) -> None:
     folder = write_study(tmp_path, planted)
     found = build_report([folder], folder / "report")
     assert found.runs == 720
-    assert found.page.stat().st_size < 12e6
+    assert found.page.stat().st_size < 8e6
     assert found.bytes < 15e6, found.bytes
 
 

@@ -23,7 +23,7 @@ from pvrpipe.worldmodel.maps import latent_map
 
 ROWS = 400  # points of a map
 POINT, MOMENT = 48, 64  # pixels of a side of their frames
-QUALITY = 75  # of JPEG
+QUALITY = 75  # of WebP, whose headers are small: half of a JPEG of this size would be tables
 SEPARATION = "pvrpipe.separation"  # of the file's metadata
 
 
@@ -39,7 +39,7 @@ def draw(
     """Write what is missing of a run's map and film strip.
 
     ``map.parquet`` has a row per point: ``episode``, ``step``, ``reward``, ``pca_x``, ``pca_y``, ``umap_x``, ``umap_y``
-    and ``frame``, a JPEG. ``strip.parquet`` has a row per moment: ``episode``, ``step``, the JPEGs ``true``,
+    and ``frame``, a WebP picture. ``strip.parquet`` has a row per moment: ``episode``, ``step``, the pictures ``true``,
     ``imagined`` and ``seen``, ``received`` and ``predicted`` reward, and ``distance``.
 
     Args:
@@ -59,7 +59,7 @@ def draw(
                 "episode": np.full(len(found.step), found.episode),
                 "step": found.step,
                 **{
-                    name: [jpeg(frame, MOMENT) for frame in getattr(found, name)]
+                    name: [webp(frame, MOMENT) for frame in getattr(found, name)]
                     for name in ("true", "imagined", "seen")
                 },
                 "received": found.reward[:, 0],
@@ -81,10 +81,10 @@ def read_map(run: Path) -> tuple[pl.DataFrame, dict[str, float | None]]:
     return pl.read_parquet(path), json.loads(pl.read_parquet_metadata(path)[SEPARATION])
 
 
-def jpeg(frame: NDArray[np.uint8], side: int) -> bytes:
+def webp(frame: NDArray[np.uint8], side: int) -> bytes:
     """A frame (H, W, 3) as a small picture."""
     data = BytesIO()
-    Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR).save(data, "JPEG", quality=QUALITY)
+    Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR).save(data, "WEBP", quality=QUALITY)
     return data.getvalue()
 
 
@@ -106,7 +106,7 @@ def _write_map(run: Path, frames: Store, rows: int, seed: int, device: str | tor
             "step": found.step,
             "reward": found.reward,
             **points,
-            "frame": [jpeg(next(left[number]), POINT) for number in found.episode.tolist()],
+            "frame": [webp(next(left[number]), POINT) for number in found.episode.tolist()],
         }
     )
     _write(run / runs.MAP, table, {SEPARATION: json.dumps(found.separation)})

@@ -92,7 +92,7 @@ function show(mark, x, y) {
   tip.style.top = `${Math.max(4, Math.min(y, innerHeight - box.height - 8))}px`;
 }
 function hide() { tip.hidden = true; }
-const picture = (key) => `data:image/jpeg;base64,${DATA.frames[key]}`;
+const picture = (key) => `data:image/webp;base64,${DATA.frames[key]}`;
 
 function axisX(root, panel, x, low, high, bottom, values) {
   for (const v of values || ticks(low, high)) {

@@ -31,6 +31,7 @@ from pvrpipe.worldmodel.report_tables import returns_of, tables_of, write_tables
 from pvrpipe.worldmodel.report_words import sentences_of, title_of
 
 PAGE, JSON, TABLES, FIGURES = "index.html", "report.json", "tables", "figures"
+COMPACT = (",", ":")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def build_report(
     write_tables(tables, out / TABLES)
     if figures:
         draw_figures(evidence, tables["errors"], horizons, out / FIGURES)
-    write_whole(out / JSON, (json.dumps(plain_of(evidence, findings, tables)) + "\n").encode())
+    write_whole(
+        out / JSON, (json.dumps(plain_of(evidence, findings, tables), separators=COMPACT) + "\n").encode()
+    )
     write_whole(out / PAGE, page_of(evidence, findings, charts, tables).encode())
     return Report(
         page=out / PAGE,

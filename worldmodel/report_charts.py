@@ -70,15 +70,15 @@ class Charts:
         else:
             self.absent.append(without)
 
-    def frame(self, jpeg: bytes) -> int:
+    def frame(self, webp: bytes) -> int:
         """The number of a picture."""
-        return self._once(self.frames, jpeg, base64.b64encode(jpeg).decode())
+        return self._once(self.frames, webp, base64.b64encode(webp).decode())
 
     def rows_of(self, table: pl.DataFrame) -> int:
         """The number of a map's rows, without their places."""
         rows = {name: table[name].to_list() for name in ("episode", "step")}
         rows["reward"] = table["reward"].to_list()
-        rows["frames"] = [self.frame(jpeg) for jpeg in table["frame"]]
+        rows["frames"] = [self.frame(webp) for webp in table["frame"]]
         return self._once(self.rows, repr(rows).encode(), rows)
 
     def _once(self, kept: list[Any], content: bytes, value: Any) -> int:
@@ -335,7 +335,7 @@ def _strips(made: Charts, evidence: Evidence) -> None:
                 "keys": keys,
                 "text": f"episode {table['episode'][0]}",
                 "step": table["step"].to_list(),
-                "strip": {name: [made.frame(jpeg) for jpeg in table[name]] for name in MOMENTS},
+                "strip": {name: [made.frame(webp) for webp in table[name]] for name in MOMENTS},
                 "received": table["received"].to_list(),
                 "predicted": table["predicted"].to_list(),
                 "distance": table["distance"].to_list(),
