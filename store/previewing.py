@@ -184,7 +184,8 @@ def _curves(width: int, rows: dict[str, Rows]) -> Image.Image:
 def _chart(picture: Image.Image, top: int, label: str, lines: Sequence[Values], values: Range) -> None:
     """Lines within a frame, below what they are."""
     page, right = ImageDraw.Draw(picture), picture.width - 1
-    page.text((0, top), f"{label}, {values.low:.3g} to {values.high:.3g}", GREY, font(12))
+    least, most = min(line.min() for line in lines), max(line.max() for line in lines)
+    page.text((0, top), f"{label}, {least:.3g} to {most:.3g}", GREY, font(12))
     top += LABEL
     high, scale = values.high, (CURVE - 3) / (values.high - values.low)
     page.rectangle((0, top, right, top + CURVE - 1), outline=FAINT)
