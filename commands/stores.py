@@ -191,7 +191,8 @@ def push(
     with watching("push", "MiB") as progress:
         result = run(store, url, workers=workers, overwrite=overwrite, progress=progress)
     if result.resumed == result.files:
-        note(f"{url} holds all of it already; nothing was pushed")
+        how = "" if overwrite else ", by sizes and commit records"
+        note(f"{url} holds all of it already{how}; nothing was pushed")
     if result.licence is not None:
         note(f"the embeddings go under the licence of their encoder's weights: {result.licence}")
     return tell(json_, result, [result], SHARED)

@@ -410,6 +410,21 @@ def test_a_store_that_was_made_elsewhere_goes_to_its_like(write_rollouts: WriteS
             Workspace(tmp_path).home(manifest.model_copy(update={"specification": made}))
 
 
+def test_overwrite_sends_again_what_changed_behind_the_url_and_no_more(
+    write_rollouts: WriteStore, bucket: str, tmp_path: Path
+) -> None:
+    store, url = write_rollouts(), f"{bucket}/walk"
+    first = push(store, url)
+    forge(*fsspec.core.url_to_fs(f"{url}/shards/00003.parquet", use_listings_cache=False))
+    assert push(store, url).resumed == first.files  # sizes and commit records are all that it looks at
+    assert push(store, url, overwrite=True).resumed == first.files - 2
+    assert verify(url) == []
+    again = push(store, url, overwrite=True)
+    assert (again.resumed, again.bytes) == (first.files, 0)
+    pull(url, tmp_path / "pulled")
+    assert same_bytes(store, tmp_path / "pulled")
+
+
 def test_another_store_at_the_destination_is_refused_and_replaced_only_when_told(
     write_rollouts: WriteStore, bucket: str, tmp_path: Path
 ) -> None:
