@@ -31,6 +31,7 @@ def inspect(
     Example: pvrpipe inspect data/rollouts/dmc-pendulum-swingup --picture pendulum.png
     """
     from pvrpipe.store.describing import describe
+    from pvrpipe.store.places import Url
     from pvrpipe.store.reading import Store
 
     opened = Store.open(store)
@@ -40,6 +41,10 @@ def inspect(
 
         draw(opened, picture)
         note(f"drawn in {picture}")
+    if isinstance(opened.path, Url) and len(opened.manifest.shards) > 1:
+        note(
+            "behind a URL, actions and states are those of the first shard; `pvrpipe pull` it to see all of them"
+        )
     if json_:
         return tell(True, found, [], ())
     for key in ("kind", "environment", "id", "episodes", "rows", "shards", "bytes"):

@@ -32,6 +32,7 @@ from pvrpipe.schemas.errors import (
     UnreachableError,
 )
 from pvrpipe.store.cache import Cache
+from pvrpipe.store.describing import describe
 from pvrpipe.store.files import locked
 from pvrpipe.store.layout import PULLING, files_of, read_manifest
 from pvrpipe.store.reading import Store
@@ -153,6 +154,15 @@ def test_shards_are_fetched_when_they_are_opened_and_once(write_rollouts: WriteS
     assert store.shard(2).mapped("action") is not None
     Store.open(f"{web.url}/rollouts").shard(2)
     assert [path for path in web.requests if "shards" in path] == ["/rollouts/shards/00002.parquet"]
+
+
+def test_what_a_store_is_costs_one_shard_however_many_there_are(
+    write_rollouts: WriteStore, web: Served
+) -> None:
+    write_rollouts()
+    told = describe(Store.open(f"{web.url}/rollouts"))
+    assert [path for path in web.requests if "shards" in path] == ["/rollouts/shards/00000.parquet"]
+    assert {c["of"] for c in told["coverage"]} >= {"action[0]", "x"}
 
 
 def test_a_server_that_fails_once_is_asked_again(write_rollouts: WriteStore, web: Served) -> None:
