@@ -143,13 +143,19 @@ def verify(
                 "--golden and --sample are of stores; a run is checked whole, without them"
             )
         return _tell_checked(store, {}, verify_run(Path(store)), json_)
+    if golden:
+        from pvrpipe.pipeline.golden import check_golden, refuse_ungolden
+        from pvrpipe.store.places import place_of
+        from pvrpipe.store.reading import Store
+        from pvrpipe.store.remote import Source
+
+        refuse_ungolden(Source(place_of(store)).manifest()[1], store, pvr)
+    elif pvr or weights:
+        raise InvalidValueError("--pvr and --weights say what --golden is to embed with; give --golden too")
     with watching("verify", "shards") as progress:
         failures = check(store, progress, sample)
     report: dict[str, object] = {}
     if golden and not failures:
-        from pvrpipe.pipeline.golden import check_golden
-        from pvrpipe.store.reading import Store
-
         checked = check_golden(Store.open(store), pvr, weights, device)
         report = {"ok": checked.ok, "golden": checked}
         note(

@@ -25,6 +25,7 @@ from pvrpipe.schemas.errors import (
     InvalidValueError,
     NotAStoreError,
     OutputExistsError,
+    UnknownNameError,
 )
 from pvrpipe.store.merging import merge, split
 from pvrpipe.store.reading import Store
@@ -246,6 +247,16 @@ def test_a_gpu_computes_what_the_cpu_does(rollouts: Path) -> None:
     )
     assert torch.cuda.is_available()
     np.testing.assert_allclose(on_gpu(frames), on_cpu(frames), rtol=1e-3, atol=1e-4)
+
+
+def test_golden_frames_of_ones_own_encoder_want_its_folder(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    store = Store.open(tmp_path / "e")
+    with pytest.raises(UnknownNameError, match=r"embedded by autoencoder, .* give its folder with --pvr"):
+        check_golden(store)
+    assert check_golden(store, pvr=str(tmp_path / "ae")).ok
 
 
 def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:
