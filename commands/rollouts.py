@@ -133,6 +133,8 @@ def collect(
             result = stage.collect(
                 config, out, running, overwrite=overwrite, append=append, progress=progress
             )
+    if append and result.resumed_shards == result.shards:
+        note(f"{out} has {result.episodes} episodes already; nothing was collected, give more --episodes")
     if result.failed:
         note(
             f"the environment failed in {result.failed} episodes; `pvrpipe inspect {out}` says where and how"

@@ -31,6 +31,7 @@ def inspect(
     Example: pvrpipe inspect data/rollouts/dmc-pendulum-swingup --picture pendulum.png
     """
     from pvrpipe.store.describing import describe
+    from pvrpipe.store.places import Url
     from pvrpipe.store.reading import Store
 
     opened = Store.open(store)
@@ -40,6 +41,10 @@ def inspect(
 
         draw(opened, picture)
         note(f"drawn in {picture}")
+    if isinstance(opened.path, Url) and len(opened.manifest.shards) > 1:
+        note(
+            "behind a URL, actions and states are those of the first shard; `pvrpipe pull` it to see all of them"
+        )
     if json_:
         return tell(True, found, [], ())
     for key in ("kind", "environment", "id", "episodes", "rows", "shards", "bytes"):
@@ -138,13 +143,19 @@ def verify(
                 "--golden and --sample are of stores; a run is checked whole, without them"
             )
         return _tell_checked(store, {}, verify_run(Path(store)), json_)
+    if golden:
+        from pvrpipe.pipeline.golden import check_golden, refuse_ungolden
+        from pvrpipe.store.places import place_of
+        from pvrpipe.store.reading import Store
+        from pvrpipe.store.remote import Source
+
+        refuse_ungolden(Source(place_of(store)).manifest()[1], store, pvr)
+    elif pvr or weights:
+        raise InvalidValueError("--pvr and --weights say what --golden is to embed with; give --golden too")
     with watching("verify", "shards") as progress:
         failures = check(store, progress, sample)
     report: dict[str, object] = {}
     if golden and not failures:
-        from pvrpipe.pipeline.golden import check_golden
-        from pvrpipe.store.reading import Store
-
         checked = check_golden(Store.open(store), pvr, weights, device)
         report = {"ok": checked.ok, "golden": checked}
         note(
@@ -191,7 +202,8 @@ def push(
     with watching("push", "MiB") as progress:
         result = run(store, url, workers=workers, overwrite=overwrite, progress=progress)
     if result.resumed == result.files:
-        note(f"{url} holds all of it already; nothing was pushed")
+        how = "" if overwrite else ", by sizes and commit records"
+        note(f"{url} holds all of it already{how}; nothing was pushed")
     if result.licence is not None:
         note(f"the embeddings go under the licence of their encoder's weights: {result.licence}")
     return tell(json_, result, [result], SHARED)

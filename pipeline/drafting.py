@@ -25,6 +25,7 @@ from pvrpipe.store.building import PendingStore, new_manifest, read_draft
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.growing import grown
 from pvrpipe.store.layout import MANIFEST, read_manifest
+from pvrpipe.store.planning import split_in
 from pvrpipe.store.reading import Store
 
 VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
@@ -194,7 +195,7 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
     columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
     if not config.append:
-        return fresh
+        return _with_splits_of(store, fresh)
     sealed = Store.open(folder, kind="embeddings").manifest
     known, now = made_by_last(sealed).rollouts_id, str(store.manifest.id)
     if known == now:
@@ -204,7 +205,18 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
             f"{folder} holds embeddings of other rollouts, not of an earlier revision of {store.path}; "
             "choose another output"
         )
-    return grown(sealed, fresh.specification, store.manifest.plan[len(sealed.plan) :])
+    draft = grown(sealed, fresh.specification, store.manifest.plan[len(sealed.plan) :])
+    return _with_splits_of(store, draft)
+
+
+def _with_splits_of(store: Store, draft: Manifest) -> Manifest:
+    """The draft, of which episodes keep the splits that they have: these are recorded unless they follow from it."""
+    made = store.manifest
+    if made.splits == "hash" and not made.parts:
+        return draft
+    splits = store.episodes["split"].to_list()
+    same = all(split_in(draft, episode) == split for episode, split in enumerate(splits))
+    return draft if same else draft.model_copy(update={"splits": "recorded"})
 
 
 def _rate(store: Store, encoder: Encoder) -> float:

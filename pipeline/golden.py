@@ -8,10 +8,13 @@ import numpy as np
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
+from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import EncodingError, NotAStoreError
+from pvrpipe.schemas.errors import EncodingError, NotAStoreError, UnknownNameError
+from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.golden import read_golden
+from pvrpipe.store.layout import GOLDEN
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 
@@ -46,6 +49,31 @@ def golden_frames(store: Store, pending: PendingStore) -> dict[str, Rows]:
     return {**arrays, "row": rows}
 
 
+def refuse_ungolden(manifest: Manifest, where: object, pvr: str | None = None) -> None:
+    """Refuse what :func:`check_golden` cannot check, before a whole store is read for it.
+
+    Args:
+        manifest: of the store.
+        where: it lies, for messages.
+        pvr: as there.
+
+    Raises:
+        NotAStoreError: the store has no golden frames.
+        UnknownNameError, WeightsError: there is no such encoder here.
+    """
+    made = manifest.embeddings
+    if made is None or GOLDEN not in manifest.files:
+        raise NotAStoreError(f"{where} has no golden frames; only embedding stores have")
+    try:
+        find_pvr(pvr or made.encoder.name)
+    except UnknownNameError as error:
+        if pvr is not None:
+            raise
+        raise UnknownNameError(
+            f"{where} was embedded by {made.encoder.name}, which is no name known here; give its folder with --pvr"
+        ) from error
+
+
 def check_golden(
     store: Store, pvr: str | None = None, weights: str | None = None, device: str = "auto"
 ) -> GoldenCheck:
@@ -62,9 +90,10 @@ def check_golden(
         CorruptStoreError: they are not what the manifest promises.
         WeightsError, UnknownNameError: the encoder cannot be had here.
     """
+    refuse_ungolden(store.manifest, store.path, pvr)
     made, found = store.manifest.embeddings, read_golden(store)
-    if made is None or found is None:
-        raise NotAStoreError(f"{store.path} has no golden frames; only embedding stores have")
+    assert made is not None
+    assert found is not None
     frames, stored = np.asarray(found["frame"], np.uint8), found["embedding"]
     seed = made.encoder.weights.random_seed
     source = weights or ("auto" if seed is None else f"random:{seed}")

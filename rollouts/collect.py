@@ -308,13 +308,13 @@ def _versions(environment: Environment) -> dict[str, str]:
 def grown_manifest(config: CollectConfig, out: Path) -> Manifest:
     """The store in ``out`` with as many episodes more as it lacks of those asked for."""
     sealed = Store.open(out, kind="rollouts").manifest
-    if sealed.episodes >= config.episodes:
-        return sealed
-    more = draft_manifest(replace(config, episodes=config.episodes - sealed.episodes))
+    lacking = config.episodes - sealed.episodes
+    more = draft_manifest(replace(config, episodes=max(lacking, 1)))  # of its kind, though none lacks
     assert isinstance(more.specification, RolloutSpecification)
     longest = more.specification.max_steps + 1
     plan = plan_shards(more.specification.episodes, longest, config.shard_rows, behind=sealed.plan)
-    return grown(sealed, more.specification, plan)
+    draft = grown(sealed, more.specification, plan)
+    return draft if lacking > 0 else sealed
 
 
 def _shards(engine: Engine, make: Callable[[], Work], shards: int) -> AbstractContextManager[Shards]:

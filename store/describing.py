@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from pvrpipe.store.places import Url
 from pvrpipe.store.reading import Store
 
 LOOKED_AT = 40  # episodes whose actions and states are read
@@ -70,8 +71,12 @@ class Coverage:
 
 
 def coverage(store: Store) -> list[Coverage]:
-    """Coverage of actions and states, over evenly spaced episodes."""
-    picked = np.unique(np.linspace(0, store.manifest.episodes - 1, LOOKED_AT).astype(int)).tolist()
+    """Coverage of actions and states, over evenly spaced episodes.
+
+    Behind a URL over those of the first shard: whoever asks what a store is does not want all of it fetched.
+    """
+    near = store.manifest.plan[0] if isinstance(store.path, Url) else store.manifest
+    picked = np.unique(np.linspace(0, near.episodes - 1, LOOKED_AT).astype(int)).tolist()
     made = store.manifest.rollouts
     found = []
     for name in ("action", "state"):

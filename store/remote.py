@@ -98,6 +98,17 @@ class Source:
             with reaching(self.place):
                 file.close()
 
+    def proves(self, file: StoreFile) -> bool:
+        """Whether all bytes of a file are those that the manifest promises; they are read and not kept.
+
+        Raises:
+            UnreachableError: the place does not answer.
+        """
+        digest = hashlib.sha256()
+        for piece in self.pieces(file.name, UNSIZED_LIMIT if file.size is None else file.size):
+            digest.update(piece)
+        return digest.hexdigest() == file.sha256
+
     def fetch(self, file: StoreFile, target: Path, arrived: Arrived = lambda _: None) -> bool:
         """Fetch one file; it takes its name once its size and sha256 are right. False: there is none.
 
@@ -113,6 +124,8 @@ class Source:
         return patiently(lambda: self._fetch(file, target, arrived))
 
     def _fetch(self, file: StoreFile, target: Path, arrived: Arrived) -> bool:
+        if file.optional and isinstance(self.place, Path) and (self.place / file.name).is_symlink():
+            return False  # it has no hash: whatever it leads to would pass for a card
         done, limit = 0, UNSIZED_LIMIT if file.size is None else file.size
         temporary = temporary_beside(target)
         try:
@@ -143,7 +156,8 @@ class Source:
     def corrupt(self, file: StoreFile, problem: str) -> CorruptStoreError:
         """The one line that names store and file."""
         return CorruptStoreError(
-            f"{self.place}: {file.name} {problem}; it is not used, ask whoever published it to push it again"
+            f"{self.place}: {file.name} {problem}; it is not used, "
+            "ask whoever published it to push it again with --overwrite"
         )
 
     def _open(self, name: str) -> Any:

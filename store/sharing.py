@@ -73,7 +73,8 @@ def push(
         store: a store on this machine; it is verified first.
         url: where to; a place that holds what this store has grown from is brought up to date.
         workers: files at once.
-        overwrite: replace another store that is there.
+        overwrite: replace another store that is there, and shards whose bytes are no longer those of this one:
+            whatever is there is read.
         progress: told MiB.
 
     Raises:
@@ -223,14 +224,21 @@ def _published(
     overwrite: bool,
     workers: int,
 ) -> set[str]:
-    """Names of the files that need not go again: equal small ones, and shards with an equal commit record."""
+    """Names of the files that need not go again: equal small ones, and shards with an equal commit record.
+
+    Where anything may be replaced, shards must be there byte for byte.
+    """
     present: set[str] = set()
     shards, rest = _in_order(files)
+    source = Source(destination.place)
+
+    def there(shard: StoreFile) -> bool:
+        return held.get(shard.name) == shard.size and (not overwrite or source.proves(shard))
 
     def look(group: Sequence[StoreFile]) -> None:
         *before, last = group
         same = published(destination, last, folder / last.name, held, overwrite)
-        if same and all(held.get(file.name) == file.size for file in before):
+        if same and all(map(there, before)):
             present.update(file.name for file in group)
 
     each(look, [*shards, *([file] for file in rest)], workers)

@@ -76,6 +76,24 @@ def test_a_store_that_is_not_finished_is_not_pushed(tmp_path: Path) -> None:
     assert not (tmp_path / "there" / "store.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--golden"], "has no golden frames; only embedding stores have"),
+        (["--weights", "random:0"], "give --golden too"),
+        (["--pvr", "vc1"], "give --golden too"),
+    ],
+)
+def test_what_golden_cannot_check_is_said_before_the_store_is_read(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "rollouts", (4, 5))
+    (store / "shards" / "00000.parquet").unlink()
+    result = CliRunner().invoke(app, ["verify", str(store), *arguments])
+    assert says in str(result.exception)
+    assert isinstance(result.exception, PvrpipeError)
+
+
 def test_a_place_where_an_environment_belongs() -> None:
     result = CliRunner().invoke(app, ["collect", "data/mine"])
     assert result.exit_code == 1

@@ -25,12 +25,15 @@ from pvrpipe.schemas.errors import (
     InvalidValueError,
     NotAStoreError,
     OutputExistsError,
+    UnknownNameError,
 )
+from pvrpipe.store.merging import merge, split
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
 from .conftest import WriteStore
 from .killing import run_killed
+from .test_store_growing import grow
 
 INLINE = EmbedConfig(engine="inline")
 SMALL = PretrainConfig(size=16, channels=4, width=8, updates=4, batch=8)
@@ -65,6 +68,35 @@ def test_every_embedding_is_that_of_its_own_frame(
             np.testing.assert_array_equal(stored[name], source[name], err_msg=name)
     assert verify(tmp_path / "e") == []
     assert embeddings.shard(0).mapped("embedding") is not None
+
+
+def test_episodes_keep_their_splits_whatever_their_rollouts_were_made_of(
+    autoencoder: EncoderRequest, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """Of merged, split and grown rollouts splits do not follow from an episode's number in the store."""
+    one, two = write_rollouts(name="one"), write_rollouts(name="two", seed=5)
+    merge([one, two], tmp_path / "merged")
+    split(one, tmp_path / "split", where="episode != 0")
+    grow(two, (9, 11, 12))
+    grow(two, (10, 10), seed=6)
+    for name in ("merged", "split", "two"):
+        out = tmp_path / f"{name}-embedded"
+        embed(tmp_path / name, [(autoencoder, out)], INLINE)
+        assert verify(out) == []
+        splits = [Store.open(folder).episodes["split"].to_list() for folder in (tmp_path / name, out)]
+        assert splits[0] == splits[1]
+
+
+def test_growth_by_several_parts_is_embedded_at_once(
+    autoencoder: EncoderRequest, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    rollouts, out = write_rollouts(name="grown"), tmp_path / "e"
+    embed(rollouts, [(autoencoder, out)], INLINE)
+    grow(rollouts, (9, 11, 12))
+    grow(rollouts, (10, 10), seed=6)
+    embed(rollouts, [(autoencoder, out)], EmbedConfig(engine="inline", append=True))
+    assert verify(out) == []
+    assert Store.open(out).episodes["split"].equals(Store.open(rollouts).episodes["split"])
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -215,6 +247,16 @@ def test_a_gpu_computes_what_the_cpu_does(rollouts: Path) -> None:
     )
     assert torch.cuda.is_available()
     np.testing.assert_allclose(on_gpu(frames), on_cpu(frames), rtol=1e-3, atol=1e-4)
+
+
+def test_golden_frames_of_ones_own_encoder_want_its_folder(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    store = Store.open(tmp_path / "e")
+    with pytest.raises(UnknownNameError, match=r"embedded by autoencoder, .* give its folder with --pvr"):
+        check_golden(store)
+    assert check_golden(store, pvr=str(tmp_path / "ae")).ok
 
 
 def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:

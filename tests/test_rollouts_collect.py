@@ -102,6 +102,17 @@ def test_episodes_say_who_played_them_and_can_be_played_again(
     assert again.info.episode_return == row["episode_return"]
 
 
+def test_a_store_that_lacks_nothing_is_not_taken_for_one_of_another_kind(
+    collected: tuple[Store, CollectResult],
+) -> None:
+    store, _ = collected
+    for episodes in (4, 2):
+        asked = replace(SMALL, episodes=episodes, seed=9)
+        assert collect(asked, store.path, INLINE, append=True).id == store.manifest.id
+        with pytest.raises(OutputExistsError, match="size: 32, there 40"):
+            collect(replace(asked, size=40), store.path, INLINE, append=True)
+
+
 def test_episode_seeds_differ_and_do_not_depend_on_each_other() -> None:
     seeds = {episode_seed(root, episode) for root in range(20) for episode in range(500)}
     assert len(seeds) == 10_000

@@ -32,6 +32,7 @@ from pvrpipe.schemas.errors import (
     UnreachableError,
 )
 from pvrpipe.store.cache import Cache
+from pvrpipe.store.describing import describe
 from pvrpipe.store.files import locked
 from pvrpipe.store.layout import PULLING, files_of, read_manifest
 from pvrpipe.store.reading import Store
@@ -153,6 +154,15 @@ def test_shards_are_fetched_when_they_are_opened_and_once(write_rollouts: WriteS
     assert store.shard(2).mapped("action") is not None
     Store.open(f"{web.url}/rollouts").shard(2)
     assert [path for path in web.requests if "shards" in path] == ["/rollouts/shards/00002.parquet"]
+
+
+def test_what_a_store_is_costs_one_shard_however_many_there_are(
+    write_rollouts: WriteStore, web: Served
+) -> None:
+    write_rollouts()
+    told = describe(Store.open(f"{web.url}/rollouts"))
+    assert [path for path in web.requests if "shards" in path] == ["/rollouts/shards/00000.parquet"]
+    assert {c["of"] for c in told["coverage"]} >= {"action[0]", "x"}
 
 
 def test_a_server_that_fails_once_is_asked_again(write_rollouts: WriteStore, web: Served) -> None:
@@ -408,6 +418,21 @@ def test_a_store_that_was_made_elsewhere_goes_to_its_like(write_rollouts: WriteS
         made = manifest.specification.model_copy(update={"environment": name})
         with pytest.raises(InvalidValueError, match="give a FOLDER"):
             Workspace(tmp_path).home(manifest.model_copy(update={"specification": made}))
+
+
+def test_overwrite_sends_again_what_changed_behind_the_url_and_no_more(
+    write_rollouts: WriteStore, bucket: str, tmp_path: Path
+) -> None:
+    store, url = write_rollouts(), f"{bucket}/walk"
+    first = push(store, url)
+    forge(*fsspec.core.url_to_fs(f"{url}/shards/00003.parquet", use_listings_cache=False))
+    assert push(store, url).resumed == first.files  # sizes and commit records are all that it looks at
+    assert push(store, url, overwrite=True).resumed == first.files - 2
+    assert verify(url) == []
+    again = push(store, url, overwrite=True)
+    assert (again.resumed, again.bytes) == (first.files, 0)
+    pull(url, tmp_path / "pulled")
+    assert same_bytes(store, tmp_path / "pulled")
 
 
 def test_another_store_at_the_destination_is_refused_and_replaced_only_when_told(

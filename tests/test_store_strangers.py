@@ -16,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pvrpipe.schemas.errors import PvrpipeError, StoreError
+from pvrpipe.schemas.errors import CorruptStoreError, PvrpipeError, StoreError
 from pvrpipe.schemas.manifest import store_id
 from pvrpipe.store.files import sha256_of
+from pvrpipe.store.publishing import write_cards
 from pvrpipe.store.reading import Store
+from pvrpipe.store.sharing import pull, push
 from pvrpipe.store.verifying import verify
 from pvrpipe.store.windows import WindowSampler
 
@@ -245,6 +247,42 @@ def test_a_thousand_flips_truncations_and_swaps_are_all_found(
         assert name in [failure.where for failure in verify(folder)]
         path.write_bytes(good)
     assert verify(folder) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "croissant.json", "store.json", "episodes.parquet", "shards", "shards/00001.parquet"],
+)
+def test_what_lies_behind_a_link_is_not_published(
+    name: str, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    folder, outside = write_rollouts(), tmp_path / "outside"
+    write_cards(folder)
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    failures = verify(folder)
+    assert [failure.where for failure in failures] == [name]
+    assert "is a link" in failures[0].what
+    with pytest.raises(CorruptStoreError, match=f"{name} is a link"):
+        push(folder, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+def test_a_card_that_is_a_link_is_not_pulled(write_rollouts: WriteStore, tmp_path: Path) -> None:
+    folder = write_rollouts()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    pull(str(folder), tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / "README.md").exists()
+    assert verify(tmp_path / "pulled") == []
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a" * 5000, "a\0b"])
+def test_verify_names_no_path_after_a_forged_name(name: str, write_rollouts: WriteStore) -> None:
+    folder = write_rollouts()
+    edit(folder, lambda raw: raw["files"].update({name: "0" * 64}))
+    assert [(f.where, "no plain name" in f.what) for f in verify(folder)] == [("store.json", True)]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
