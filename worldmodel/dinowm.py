@@ -138,7 +138,7 @@ class DinoWM(nn.Module):
         frames, action, reward = self._frames(batch), batch["action"], batch["reward"]
         runs = max(1, frames.shape[1] - HISTORY)
         length = min(HISTORY, frames.shape[1] - 1)
-        before, after = (_runs(frames[:, shift:], runs, length) for shift in (0, 1))
+        before, after = (_runs(rows, runs, length) for rows in (frames, frames.detach()[:, 1:]))
         predicted, summary = self._next(before, _runs(action, runs, length))
         terms = {
             "embedding": F.mse_loss(predicted[..., : self.features], after[..., : self.features]),

@@ -89,16 +89,16 @@ class DreamerV3(nn.Module):
         Returns:
             The loss, and its terms before scaling; ``kl`` is the KL divergence before free nats.
         """
-        target = self.seen(batch["observation"])
+        seen = self.seen(batch["observation"])
         deter, stoch, posterior = self.rssm.observe(
-            self.encoder(target), batch["action"], batch["is_first"], self._uniform(target, random)
+            self.encoder(seen), batch["action"], batch["is_first"], self._uniform(seen, random)
         )
         prior = self.rssm.prior_logits(deter)
         features = torch.cat([deter, stoch.flatten(-2)], -1)
         continues = (~batch["is_terminal"]).to(features.dtype) * CONTINUE
         dynamics, representation = balanced_kl(posterior, prior)
         rows = {
-            "reconstruction": self.decoder.loss(features, target),
+            "reconstruction": self.decoder.loss(features, self.seen.target(batch["observation"], seen)),
             "reward": self.two_hot.loss(self.reward(features), batch["reward"]),
             "continue": F.binary_cross_entropy_with_logits(
                 self.continues(features).squeeze(-1), continues, reduction="none"
