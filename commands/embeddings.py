@@ -46,7 +46,8 @@ def embed(
         Literal["float16", "float32"], typer.Option(help="What embeddings are stored in.")
     ] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
-    part: ReadoutOptions = ReadoutOptions(),
+    *,
+    part: ReadoutOptions,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, on a GPU what fits.")
     ] = None,

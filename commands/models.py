@@ -41,8 +41,9 @@ def train_model(
     ] = None,
     model: Annotated[str, typer.Option(help=f"{MODELS}.")] = "dreamerv3",
     size: Annotated[str, typer.Option(help=f"{SIZES}.")] = "1m",
-    training: TrainOptions = TrainOptions(),
-    part: ReadoutOptions = ReadoutOptions(),
+    *,
+    training: TrainOptions,
+    part: ReadoutOptions,
     engine: Annotated[
         Literal["ray", "inline"],
         typer.Option(help="This process, or those torchrun starts; or with ray so many --workers."),

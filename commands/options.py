@@ -66,15 +66,13 @@ class ReadoutOptions:
 def sharing(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameters that are dataclasses, such as :class:`ReadoutOptions`, are options one by one."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters: list[Parameter] = []
-    for parameter in signature(command).parameters.values():
-        kind = hints[parameter.name]
-        inner = get_type_hints(kind, include_extras=True) if parameter.name in groups else {}
-        parameters += [
-            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name])
-            for field in (fields(kind) if inner else ())
-        ] or [parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=kind)]
+    for name, parameter in signature(command).parameters.items():
+        if name in groups:
+            parameters += _options_of(groups[name])
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -87,6 +85,15 @@ def sharing(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _options_of(group: Any) -> list[Parameter]:
+    """A parameter for each field of a dataclass."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(group)
+    ]
 
 
 def took(what: str, path: Path) -> Path:

@@ -27,7 +27,7 @@ from pvrpipe.store.files import sha256_of
 from pvrpipe.worldmodel.batches import tensors_of
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.runs import read_run
-from pvrpipe.worldmodel.tdmpc2 import STACK
+from pvrpipe.worldmodel.tdmpc2_encoders import STACK
 from pvrpipe.worldmodel.training import load_model
 
 

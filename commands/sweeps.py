@@ -34,8 +34,9 @@ def sweep(
     seed: Annotated[
         list[int], typer.Option(min=0, max=2**63 - 1, help="Decides everything that is drawn; repeatable.")
     ] = [0],
-    training: TrainOptions = TrainOptions(),
-    part: ReadoutOptions = ReadoutOptions(),
+    *,
+    training: TrainOptions,
+    part: ReadoutOptions,
     probe: Annotated[bool, typer.Option("--probe", help="Probe each run once it is trained.")] = False,
     horizon: Annotated[
         list[int], typer.Option(min=1, help="Rows that --probe accumulates over; repeatable.")

@@ -35,9 +35,9 @@ class TrainOptions:
     warmup: Annotated[
         int, typer.Option(min=0, help="dreamerv3: updates over which its learning rate rises.")
     ] = 1000
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="What products are computed in.")
-    ] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What products are computed in.")] = (
+        "fp32"
+    )
     validate_every: Annotated[
         int, typer.Option(min=1, help="Updates between two checkpoints, each with validation losses.")
     ] = 500
@@ -58,7 +58,9 @@ class TrainOptions:
     pixels: Annotated[int, typer.Option(min=16, help="Side of frames, when learning from them.")] = 64
     pvr: Annotated[
         str | None,
-        typer.Option(help="Look at frames through this representation, inside the model, and see --unfreeze."),
+        typer.Option(
+            help="Look at frames through this representation, inside the model, and see --unfreeze."
+        ),
     ] = None
     weights: Annotated[str, typer.Option(help="Of --pvr: auto, FILE_OR_FOLDER or random:SEED.")] = "auto"
     unfreeze: Annotated[
@@ -67,6 +69,9 @@ class TrainOptions:
     backbone_learning_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Of what --unfreeze lets learn; default: 1e-6, DINO-WM's.")
     ] = None
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the update, which a GPU replays as CUDA graphs.")
+    ] = False
     backing: Annotated[
         Literal["auto", "mapped", "ram", "device"],
         typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
@@ -94,6 +99,7 @@ class TrainOptions:
             backbone_learning_rate=self.backbone_learning_rate,
             encoder=self.encoder,
             pixels=self.pixels,
+            compiled=self.compile,
             precision=self.precision,
             patience=self.patience,
             save_every=self.validate_every,
@@ -156,7 +162,9 @@ def backbone_of(record: RunRecord, device: str, weights: str | None = None) -> T
     """
     if record.tuning is None or record.encoder is None or record.setting.frames is None:
         if weights is not None:
-            raise InvalidValueError("--weights are of an encoder inside the model, and this run's has none; leave it out")
+            raise InvalidValueError(
+                "--weights are of an encoder inside the model, and this run's has none; leave it out"
+            )
         return None
     from pvrpipe.pipeline.readout import Readout
     from pvrpipe.pipeline.tuning import TunedEncoder

@@ -1,8 +1,8 @@
 """An encoder as a part of a model: what of it learns, and frames to embeddings while gradients are recorded.
 
-The last n blocks of a vision transformer, or the last n stages of a ResNet, and what stands behind them (the final norm,
-a pooling head) learn; what stands before them keeps its weights, and no gradient goes through it. Batch norms keep
-their statistics throughout, for the network stays in evaluation mode.
+The last n blocks of a vision transformer, or the last n stages of a ResNet, and what stands behind them (the final
+norm, a pooling head) learn; what stands before them keeps its weights, and no gradient goes through it. Batch norms
+keep their statistics throughout, for the network stays in evaluation mode.
 """
 
 from __future__ import annotations
@@ -76,15 +76,18 @@ def unfrozen(network: Network, unfreeze: str, name: str) -> list[nn.Parameter]:
         return []
     if network.pooling == "keypoints":
         raise InvalidValueError(
-            f"--unfreeze {unfreeze}: {name} chooses its keypoints, which no gradient goes through; give 0, or another --pvr"
+            f"--unfreeze {unfreeze}: {name} chooses its keypoints, which no gradient goes through; give 0, or "
+            "another --pvr"
         )
     if unfreeze == ALL:
         return list(network.parameters())
     parts, behind = parts_of(network)
-    if not unfreeze.isdecimal() or not parts or int(unfreeze) > len(parts):
-        there = f"has {len(parts)} {'blocks' if isinstance(network, TokenNetwork) else 'stages'}; give 0 to {len(parts)}"
+    if not parts:
+        raise InvalidValueError(f"--unfreeze {unfreeze}: {name} has no blocks to count; give 0 or {ALL}")
+    if not unfreeze.isdecimal() or int(unfreeze) > len(parts):
+        kind = "blocks" if isinstance(network, TokenNetwork) else "stages"
         raise InvalidValueError(
-            f"--unfreeze {unfreeze}: {name} {there if parts else 'has no blocks to count; give 0'} or {ALL}"
+            f"--unfreeze {unfreeze}: {name} has {len(parts)} {kind}; give 0 to {len(parts)} or {ALL}"
         )
     return [p for part in (*parts[-int(unfreeze) :], *behind) for p in part.parameters()]
 
@@ -94,7 +97,9 @@ def parts_of(network: Network) -> tuple[list[nn.Module], list[nn.Module]]:
     trunk = network.trunk
     if isinstance(network, TokenNetwork):
         names = list(trunk._modules)
-        behind = [module for name, module in trunk.named_children() if names.index(name) > names.index("blocks")]
+        behind = [
+            module for name, module in trunk.named_children() if names.index(name) > names.index("blocks")
+        ]
         return list(trunk.blocks), behind  # type: ignore[arg-type]
     if isinstance(network, MapNetwork) and len(network.stages) > 1:
         stages = [stage for stage in network.stages.values() if isinstance(stage, nn.Module)]

@@ -124,17 +124,26 @@ class DinoWM(nn.Module):
         nn.init.zeros_(self.reward[-1].bias)  # type: ignore[arg-type]
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, see :meth:`losses`."""
+        return self.losses(batch, self.draw(batch, random))
+
+    def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[()]:
+        """Nothing is sampled here."""
+        del batch, random
+        return ()
+
+    def losses(self, batch: Mapping[str, Tensor], drawn: tuple[()] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the next embedding, and the reward's cross-entropy.
 
         Args:
             batch: observation (B, T, *shape), action (B, T, A), reward (B, T), windows of one episode; state (B, T, S)
                 where proprioception is seen. Every run of up to three frames in a window is learned from.
-            random: not used, nothing is sampled here.
+            drawn: nothing.
 
         Returns:
             The loss, and its terms.
         """
-        del random
+        del drawn
         frames, action, reward = self._frames(batch), batch["action"], batch["reward"]
         runs = max(1, frames.shape[1] - HISTORY)
         length = min(HISTORY, frames.shape[1] - 1)

@@ -97,7 +97,9 @@ class Seen(nn.Module):
                 mode, so that batch norms keep their statistics.
         """
         self.backbone = backbone.eval()
-        self._before = {name: p.detach().clone() for name, p in backbone.named_parameters() if p.requires_grad}
+        self._before = {
+            name: p.detach().clone() for name, p in backbone.named_parameters() if p.requires_grad
+        }
 
     def forward(self, observation: Tensor) -> Tensor:
         """(B, T, *shape), or frames (B, T, H, W, 3) for a backbone -> float32 (B, T, *shape)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,12 @@ class WorldModel(Protocol):
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, rows_before + T, ...) -> the loss and its terms."""
+
+    def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Any:
+        """All chance in the loss of a batch: tensors."""
+
+    def losses(self, batch: Mapping[str, Tensor], drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As ``loss``, a function of tensors alone, which can be compiled."""
 
     def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
         """Episodes (N, T, ...) -> state, latents and features of each row, from the rows up to it."""

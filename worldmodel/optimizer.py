@@ -135,12 +135,13 @@ class Updater:
         rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
         learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
         tuned = [learned.pop(n) for n in list(learned) if n.startswith(BACKBONE)]
-        behind = {"params": tuned, "lr": BACKBONE_RATE if backbone_rate is None else backbone_rate}
-        more = [behind] if tuned else []
+        rate_of_tuned = BACKBONE_RATE if backbone_rate is None else backbone_rate
+        more: list[dict[str, Any]] = [{"params": tuned, "lr": rate_of_tuned}] if tuned else []
+        groups: list[dict[str, Any]] = [{"params": [*learned.values()]}, *more]
         if name == "dreamerv3":
-            return cls(model, LaProp([{"params": [*learned.values()]}, *more], rate, warmup=warmup))
+            return cls(model, LaProp(groups, rate, warmup=warmup))
         if name == "dinowm":
-            groups = [{"params": [*learned.values()]}, *({**group, "weight_decay": 0.0} for group in more)]
+            groups[1:] = [{**group, "weight_decay": 0.0} for group in more]
             return cls(model, _ready(torch.optim.AdamW(groups, lr=rate, fused=True)))
         part = {n: n.partition(".")[0] for n in learned}
         policy = [p for n, p in learned.items() if part[n] == "policy"]

@@ -180,7 +180,12 @@ def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
         }
         for record in (existing, draft)
     )
-    differ = [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    unknown = {name for name, value in new.items() if name not in old and value in (None, False)}
+    differ = [
+        f"{name}: {old.get(name)}, now {new.get(name)}"
+        for name in sorted((old | new).keys() - unknown)  # a run begun before an option was there has it off
+        if old.get(name) != new.get(name)
+    ]
     if differ:
         raise OutputExistsError(
             f"{folder} was begun with another configuration ({'; '.join(differ[:4])}); "

@@ -117,7 +117,13 @@ def finished(job: Job) -> Outcome | None:
         metrics = [_found(job, label, store) for label, store in _probes(job)]
     except (PvrpipeError, OSError, ValueError, KeyError):
         return None
-    if job.overwrite or job.looking is not None or not same or record.result is None or (job.frames and not drawn(job.run)):
+    if (
+        job.overwrite
+        or job.looking is not None
+        or not same
+        or record.result is None
+        or (job.frames and not drawn(job.run))
+    ):
         return None
     known = [found for found in metrics if found is not None]
     if len(known) < len(metrics):

@@ -21,6 +21,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identity_of, moments_before
 from pvrpipe.worldmodel.batches import PIXELS, Backing, Batches, chance, open_observations, setting_of
+from pvrpipe.worldmodel.compiling import losses_of
 from pvrpipe.worldmodel.memory import check_room
 from pvrpipe.worldmodel.models import (
     Setting,
@@ -81,6 +82,8 @@ class TrainConfig:
     """dinowm sees and predicts the state too"""
     pixels: int = PIXELS
     """side of the frames that a model from scratch is shown"""
+    compiled: bool = False
+    """by torch.compile, loss and gradient as one function; the last bits are others"""
     precision: Precision = "fp32"
     """what products are computed in; weights, optimizer and the recurrence of dreamerv3 stay in float32"""
     patience: int = 0
@@ -103,7 +106,9 @@ class TrainConfig:
         for name in ("learning_rate", "backbone_learning_rate"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 option = f"--{name.replace('_', '-')}"
-                raise InvalidValueError(f"{option} is {getattr(self, name)}; give a positive number, e.g. 1e-4")
+                raise InvalidValueError(
+                    f"{option} is {getattr(self, name)}; give a positive number, e.g. 1e-4"
+                )
         if self.rows < 2:
             raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
         if self.save_every % self.log_every:
@@ -211,27 +216,31 @@ def train(
             standardise(model, store)
         with computing(config.precision, device):
             check_room(model, setting, length, config.windows // ranks().ranks, device)
+        losses = losses_of(model, device, compiled=config.compiled)
         log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
         begun, k = time.perf_counter(), done
         while k < config.updates and not stale(log.validation, config.patience):
             k += 1
+            batch = data(k)
             with computing(config.precision, device):
-                loss, terms = model.loss(data(k), chance(config.seed, k))
+                loss, terms = losses(batch, model.draw(batch, chance(config.seed, k)))
             updater.update(loss)
-            unlogged.append({name: term.detach() for name, term in terms.items()})
+            unlogged.append(
+                {name: term.detach().clone() for name, term in terms.items()}
+            )  # a graph reuses its own
             last = k == config.updates
             if k % config.log_every == 0 or last:
                 log.write(k, "train", _means(unlogged, k, data))
                 unlogged.clear()
             if k % config.save_every == 0 or last:
                 with computing(config.precision, device):
-                    losses = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
+                    judged = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
                 check_finite(
-                    losses["loss"], k, data
+                    judged["loss"], k, data
                 )  # an update whose gradient was not leaves weights that are not
-                log.write(k, "val", losses)
+                log.write(k, "val", judged)
                 if first:
                     checkpoints.save(folder, k, model, updater)
             progress(k, config.updates, log.note)
