@@ -31,6 +31,7 @@ from torchrl.modules.models.model_based import DreamerV3MLP, RSSMPosteriorV3, RS
 from torchrl.objectives import DreamerV3ModelLoss
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.worldmodel.compiling import losses_of
 from pvrpipe.worldmodel.dreamerv3 import SIZES
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting, build_model
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", default=["1m", "12m"], choices=list(SIZES))
     parser.add_argument("--shapes", nargs="+", default=["16x64"], help="of the batch, BxT")
+    parser.add_argument("--compile", action="store_true", help="pvrpipe's compiled, as train-model --compile")
     parser.add_argument("--compiled", action="store_true", help="TorchRL compiled too")
     parser.add_argument("--encoder", help="a PVR that is run in every update too, e.g. mae-b")
     parser.add_argument("--width", type=int, default=768, help="of the embedding")
@@ -154,7 +156,8 @@ def our_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace)
     """One update of pvrpipe's DreamerV3."""
     model = build_model("dreamerv3", size, setting_of(options), seed=0)
     random = torch.Generator().manual_seed(0)
-    return optimised(lambda: model.loss(batch, random)[0], list(model.parameters()))
+    losses = losses_of(model, torch.device("cpu"), compiled=options.compile)
+    return optimised(lambda: losses(batch, model.draw(batch, random))[0], list(model.parameters()))
 
 
 def torchrl_update(

@@ -18,17 +18,20 @@ from pvrpipe.commands.options import (
     Format,
     Json,
     Overwrite,
+    ReadoutOptions,
     Root,
     Seed,
     Workers,
     environment_of,
     pvr_label,
+    sharing,
     took,
 )
 from pvrpipe.commands.terminal import duration, note, tell, watching
 from pvrpipe.schemas.errors import InvalidValueError
 
 
+@sharing
 def embed(
     rollouts: Annotated[str | None, typer.Argument(help="Rollout store or URL; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Embedding store to write; for one PVR.")] = None,
@@ -43,20 +46,8 @@ def embed(
         Literal["float16", "float32"], typer.Option(help="What embeddings are stored in.")
     ] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="What they are computed in.")] = "fp32",
-    layer: Annotated[
-        str | None, typer.Option(help="A block (5), several joined (3,7,11), a stage (layer2), or last.")
-    ] = None,
-    blocks: Annotated[
-        str | None, typer.Option(help="The blocks that compute; the others are taken out: 0-5, 6-11, 0,2,4.")
-    ] = None,
-    norm: Annotated[
-        bool | None, typer.Option("--norm/--no-norm", help="Whether the final norm is applied to the layer.")
-    ] = None,
-    pool: Annotated[
-        str | None,
-        typer.Option(help="cls, cls+registers, mean, map, projected, patches, conv-map, average, …"),
-    ] = None,
-    input_size: Annotated[int | None, typer.Option(help="Pixels of a side that the network sees.")] = None,
+    *,
+    part: ReadoutOptions,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, on a GPU what fits.")
     ] = None,
@@ -94,9 +85,7 @@ def embed(
     environment = environment_of(rollouts)
     label = Workspace(root).label_of(rollouts) or environment
     asked = list(zip(pvr, weights * (len(pvr) // len(weights)), strict=True))
-    from pvrpipe.pipeline.readout import Readout
-
-    readout = Readout(layer, blocks, norm, pool, input_size)
+    readout = part.readout
     folders = [out or Workspace(root).embeddings(label, pvr_label(*each, readout)) for each in asked]
 
     from pvrpipe.pipeline.embed import EmbedConfig, estimate  # torch takes seconds: after the mistakes

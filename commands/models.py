@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,39 +15,22 @@ from pvrpipe.commands.options import (
     Device,
     Json,
     Overwrite,
+    ReadoutOptions,
     Root,
     Seed,
     Workers,
-    environment_of,
     pick_device,
+    sharing,
     took,
 )
 from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, mean_sem, note, tell, watching
+from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions, backbone_of
 from pvrpipe.schemas.progress import silent
 
-LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
 VIEWS = ("source", "replay", "shift")  # of a pair of stores
-MODELS = "dreamerv3, tdmpc2 or dinowm."
-SIZES = "Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm)."
-
-Updates = Annotated[int, typer.Option(min=1, help="Gradient steps.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Windows per batch; default: the paper's.")]
-Length = Annotated[int | None, typer.Option(min=1, help="Rows per window; default: the paper's.")]
-LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default: the paper's.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Updates over which dreamerv3's learning rate rises.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="What products are computed in.")]
-ValidateEvery = Annotated[
-    int, typer.Option(min=1, help="Updates between two checkpoints, each with validation losses.")
-]
-Patience = Annotated[
-    int, typer.Option(min=0, help="Stop after so many checkpoints without a better validation; 0: never.")
-]
-Encoder = Annotated[
-    Literal["auto", "linear", "mlp", "attention", "cnn"],
-    typer.Option(help="How the model reads embeddings, tokens or frames; auto: the first that fits."),
-]
 
 
+@sharing
 def train_model(
     store: Annotated[
         str | None,
@@ -57,29 +39,11 @@ def train_model(
     run: Annotated[
         Path | None, typer.Argument(help="Folder of the run; default: named after its parts.")
     ] = None,
-    model: Annotated[str, typer.Option(help=MODELS)] = "dreamerv3",
-    size: Annotated[str, typer.Option(help=SIZES)] = "1m",
-    updates: Updates = 1000,
-    batch: Batch = None,
-    length: Length = None,
-    learning_rate: LearningRate = None,
-    warmup: Warmup = 1000,
-    precision: Precision = "fp32",
-    validate_every: ValidateEvery = 500,
-    patience: Patience = 0,
-    encoder: Encoder = "auto",
-    symlog: Annotated[bool, typer.Option(help="dreamerv3: squash embeddings by symlog.")] = True,
-    burn_in: Annotated[
-        int, typer.Option(min=0, help="dreamerv3: rows before each window that only carry the state to it.")
-    ] = 0,
-    proprioception: Annotated[
-        bool, typer.Option("--proprioception", help="dinowm: see and predict the state too.")
-    ] = False,
-    pixels: Annotated[int, typer.Option(min=16, help="Side of frames, when learning from them.")] = 64,
-    backing: Annotated[
-        Literal["auto", "mapped", "ram", "device"],
-        typer.Option(help="Where windows are read from: files, memory, or the device's memory."),
-    ] = "auto",
+    model: Annotated[str, typer.Option(help=f"{MODELS}.")] = "dreamerv3",
+    size: Annotated[str, typer.Option(help=f"{SIZES}.")] = "1m",
+    *,
+    training: TrainOptions,
+    part: ReadoutOptions,
     engine: Annotated[
         Literal["ray", "inline"],
         typer.Option(help="This process, or those torchrun starts; or with ray so many --workers."),
@@ -99,37 +63,22 @@ def train_model(
     """
     from pvrpipe.store.workspace import Workspace
 
-    store = store or str(took("embeddings", Workspace(root).newest_embeddings()))
+    workspace = Workspace(root)
+    if store is None and training.pvr is None:
+        store = str(took("embeddings", workspace.newest_embeddings()))
+    store = store or str(took("rollouts", workspace.newest_rollouts()))
+    looking = training.backbone(store, part)
 
     from pvrpipe.worldmodel.ranks import joined, of_several  # torch: after the mistakes
-    from pvrpipe.worldmodel.training import TrainConfig, train
+    from pvrpipe.worldmodel.training import train
 
     first = of_several().rank == 0
-
-    run = run or Workspace(root).run(f"{run_label(root, store)}-{model}-{size}-s{seed}")
-    config = TrainConfig(
-        model=model,
-        size=size,
-        updates=updates,
-        batch=batch,
-        length=length,
-        seed=seed,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        encoder=encoder,
-        symlog_inputs=symlog,
-        burn_in=burn_in,
-        proprioception=proprioception,
-        pixels=pixels,
-        precision=precision,
-        patience=patience,
-        save_every=validate_every,
-        log_every=math.gcd(validate_every, LOG_EVERY),
-    )
+    run = run or workspace.run(f"{training.label(root, store, part)}-{model}-{size}-s{seed}")
+    config = training.config(model, size, seed, [model])
     with watching("train", "updates", f"training {model} {size} into {run}") as progress:
         asked: dict[str, Any] = {
             "overwrite": overwrite,
-            "backing": backing,
+            "backing": training.backing,
             "progress": progress if first else silent,
         }
         if engine == "ray":
@@ -142,26 +91,17 @@ def train_model(
                 workers=workers or 1,
                 device=pick_device(device),
                 address=address,
+                looking=looking,
                 **asked,
             )
         else:
             with joined(pick_device(device)) as own:
-                result = train(config, store, run, device=own, **asked)
+                backbone = looking and looking(str(own))
+                result = train(config, store, run, device=own, backbone=backbone, **asked)
     if not first:
         return
     note(f"windows came from {result.backing}")
     tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
-
-
-def run_label(root: Path, store: str) -> str:
-    """What the names of a store's runs begin with."""
-    from pvrpipe.store.places import place_of
-    from pvrpipe.store.reading import Store
-    from pvrpipe.store.workspace import Workspace
-
-    label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
-    scratch = "" if Store.open(store).manifest.kind == "embeddings" else "-scratch"
-    return label.removeprefix("dmc-").removeprefix("dmc:") + scratch
 
 
 def probe(
@@ -184,6 +124,10 @@ def probe(
         str | None,
         typer.Option(help="Embeddings of a replay of the store: what another look of the same physics does."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of the encoder inside the run's model, where they are not where they were."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     root: Root = DATA,
@@ -205,10 +149,13 @@ def probe(
 
     from pvrpipe.worldmodel.counterfactual import probe_pairs  # torch: after the mistakes
     from pvrpipe.worldmodel.probe import probe as measure
+    from pvrpipe.worldmodel.runs import read_run
 
-    asked: dict[str, Any] = {"horizons": horizon, "context": context, "seed": seed}
+    chosen = pick_device(device)
+    asked: dict[str, Any] = {"horizons": horizon, "context": context, "seed": seed, "device": chosen}
+    asked |= {"backbone": backbone_of(read_run(folder), chosen, weights)}
     with watching("probe", "episodes") as progress:
-        asked |= {"device": pick_device(device), "progress": progress}
+        asked |= {"progress": progress}
         if beside is None:
             report = measure(folder, store, split=split, **asked)
         else:

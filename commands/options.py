@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -30,6 +34,66 @@ Format = Annotated[
 ShardRows = Annotated[int | None, typer.Option(min=1, help="Rows wanted in a shard.")]
 
 DATA = Path("data")
+
+
+@dataclass(frozen=True)
+class ReadoutOptions:
+    """Which part of a representation is the embedding."""
+
+    layer: Annotated[
+        str | None, typer.Option(help="A block (5), several joined (3,7,11), a stage (layer2), or last.")
+    ] = None
+    blocks: Annotated[
+        str | None, typer.Option(help="The blocks that compute; the others are taken out: 0-5, 6-11, 0,2,4.")
+    ] = None
+    norm: Annotated[
+        bool | None, typer.Option("--norm/--no-norm", help="Whether the final norm is applied to the layer.")
+    ] = None
+    pool: Annotated[
+        str | None,
+        typer.Option(help="cls, cls+registers, mean, map, projected, patches, conv-map, average, …"),
+    ] = None
+    input_size: Annotated[int | None, typer.Option(help="Pixels of a side that the network sees.")] = None
+
+    @property
+    def readout(self) -> Readout:
+        """As the pipeline takes it."""
+        from pvrpipe.pipeline.readout import Readout
+
+        return Readout(self.layer, self.blocks, self.norm, self.pool, self.input_size)
+
+
+def sharing(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are dataclasses, such as :class:`ReadoutOptions`, are options one by one."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[Parameter] = []
+    for name, parameter in signature(command).parameters.items():
+        if name in groups:
+            parameters += _options_of(groups[name])
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        shared = {
+            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**given, **shared)
+
+    run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _options_of(group: Any) -> list[Parameter]:
+    """A parameter for each field of a dataclass."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(group)
+    ]
 
 
 def took(what: str, path: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pvrpipe.commands.training_options import backbone_of
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.rollouts.environments import Environment
@@ -26,7 +27,7 @@ from pvrpipe.store.files import sha256_of
 from pvrpipe.worldmodel.batches import tensors_of
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.runs import read_run
-from pvrpipe.worldmodel.tdmpc2 import STACK
+from pvrpipe.worldmodel.tdmpc2_encoders import STACK
 from pvrpipe.worldmodel.training import load_model
 
 
@@ -57,19 +58,22 @@ class RunPolicy:
         """Actions (A,), each by the last three frames; nothing is drawn."""
         del rng
         cpu = torch.device("cpu")
-        model, record = load_model(self.folder, cpu)
+        backbone = backbone_of(self.record, "cpu")
+        model, record = load_model(self.folder, cpu, backbone)
         if len(environment.action_low) != record.setting.action:
             raise InvalidValueError(
                 f"{self.folder} takes {record.setting.action} actions, {environment.name} "
                 f"{len(environment.action_low)}; take a run that was trained on this environment"
             )
         column, encode = (
-            ("frame", _as_it_is) if record.encoder is None else ("embedding", encoder_of(record.encoder))
+            ("frame", _as_it_is)
+            if record.encoder is None or backbone is not None
+            else ("embedding", encoder_of(record.encoder))
         )
         rows: deque[NDArray[Any]] = deque(maxlen=STACK)
         while True:
             rows.append(encode(seen()["frame"][None])[0])
-            batch = tensors_of({column: np.stack(rows)[None]}, cpu, record.setting.observation)
+            batch = tensors_of({column: np.stack(rows)[None]}, cpu, record.setting.shown)
             yield model.act(batch["observation"])[0].numpy()
 
 

@@ -145,7 +145,8 @@ def _past_rates(root: Path) -> dict[Any, float]:
             record = read_run(folder)
         except PvrpipeError:
             continue
-        if record.result is None or not record.result["updates_per_second"]:
+        inside = record.setting.frames is not None  # an encoder in the loop sets the pace
+        if record.result is None or not record.result["updates_per_second"] or inside:
             continue
         from pvrpipe.worldmodel.training import TrainConfig
 

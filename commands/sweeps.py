@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pvrpipe.commands.models import (
-    LOG_EVERY,
-    MODELS,
-    SIZES,
-    Batch,
-    Encoder,
-    LearningRate,
-    Length,
-    Patience,
-    Precision,
-    Updates,
-    ValidateEvery,
-    Warmup,
-    run_label,
-)
 from pvrpipe.commands.options import (
     DATA,
     Address,
@@ -32,29 +16,27 @@ from pvrpipe.commands.options import (
     Engine,
     Json,
     Overwrite,
+    ReadoutOptions,
     Root,
     Workers,
     pick_device,
+    sharing,
 )
 from pvrpipe.commands.terminal import note, tell, watching
+from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions
 
 
+@sharing
 def sweep(
     stores: Annotated[list[str], typer.Argument(help="Embeddings, or rollouts to learn from pixels.")],
-    model: Annotated[list[str], typer.Option(help=f"{MODELS[:-1]}; repeatable.")] = ["dreamerv3"],
-    size: Annotated[list[str], typer.Option(help=f"{SIZES[:-1]}; repeatable.")] = ["1m"],
+    model: Annotated[list[str], typer.Option(help=f"{MODELS}; repeatable.")] = ["dreamerv3"],
+    size: Annotated[list[str], typer.Option(help=f"{SIZES}; repeatable.")] = ["1m"],
     seed: Annotated[
         list[int], typer.Option(min=0, max=2**63 - 1, help="Decides everything that is drawn; repeatable.")
     ] = [0],
-    updates: Updates = 1000,
-    batch: Batch = None,
-    length: Length = None,
-    learning_rate: LearningRate = None,
-    warmup: Warmup = 1000,
-    precision: Precision = "fp32",
-    validate_every: ValidateEvery = 500,
-    patience: Patience = 0,
-    encoder: Encoder = "auto",
+    *,
+    training: TrainOptions,
+    part: ReadoutOptions,
     probe: Annotated[bool, typer.Option("--probe", help="Probe each run once it is trained.")] = False,
     horizon: Annotated[
         list[int], typer.Option(min=1, help="Rows that --probe accumulates over; repeatable.")
@@ -76,33 +58,21 @@ def sweep(
     from pvrpipe.store.workspace import Workspace
 
     stores = [store if is_url(store) else str(Path(store).absolute()) for store in stores]
-    labels = {store: run_label(root, store) for store in stores}
+    labels = {store: training.label(root, store, part) for store in stores}
+    looking = {store: training.backbone(store, part) for store in stores}
 
     from pvrpipe.worldmodel.sweep import Job
-    from pvrpipe.worldmodel.sweep import sweep as schedule
-    from pvrpipe.worldmodel.training import TrainConfig  # torch: after the mistakes
+    from pvrpipe.worldmodel.sweep import sweep as schedule  # torch: after the mistakes
 
     chosen = pick_device(device)
     jobs = [
         Job(
             store=store,
             run=Workspace(root).run(f"{labels[store]}-{each}-{width}-s{number}").absolute(),
-            config=TrainConfig(
-                model=each,
-                size=width,
-                updates=updates,
-                batch=batch,
-                length=length,
-                seed=number,
-                learning_rate=learning_rate,
-                warmup=warmup if each == "dreamerv3" else TrainConfig.warmup,
-                encoder=encoder,
-                precision=precision,
-                patience=patience,
-                save_every=validate_every,
-                log_every=math.gcd(validate_every, LOG_EVERY),
-            ),
+            config=training.config(each, width, number, model),
             horizons=tuple(horizon) if probe else (),
+            looking=looking[store],
+            backing=training.backing,
             device=chosen,
             overwrite=overwrite,
         )

@@ -89,6 +89,14 @@ class EncoderIdentity(Frozen):
     shape: tuple[int, ...]
 
 
+class Tuning(Frozen):
+    """An encoder that is a part of a model: how it was asked for, and how much of it learns with the model."""
+
+    pvr: str
+    weights: str
+    unfreeze: str  # the number of its last blocks or stages, or "all"
+
+
 class Computation(Frozen):
     """How an embedding was computed: it decides the last bits, not the meaning."""
 

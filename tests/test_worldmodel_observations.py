@@ -21,7 +21,7 @@ from pvrpipe.worldmodel.inputs import Observation, vector
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.observations import AttentionPool, ConvDecoder, ConvEncoder
 from pvrpipe.worldmodel.probe import probe
-from pvrpipe.worldmodel.tdmpc2 import shifted
+from pvrpipe.worldmodel.tdmpc2_encoders import shifted, shifts
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 FRAMES = Observation("pixels", (64, 64, 3))
@@ -168,7 +168,7 @@ def test_frames_are_reduced_as_pil_does(side: int) -> None:
 def test_shifted_frames_are_those_of_the_published_augmentation() -> None:
     """Shifts are whole pixels over replicated edges: sampling a padded grid, as upstream does, gives the same."""
     frames = torch.rand(6, 3, 64, 64)
-    ours = shifted(frames, torch.Generator().manual_seed(3))
+    ours = shifted(frames, shifts(6, torch.Generator().manual_seed(3)))
     by = torch.randint(-3, 4, (2, 6, 1), generator=torch.Generator().manual_seed(3))
     padded, size = F.pad(frames, (3, 3, 3, 3), "replicate"), 70
     line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size)[:64]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import ray
+from typer.main import get_command
 
+from pvrpipe.cli import app
+from pvrpipe.commands.options import ReadoutOptions
+from pvrpipe.commands.training_options import TrainOptions
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.worldmodel import checkpoints
 from pvrpipe.worldmodel.ray_engine import AGAIN, outcomes
+from pvrpipe.worldmodel.runs import read_run
 from pvrpipe.worldmodel.sweep import Job, Outcome, sweep
 from pvrpipe.worldmodel.training import TrainConfig, train
 
@@ -153,3 +158,27 @@ def test_the_command_says_which_run_failed_and_why(stores: dict[str, Path], tmp_
     twice = run("sweep", str(stores["one"]), str(stores["one"]), *arguments, cwd=tmp_path)
     assert twice.returncode == 1
     assert "two jobs would write to" in twice.stderr
+
+
+def test_an_option_of_one_model_is_for_its_runs_alone(stores: dict[str, Path], tmp_path: Path) -> None:
+    models = ("--model", "dreamerv3", "--model", "dinowm")
+    short = ("--updates", "2", "--batch", "2", "--length", "6", "--engine", "inline", "--json")
+    own = ("--burn-in", "2", "--no-symlog", "--warmup", "7")
+    done = run("sweep", str(stores["one"]), *models, *short, *own, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["runs"]
+    configs = [read_run(Path(row["run"])).config for row in rows]
+    asked = [(c["burn_in"], c["symlog_inputs"], c["warmup"]) for c in configs]
+    assert asked == [(2, False, 7), (0, True, 1000)]
+    refused = run("sweep", str(stores["one"]), "--model", "dinowm", *short, *own, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "but dinowm has none; only dreamerv3 does" in refused.stderr
+
+
+def test_train_model_and_sweep_have_the_same_options_of_training() -> None:
+    options = {
+        name: {p.name for p in get_command(app).commands[name].params} for name in ("train-model", "sweep")
+    }
+    shared = {field.name for kind in (TrainOptions, ReadoutOptions) for field in fields(kind)}
+    assert all(shared <= names for names in options.values())
+    assert options["sweep"] - options["train-model"] == {"stores", "probe", "horizon"}

@@ -12,7 +12,8 @@ from pvrpipe.schemas.errors import UnknownNameError
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import LaProp, Updater
-from pvrpipe.worldmodel.tdmpc2 import TDMPC2, SimNorm, stacked
+from pvrpipe.worldmodel.tdmpc2 import TDMPC2
+from pvrpipe.worldmodel.tdmpc2_encoders import SimNorm, stacked
 
 from .settings import setting
 

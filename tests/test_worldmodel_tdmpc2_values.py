@@ -103,7 +103,7 @@ def test_dropout_is_in_the_first_layer_of_each_member_and_a_hundredth() -> None:
     kept = torch.empty(2, 500, 400, dtype=torch.float64).bernoulli_(0.99, generator=seeded(2))
     assert kept.mean().item() == pytest.approx(0.99, abs=0.001)
     assert not torch.equal(kept[0], kept[1])
-    noisy = ensemble(x, seeded(2))
+    noisy = ensemble(x, ensemble.kept(500, seeded(2)))
     for index, out in enumerate(noisy):
         network = member(ensemble, index)
         torch.testing.assert_close(out, network[1:](network[0](x) * kept[index] / 0.99), rtol=1e-9, atol=1e-9)
@@ -217,8 +217,8 @@ def test_log_probabilities_are_those_of_torchs_distributions() -> None:
 
 def test_sampled_actions_are_bounded_gaussians_and_their_entropy_is_upstreams() -> None:
     raw = torch.tensor([[0.3, -0.2, 0.9, -0.4]], dtype=torch.float64).expand(20_000, 4)
-    action, entropy = sample_action(raw, seeded(1))
     noise = torch.empty(20_000, ACTION, dtype=torch.float64).normal_(generator=seeded(1))
+    action, entropy = sample_action(raw, noise)
     for index in (0, 77):
         own, own_entropy = acted(raw[index], noise[index])
         torch.testing.assert_close(action[index], own)
@@ -235,9 +235,9 @@ def test_validation_changes_no_buffer_and_drops_nothing(monkeypatch: pytest.Monk
     handed: list[object] = []
     forward = Ensemble.forward
 
-    def watched(self: Ensemble, x: Tensor, random: torch.Generator | None = None) -> Tensor:
-        handed.append(random)
-        return forward(self, x, random)
+    def watched(self: Ensemble, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        handed.append(kept)
+        return forward(self, x, kept)
 
     monkeypatch.setattr(Ensemble, "forward", watched)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -245,8 +245,8 @@ def test_validation_changes_no_buffer_and_drops_nothing(monkeypatch: pytest.Monk
         first, again = (model.loss(batch, seeded(9))[0] for _ in range(2))
     assert first == again
     assert handed
-    assert all(random is None for random in handed)
+    assert all(kept is None for kept in handed)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     model.loss(batch, seeded(9))
-    assert any(random is not None for random in handed)
+    assert any(kept is not None for kept in handed)
     assert not torch.equal(before["scale.value"], model.scale.value)

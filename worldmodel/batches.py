@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError
@@ -48,25 +49,28 @@ def open_observations(path: Path | str) -> Store:
     return store
 
 
-def setting_of(store: Store, *, pixels: int, encoder: str) -> Setting:
+def setting_of(
+    store: Store, *, pixels: int, encoder: str, embedding: tuple[int, ...] | None = None
+) -> Setting:
     """What a store decides about a model.
 
     Args:
         store: of embeddings or rollouts.
         pixels: side of the frames that a model from scratch is shown.
         encoder: how it is to read them; linear and mlp take tokens side by side, as one vector.
+        embedding: shape of what a backbone makes of a frame; None: the model has none.
 
     Raises:
         InvalidValueError: an embedding is too wide to be taken as one vector.
     """
-    if store.manifest.kind == "rollouts":
+    if store.manifest.kind == "rollouts" and embedding is None:
         observation = Observation("pixels", (pixels, pixels, 3))
     else:
         if pixels != PIXELS:
             raise InvalidValueError(
-                f"--pixels is {pixels}, but {store.path} holds embeddings; give a rollout store"
+                f"--pixels is {pixels}, but the model reads embeddings; leave it out, or give a rollout store alone"
             )
-        shape = store.column("embedding").shape
+        shape = store.column("embedding").shape if embedding is None else embedding
         tokens = len(shape) == 2 and encoder in ("auto", "attention")
         observation = Observation("tokens", shape) if tokens else Observation("vector", (math.prod(shape),))
     if observation.kind == "vector" and observation.width > WIDEST:
@@ -80,6 +84,7 @@ def setting_of(store: Store, *, pixels: int, encoder: str) -> Setting:
         state=math.prod(store.column("state").shape) if "state" in store.columns else 0,
         steps=int(store.episodes["length"].max()),  # type: ignore[arg-type]
         episodic=bool(store.episodes["terminated"].any()),
+        frames=None if embedding is None else Observation("frames", store.column("frame").shape),
     )
 
 
@@ -161,7 +166,7 @@ def _prepared(observation: Observation, batch: dict[str, Tensor]) -> dict[str, T
     shown = next(others.pop(name) for name in OBSERVED.values() if name in others)
     if observation.kind == "pixels":
         shown = resized(shown, observation.shape[0])
-    else:
+    elif observation.kind != "frames":
         shown = shown.float().reshape(*shown.shape[:2], *observation.shape)
     numbers = {name: rows if rows.dtype == torch.bool else rows.float() for name, rows in others.items()}
     return {**numbers, "observation": shown}
@@ -178,6 +183,13 @@ def resized(frames: Tensor, side: int) -> Tensor:
     else:
         small = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return small.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (B, T))
+
+
+def evenly(numbers: Sequence[int], rows: NDArray[np.int64], wanted: int) -> list[int]:
+    """So many of the episodes, spread over all, that together they have about as many rows as wanted."""
+    total = int(sum(rows[number] for number in numbers))
+    count = min(len(numbers), max(1, round(len(numbers) * wanted / max(1, total))))
+    return [numbers[i] for i in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
 
 
 def chance(seed: int, *key: int) -> torch.Generator:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pvrpipe.schemas.errors import RunError
 from pvrpipe.store.files import disk_errors, settle, temporary_beside
+from pvrpipe.worldmodel.inputs import BACKBONE
+from pvrpipe.worldmodel.models import own_tensors
 from pvrpipe.worldmodel.optimizer import Updater
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -27,7 +29,7 @@ def save(folder: Path, update: int, model: nn.Module, updater: Updater) -> None:
     path = folder / CHECKPOINT
     temporary = temporary_beside(path)
     tensors = {
-        **{MODEL + name: value for name, value in model.state_dict().items()},
+        **{MODEL + name: value for name, value in own_tensors(model).items()},
         **{OPTIMIZER + name: value for name, value in updater.tensors().items()},
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -41,8 +43,14 @@ def save(folder: Path, update: int, model: nn.Module, updater: Updater) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(folder: Path, model: nn.Module, updater: Updater | None = None) -> int:
+def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, backbone: bool = True) -> int:
     """Load a run's checkpoint into a model, and into its optimizer if it is to go on.
+
+    Args:
+        folder: of the run.
+        model: as it was when training began.
+        updater: what updates it.
+        backbone: also what learned of a backbone; otherwise that is left in the file.
 
     Returns:
         The number of updates done.
@@ -51,13 +59,14 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None) -> int:
         RunError: the file is no checkpoint, or a tensor is missing, extra or of another shape or dtype.
     """
     path = folder / CHECKPOINT
-    wanted = {MODEL + name: value for name, value in model.state_dict().items()}
+    wanted = {MODEL + name: value for name, value in own_tensors(model).items()}
     if updater is not None:
         wanted |= {OPTIMIZER + name: value for name, value in updater.tensors().items()}
     try:
         with safetensors.safe_open(path, "pt") as file:
             update = int(json.loads((file.metadata() or {})["pvrpipe"])["update"])
             names = [name for name in file.keys() if updater is not None or name.startswith(MODEL)]  # noqa: SIM118
+            names = [name for name in names if backbone or not name.startswith(MODEL + BACKBONE)]
             found = {name: file.get_tensor(name) for name in names}
     except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise RunError(
@@ -68,6 +77,13 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None) -> int:
         for name, value in wanted.items():
             value.copy_(found[name])
     return update
+
+
+def tuned(folder: Path) -> dict[str, Tensor]:
+    """What learned of a backbone, by name, from the checkpoint of a run; nothing where the model has none."""
+    with safetensors.safe_open(folder / CHECKPOINT, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(MODEL + BACKBONE)]  # noqa: SIM118
+        return {name.removeprefix(MODEL): file.get_tensor(name) for name in names}
 
 
 def _check(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -61,6 +61,7 @@ def probe_pairs(
     split: str = "val",
     seed: int = 0,
     device: str | torch.device = "cpu",
+    backbone: torch.nn.Module | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Probe a run on a store and on a replay of it, pair by pair; writes ``pairs-ID.json`` and ``.parquet``.
@@ -74,6 +75,7 @@ def probe_pairs(
         split: which episodes.
         seed: decides the samples, the same ones for both views.
         device: where to compute.
+        backbone: on the device, what the run was trained through, if it was.
         progress: told episodes done and to do.
 
     Returns:
@@ -84,7 +86,10 @@ def probe_pairs(
         InvalidValueError: the stores are no pair.
     """
     check_horizons(horizons, context)
-    with subject_of(run, store, device) as subject, subject_of(run, replay, device) as anew:
+    with (
+        subject_of(run, store, device, backbone) as subject,
+        subject_of(run, replay, device, backbone) as anew,
+    ):
         check_pair(subject.store, anew.store)
         numbers = subject.episodes(split, context)
         rows = beliefs_of(subject.model, subject.reader, subject.episodes("train"), seed)

@@ -124,21 +124,30 @@ class DinoWM(nn.Module):
         nn.init.zeros_(self.reward[-1].bias)  # type: ignore[arg-type]
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, see :meth:`losses`."""
+        return self.losses(batch, self.draw(batch, random))
+
+    def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[()]:
+        """Nothing is sampled here."""
+        del batch, random
+        return ()
+
+    def losses(self, batch: Mapping[str, Tensor], drawn: tuple[()] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the next embedding, and the reward's cross-entropy.
 
         Args:
             batch: observation (B, T, *shape), action (B, T, A), reward (B, T), windows of one episode; state (B, T, S)
                 where proprioception is seen. Every run of up to three frames in a window is learned from.
-            random: not used, nothing is sampled here.
+            drawn: nothing.
 
         Returns:
             The loss, and its terms.
         """
-        del random
+        del drawn
         frames, action, reward = self._frames(batch), batch["action"], batch["reward"]
         runs = max(1, frames.shape[1] - HISTORY)
         length = min(HISTORY, frames.shape[1] - 1)
-        before, after = (_runs(frames[:, shift:], runs, length) for shift in (0, 1))
+        before, after = (_runs(rows, runs, length) for rows in (frames, frames.detach()[:, 1:]))
         predicted, summary = self._next(before, _runs(action, runs, length))
         terms = {
             "embedding": F.mse_loss(predicted[..., : self.features], after[..., : self.features]),

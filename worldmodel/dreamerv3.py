@@ -80,25 +80,33 @@ class DreamerV3(nn.Module):
         nn.init.zeros_(self.reward.out.weight)
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, see :meth:`losses`, by samples that ``random`` decides."""
+        return self.losses(batch, self.draw(batch, random))
+
+    def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Tensor:
+        """The chance in the samples of a batch's states: (B, T, S)."""
+        return self._uniform(batch["observation"], random)
+
+    def losses(self, batch: Mapping[str, Tensor], drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The world-model loss (DreamerV3, equations 4 and 5) and its parts.
 
         Args:
             batch: observation (B, T, *shape), action (B, T, A), reward (B, T), is_first and is_terminal (B, T).
-            random: decides the samples.
+            drawn: (B, T, S) in [0, 1).
 
         Returns:
             The loss, and its terms before scaling; ``kl`` is the KL divergence before free nats.
         """
-        target = self.seen(batch["observation"])
+        seen = self.seen(batch["observation"])
         deter, stoch, posterior = self.rssm.observe(
-            self.encoder(target), batch["action"], batch["is_first"], self._uniform(target, random)
+            self.encoder(seen), batch["action"], batch["is_first"], drawn
         )
         prior = self.rssm.prior_logits(deter)
         features = torch.cat([deter, stoch.flatten(-2)], -1)
         continues = (~batch["is_terminal"]).to(features.dtype) * CONTINUE
         dynamics, representation = balanced_kl(posterior, prior)
         rows = {
-            "reconstruction": self.decoder.loss(features, target),
+            "reconstruction": self.decoder.loss(features, self.seen.target(batch["observation"], seen)),
             "reward": self.two_hot.loss(self.reward(features), batch["reward"]),
             "continue": F.binary_cross_entropy_with_logits(
                 self.continues(features).squeeze(-1), continues, reduction="none"

@@ -59,6 +59,7 @@ def film_strip(
     context: int = 1,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    backbone: torch.nn.Module | None = None,
 ) -> FilmStrip:
     """Imagine an episode from its context on, and look up what it looks like.
 
@@ -73,12 +74,13 @@ def film_strip(
         context: rows seen before.
         seed: decides the samples.
         device: where the model computes.
+        backbone: on the device, what the run was trained through, if it was.
 
     Raises:
         InvalidValueError: there is no such episode.
         NotAStoreError: the frames are not those that were embedded.
     """
-    with subject_of(run, store, device) as subject, torch.no_grad():
+    with subject_of(run, store, device, backbone) as subject, torch.no_grad():
         model, reader = subject.model, subject.reader
         pictures = frames_of(subject.store, frames)
         number = _chosen(subject.store, subject.episodes(split, context), episode, context, horizon)

@@ -56,6 +56,7 @@ def latent_map(
     methods: tuple[str, ...] = ("pca", "umap"),
     seed: int = 0,
     device: str | torch.device = "cpu",
+    backbone: torch.nn.Module | None = None,
 ) -> LatentMap:
     """Filter held-out episodes and lay out their latents.
 
@@ -67,12 +68,13 @@ def latent_map(
         methods: ``pca``, ``umap`` or both.
         seed: decides the samples and where UMAP begins.
         device: where the model computes.
+        backbone: on the device, what the run was trained through, if it was.
 
     Raises:
         RunError: no run, or a store of another encoder.
         InvalidValueError: no episodes in the split.
     """
-    with subject_of(run, store, device) as subject:
+    with subject_of(run, store, device, backbone) as subject:
         seen = beliefs_of(subject.model, subject.reader, subject.episodes(split), seed, THINNED * rows)
     kept = np.linspace(0, len(seen.reward) - 1, min(rows, len(seen.reward))).round().astype(int)
     features, reward, episode = seen.features[kept], seen.reward[kept], seen.episode[kept]

@@ -78,7 +78,7 @@ def training_bytes(model: Any, setting: Setting, rows: int, device: torch.device
 def empty_window(setting: Setting, rows: int, device: torch.device) -> dict[str, Tensor]:
     """A batch of one window (1, T, ...) of zeros."""
     shapes = {
-        "observation": setting.observation.shape,
+        "observation": setting.shown.shape,
         "action": (setting.action,),
         "state": (setting.state,),
         "reward": (),
@@ -86,7 +86,7 @@ def empty_window(setting: Setting, rows: int, device: torch.device) -> dict[str,
         "is_terminal": (),
     }
     dtypes = {"is_first": torch.bool, "is_terminal": torch.bool}
-    if setting.observation.kind == "pixels":
+    if setting.shown.kind in ("pixels", "frames"):
         dtypes["observation"] = torch.uint8
     return {
         name: torch.zeros((1, rows, *shape), dtype=dtypes.get(name, torch.float32), device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel import dinowm, dreamerv3, tdmpc2
 from pvrpipe.worldmodel.distributions import TwoHot
-from pvrpipe.worldmodel.inputs import Observation
+from pvrpipe.worldmodel.inputs import BACKBONE, Observation
 from pvrpipe.worldmodel.predictions import Filtered, Imagined
 
 SMALL = 2_000_000  # parameters
@@ -38,6 +38,12 @@ class WorldModel(Protocol):
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, rows_before + T, ...) -> the loss and its terms."""
+
+    def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Any:
+        """All chance in the loss of a batch: tensors."""
+
+    def losses(self, batch: Mapping[str, Tensor], drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As ``loss``, a function of tensors alone, which can be compiled."""
 
     def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
         """Episodes (N, T, ...) -> state, latents and features of each row, from the rows up to it."""
@@ -73,6 +79,13 @@ class Setting:
     """transitions of the longest episode"""
     episodic: bool
     """whether any episode ended before its time"""
+    frames: Observation | None = None
+    """what a row shows to a backbone, which makes the observation of it"""
+
+    @property
+    def shown(self) -> Observation:
+        """What a row of the store shows."""
+        return self.frames or self.observation
 
 
 @contextlib.contextmanager
@@ -91,6 +104,21 @@ def suitable_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are the model's own: all but what of a backbone does not learn."""
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if value.requires_grad or not name.startswith(BACKBONE)
+    }
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers in the parameters that are the model's own."""
+    own = own_tensors(model)
+    return sum(p.numel() for name, p in model.named_parameters() if name in own)
 
 
 def check_names(model: str, size: str) -> None:

@@ -6,6 +6,8 @@
 * TD-MPC2: Adam with a slower encoder; the gradient's norm clipped, the policy's apart from the rest; target values that
   follow the values (nicklashansen/tdmpc2 ``tdmpc2/tdmpc2.py``).
 * DINO-WM: AdamW (gaoyuezhou/dino_wm ``conf/train.yaml``).
+
+A backbone's parameters are updated as the model's are, at a rate of their own and without weight decay.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvrpipe.worldmodel.inputs import BACKBONE
 from pvrpipe.worldmodel.ranks import average_gradients
 from pvrpipe.worldmodel.tdmpc2_values import TAU
 
 LEARNING_RATES = {"dreamerv3": 4e-5, "tdmpc2": 3e-4, "dinowm": 5e-4}
+BACKBONE_RATE = 1e-6  # of an encoder inside any of them; DINO-WM's `encoder_lr`
 ENCODER_SHARE = 0.3
 MAX_NORM = 20.0
 POLICY_EPS = 1e-5
@@ -41,7 +45,7 @@ class LaProp(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 4e-5,
         *,
         warmup: int = 1000,
@@ -118,26 +122,40 @@ class Updater:
     targets: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, *, learning_rate: float | None, warmup: int) -> Updater:
-        """The published one for a model's name; ``learning_rate`` None is the published rate."""
+    def of(
+        cls,
+        name: str,
+        model: nn.Module,
+        *,
+        learning_rate: float | None,
+        warmup: int,
+        backbone_rate: float | None = None,
+    ) -> Updater:
+        """The published one for a model's name; a rate of None is the published one."""
         rate = LEARNING_RATES[name] if learning_rate is None else learning_rate
         learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        tuned = [learned.pop(n) for n in list(learned) if n.startswith(BACKBONE)]
+        rate_of_tuned = BACKBONE_RATE if backbone_rate is None else backbone_rate
+        more: list[dict[str, Any]] = [{"params": tuned, "lr": rate_of_tuned}] if tuned else []
+        groups: list[dict[str, Any]] = [{"params": [*learned.values()]}, *more]
         if name == "dreamerv3":
-            return cls(model, LaProp(learned.values(), rate, warmup=warmup))
+            return cls(model, LaProp(groups, rate, warmup=warmup))
         if name == "dinowm":
-            return cls(model, _ready(torch.optim.AdamW(learned.values(), lr=rate, fused=True)))
+            groups[1:] = [{**group, "weight_decay": 0.0} for group in more]
+            return cls(model, _ready(torch.optim.AdamW(groups, lr=rate, fused=True)))
         part = {n: n.partition(".")[0] for n in learned}
         policy = [p for n, p in learned.items() if part[n] == "policy"]
         encoder = [p for n, p in learned.items() if part[n] in ("encoder", "pool")]
         others = [p for n, p in learned.items() if part[n] not in ("encoder", "pool", "policy")]
-        groups: list[dict[str, Any]] = [
+        groups = [
             {"params": encoder, "lr": rate * ENCODER_SHARE},
             {"params": others},
             {"params": policy, "eps": POLICY_EPS},
+            *more,
         ]
         values, targets = (list(getattr(model, part).parameters()) for part in ("values", "target_values"))
         adam = _ready(torch.optim.Adam(groups, lr=rate, fused=True))
-        return cls(model, adam, ([*encoder, *others], policy), (targets, values))
+        return cls(model, adam, ([*encoder, *others, *tuned], policy), (targets, values))
 
     def update(self, loss: Tensor) -> None:
         """One update along the gradient of a loss."""

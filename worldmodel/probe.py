@@ -55,19 +55,21 @@ def probe(
     seed: int = 0,
     device: str | torch.device = "cpu",
     label: str = "",
+    backbone: torch.nn.Module | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Probe a run and write ``metrics.json`` and ``probe.parquet`` into its folder.
 
     Args:
         run: the run's folder.
-        store: embeddings of the same encoder; the run's own if None.
+        store: embeddings of the same encoder, or rollouts where the run learned from frames; the run's own if None.
         horizons: rows to accumulate over.
         context: rows seen before predicting.
         split: which episodes; of several, the first is what the report is about and the others are groups.
         seed: decides the samples and the shuffled actions.
         device: where to compute.
         label: of the store, where it is not the run's own: ``probe-LABEL.parquet`` lies beside the run's own.
+        backbone: on the device, what the run was trained through, if it was.
         progress: told episodes done and to do.
 
     Returns:
@@ -87,7 +89,7 @@ def probe(
     """
     check_horizons(horizons, context)
     folder, splits = Path(run), (split,) if isinstance(split, str) else tuple(split) or ("val",)
-    with subject_of(folder, store, device) as subject:
+    with subject_of(folder, store, device, backbone) as subject:
         model, record, reader = subject.model, subject.record, subject.reader
         wanted = {name: subject.episodes(name, context) for name in splits}
         seen = beliefs_of(model, reader, subject.episodes("train"), seed)

@@ -61,7 +61,10 @@ class Subject:
 
 @contextlib.contextmanager
 def subject_of(
-    run: Path | str, store: Path | str | None = None, device: str | torch.device = "cpu"
+    run: Path | str,
+    store: Path | str | None = None,
+    device: str | torch.device = "cpu",
+    backbone: torch.nn.Module | None = None,
 ) -> Iterator[Subject]:
     """Load a run's model and open what it is to be probed on, on as many threads as suit it.
 
@@ -69,17 +72,18 @@ def subject_of(
         run: the run's folder.
         store: of the same encoder; the run's own if None.
         device: where to compute.
+        backbone: on the device, what the run was trained through, if it was.
 
     Raises:
-        RunError: no run, or a store of another encoder; the message says which fields differ.
+        RunError: no run, another backbone, or a store of another encoder; the message says which fields differ.
     """
     device = torch.device(device)
-    model, record = load_model(Path(run), device)
+    model, record = load_model(Path(run), device, backbone)
     held_out = open_observations(record.store if store is None else store)
     check_encoder(record, held_out)
     with suitable_threads(model, device):
         yield Subject(
-            model, record, Reader(held_out, record.setting.observation, ("state", *model.columns), device)
+            model, record, Reader(held_out, record.setting.shown, ("state", *model.columns), device)
         )
 
 
@@ -87,8 +91,9 @@ def check_encoder(record: runs.RunRecord, store: Store) -> None:
     """Refuse observations that are not comparable with those the run was trained on."""
     specification = store.manifest.specification
     own = specification.encoder if isinstance(specification, EmbeddingSpecification) else None
-    if (record.encoder is None) != (own is None):
-        learned = "frames" if record.encoder is None else f"embeddings of {record.pvr}"
+    frames = record.encoder is None or record.setting.frames is not None
+    if frames != (own is None):
+        learned = "frames" if frames else f"embeddings of {record.pvr}"
         raise RunError(
             f"the run was trained on {learned}, which {store.path} does not hold; give a store that does"
         )

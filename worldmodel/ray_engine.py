@@ -18,6 +18,7 @@ from pvrpipe.schemas.errors import ClusterError, InvalidValueError, PvrpipeError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
 from pvrpipe.worldmodel.runs import updates_done
 from pvrpipe.worldmodel.training import TrainConfig, TrainResult, train
@@ -74,6 +75,7 @@ def train_together(
     address: str | None = None,
     overwrite: bool = False,
     backing: Backing = "auto",
+    looking: Looking | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train one model by several workers, each with its part of every batch.
@@ -89,6 +91,7 @@ def train_together(
         address: of a running cluster; None starts Ray on this machine, unless it is initialised already.
         overwrite: replace a run of another configuration.
         backing: where windows are read from.
+        looking: makes the backbone that the model is to look at frames through.
         progress: told updates done and to do.
 
     Raises:
@@ -105,7 +108,12 @@ def train_together(
     scratch = run.parent / f".{run.name}-ray"
     trainer = TorchTrainer(
         _train_part,
-        train_loop_config={"arguments": (config, store, run), "device": device, "backing": backing},
+        train_loop_config={
+            "arguments": (config, store, run),
+            "device": device,
+            "backing": backing,
+            "looking": looking,
+        },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=device.startswith("cuda")),
         run_config=RunConfig(
             name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=AGAIN)
@@ -144,7 +152,8 @@ def _train_part(asked: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     device = get_device() if asked["device"].startswith("cuda") else "cpu"
-    train(*asked["arguments"], device=device, backing=asked["backing"])
+    backbone = asked["looking"] and asked["looking"](str(device))
+    train(*asked["arguments"], device=device, backing=asked["backing"], backbone=backbone)
 
 
 @contextmanager

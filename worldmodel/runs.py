@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.schemas.manifest import canonical_json
-from pvrpipe.schemas.specifications import EncoderIdentity, Frozen
+from pvrpipe.schemas.specifications import EncoderIdentity, Frozen, Tuning
 from pvrpipe.store.files import (
     TEMPORARY,
     disk_errors,
@@ -70,6 +70,7 @@ class RunRecord(Frozen):
     store: str
     store_id: str
     encoder: EncoderIdentity | None  # None: learned from frames
+    tuning: Tuning | None = None  # of an encoder that is a part of the model
     setting: Setting
     parameters: int
     device: str
@@ -81,8 +82,13 @@ class RunRecord(Frozen):
 
     @property
     def pvr(self) -> str:
-        """The representation by name."""
-        return "from scratch" if self.encoder is None else self.encoder.name
+        """The representation by name, and how much of it learned with the model."""
+        if self.encoder is None:
+            return "from scratch" if self.setting.frames is None else "a module of one's own"
+        if self.tuning is None:
+            return self.encoder.name
+        learned = {"0": "frozen inside", "all": "all unfrozen"}
+        return f"{self.encoder.name}, {learned.get(self.tuning.unfreeze, f'last {self.tuning.unfreeze} unfrozen')}"
 
     @property
     def random_weights(self) -> bool:
@@ -165,9 +171,21 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
 
 def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
     """Refuse to go on with another configuration, and say which fields differ."""
-    old = {**existing.config, "store_id": existing.store_id}
-    new = {**draft.config, "store_id": draft.store_id}
-    differ = [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    old, new = (
+        {
+            **record.config,
+            "store_id": record.store_id,
+            "representation": record.pvr,
+            "weights": record.encoder and record.encoder.weights.tensors_sha256[:12],
+        }
+        for record in (existing, draft)
+    )
+    unknown = {name for name, value in new.items() if name not in old and value in (None, False)}
+    differ = [
+        f"{name}: {old.get(name)}, now {new.get(name)}"
+        for name in sorted((old | new).keys() - unknown)  # a run begun before an option was there has it off
+        if old.get(name) != new.get(name)
+    ]
     if differ:
         raise OutputExistsError(
             f"{folder} was begun with another configuration ({'; '.join(differ[:4])}); "

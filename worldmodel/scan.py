@@ -6,7 +6,8 @@ loop holds only what truly depends on the step before: forward, activations go t
 the gradient of the state is carried, and each weight's gradient is one product over T·B rows.
 
 :meth:`pvrpipe.worldmodel.rssm.RSSM.step` is the same mathematics one step at a time; the tests hold
-the two together, values and gradients. Inside, time comes first: (T, B, ...).
+the two together, values and gradients. Both directions are operators of torch's, so that ``torch.compile`` and CUDA
+graphs take them as they are. Inside, time comes first: (T, B, ...).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from pvrpipe.worldmodel.distributions import UNIMIX
 from pvrpipe.worldmodel.steps import Draw, Gates, Normed, NormGrad
@@ -59,41 +61,90 @@ def posterior_scan(
         deter (T, B, d); stoch (T, B, S, C), one-hot with straight-through gradients; posterior logits
         (T, B, S, C).
     """
-    deter, stoch, logits = _PosteriorScan.apply(action_part, token_part, keep, uniform, *weights)
-    return deter, stoch, logits
+    T, B, S = uniform.shape
+    deter, stoch, logits, *_ = _forward(action_part, token_part, keep, uniform, list(weights))
+    return deter[1:], stoch[1:].view(T, B, S, -1), logits.view(T, B, S, -1)
 
 
-class _PosteriorScan(torch.autograd.Function):
-    """See :func:`posterior_scan`."""
+@custom_op(
+    "pvrpipe::posterior_scan",
+    mutates_args=(),
+    schema="(Tensor action_part, Tensor token_part, Tensor keep, Tensor uniform, Tensor[] weights) -> Tensor[]",
+)
+def _forward(
+    action_part: Tensor, token_part: Tensor, keep: Tensor, uniform: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """States and logits, and all that the backward pass needs besides."""
+    states, kept = _room(action_part, uniform, weights)
+    states.deter[0] = 0
+    states.stoch.zero_()
+    _run(ScanWeights(*weights), states, kept, action_part, token_part, keep, uniform)
+    return [*states, *(x for part in kept for x in part)]
 
-    @staticmethod
-    def forward(
-        ctx: Any, action_part: Tensor, token_part: Tensor, keep: Tensor, uniform: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        w = ScanWeights(*tensors)
-        T, B, S = uniform.shape
-        new, (H, d) = action_part.new_empty, w.post.shape
-        states = _States(new(T + 1, B, d), new(T + 1, B, len(w.logits)).zero_(), new(T, B, len(w.logits)))
-        states.deter[0] = 0
-        kept = _Kept.empty(new, T, B, H, d, len(w.core_deter))
-        resets = (keep == 0).flatten(1).any(1).tolist()
-        _run(w, states, kept, action_part, token_part, keep, uniform, resets)
-        ctx.resets = resets
-        ctx.save_for_backward(keep, *tensors, *states, *(x for part in kept for x in part))
-        deter, stoch, logits = states.deter[1:], states.stoch[1:], states.logits
-        return deter, stoch.view(T, B, S, -1), logits.view(T, B, S, -1)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, deter_grad: Tensor, stoch_grad: Tensor, logits_grad: Tensor) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        keep = next(saved)
-        w = ScanWeights(*islice(saved, len(ScanWeights._fields)))
-        states, kept = _States(*islice(saved, 3)), _Kept.of(saved)
-        before = _States(states.deter[:-1] * keep, states.stoch[:-1] * keep, states.logits)
-        outer = _States(deter_grad, stoch_grad, logits_grad)
-        grads = _run_back(w, before, kept, outer, keep, ctx.resets)
-        return grads.core.pre, grads.hidden.pre, None, None, *_weight_grads(before, states, kept, grads)
+@_forward.register_fake
+def _(
+    action_part: Tensor, _token_part: Tensor, _keep: Tensor, uniform: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    states, kept = _room(action_part, uniform, weights)
+    return [*states, *(x for part in kept for x in part)]
+
+
+@custom_op(
+    "pvrpipe::posterior_scan_backward",
+    mutates_args=(),
+    schema="(Tensor keep, Tensor[] weights, Tensor[] made, Tensor deter, Tensor stoch, Tensor logits) -> Tensor[]",
+)
+def _backward(
+    keep: Tensor, weights: list[Tensor], made: list[Tensor], deter: Tensor, stoch: Tensor, logits: Tensor
+) -> list[Tensor]:
+    """Gradients of the action's and the token's part and of the weights, from those of the outputs."""
+    (T, B), S = keep.shape[:2], stoch.shape[2]
+    w, states, kept = ScanWeights(*weights), _States(*made[:3]), _Kept.of(iter(made[3:]))
+    before = _States(states.deter[:-1] * keep, states.stoch[:-1] * keep, states.logits.view(T, B, S, -1))
+    grads = _run_back(w, before, kept, _States(deter, stoch, logits), keep)
+    return [grads.core.pre, grads.hidden.pre, *_weight_grads(before, states, kept, grads)]
+
+
+@_backward.register_fake
+def _(_keep: Tensor, weights: list[Tensor], made: list[Tensor], *_grads: Tensor) -> list[Tensor]:
+    _, core, hidden, _ = _Kept.of(iter(made[3:]))
+    return [torch.empty_like(x) for x in (core.unit, hidden.unit, *weights)]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, _, keep, uniform, weights = inputs
+    ctx.categoricals = uniform.shape[-1]
+    ctx.set_materialize_grads(False)  # most of the output is for the backward pass alone
+    ctx.save_for_backward(keep, *weights, *output)
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    keep, *saved = ctx.saved_tensors
+    weights, made = saved[: len(ScanWeights._fields)], saved[len(ScanWeights._fields) :]
+    outer = [torch.zeros_like(x) if g is None else g for g, x in zip(grads[:3], made[:3], strict=True)]
+    split = (*keep.shape[:2], ctx.categoricals, -1)
+    d_action, d_token, *d_weights = _backward(
+        keep, weights, made, outer[0][1:], outer[1][1:].reshape(split), outer[2].reshape(split)
+    )
+    return d_action, d_token, None, None, d_weights
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _room(action_part: Tensor, uniform: Tensor, weights: list[Tensor]) -> tuple[_States, _Kept]:
+    """Empty tensors for what a sequence is filtered to."""
+    w = ScanWeights(*weights)
+    T, B, _ = uniform.shape
+    new, (H, d) = action_part.new_empty, w.post.shape
+    states = _States(new(T + 1, B, d), new(T + 1, B, len(w.logits)), new(T, B, len(w.logits)))
+    return states, _Kept.empty(new, T, B, H, d, len(w.core_deter))
+
+
+def _resets(keep: Tensor) -> list[bool]:
+    """At which rows an episode begins anywhere; on a GPU, that it might, for to ask it would be to wait for it."""
+    return [True] * len(keep) if keep.is_cuda else (keep == 0).flatten(1).any(1).tolist()
 
 
 def _run(
@@ -104,9 +155,9 @@ def _run(
     token_part: Tensor,
     keep: Tensor,
     uniform: Tensor,
-    resets: list[bool],
 ) -> None:
     """Fill ``states`` and ``kept``, row after row."""
+    resets = _resets(keep)
     T, B = action_part.shape[:2]
     G, k, _ = w.core_deter.shape
     # A product of few rows is several times faster with the weight laid out (in, out).
@@ -137,10 +188,9 @@ def _run(
         draw.into(stochs[t + 1], logits[t], t)
 
 
-def _run_back(
-    w: ScanWeights, before: _States, kept: _Kept, outer: _States, keep: Tensor, resets: list[bool]
-) -> _Grads:
+def _run_back(w: ScanWeights, before: _States, kept: _Kept, outer: _States, keep: Tensor) -> _Grads:
     """Gradients of every pre-activation, row after row from the last, given those of the outputs."""
+    resets = _resets(keep)
     (T, B, S, C), (G, k, _), (H, d) = outer.logits.shape, w.core_deter.shape, w.post.shape
     probs = torch.softmax(before.logits.view(T, B, S, C), -1)
     core_deter, gates_out = w.core_deter.mT.contiguous(), w.gates.mT.contiguous()

@@ -22,9 +22,9 @@ from pvrpipe.store.layout import MANIFEST_LIMIT, StoreFile
 from pvrpipe.store.places import Place, Url, place_of
 from pvrpipe.store.remote import Source, problem_of
 from pvrpipe.store.verifying import Failure
-from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
-from pvrpipe.worldmodel.training import load_model
+from pvrpipe.worldmodel.training import TrainConfig, model_of
 
 PROBED = (runs.PROBE, runs.PROBE_TABLE)  # what a probe found, where there was one
 
@@ -63,12 +63,15 @@ def verify_run(folder: Path) -> list[Failure]:
 
 
 def _of_weights(folder: Path, record: runs.RunRecord) -> list[Failure]:
+    """What was trained, as far as it can be loaded without the backbone; of one, its tensors by themselves."""
+    model = model_of(TrainConfig(**record.config), record.setting, torch.device("cpu"))
     try:
-        model, _ = load_model(folder, torch.device("cpu"))
+        checkpoints.load(folder, model, backbone=False)
     except RunError as error:
         return [Failure(CHECKPOINT, str(error))]
-    count = sum(p.numel() for p in model.parameters())
-    wrong = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    learned = {**dict(model.named_parameters()), **checkpoints.tuned(folder)}
+    count = sum(tensor.numel() for tensor in learned.values())
+    wrong = [name for name, tensor in learned.items() if not bool(tensor.isfinite().all())]
     return [Failure(CHECKPOINT, f"{name} is not finite") for name in wrong[:1]] + (
         [Failure(CHECKPOINT, f"has {count} parameters, not {record.parameters}")]
         if count != record.parameters

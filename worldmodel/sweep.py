@@ -15,10 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.backbones import Looking
+from pvrpipe.worldmodel.batches import Backing
 from pvrpipe.worldmodel.pictures import draw, drawn
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import updates_done
@@ -42,6 +46,10 @@ class Job:
     """further stores that it is probed on: (label, store)"""
     frames: str = ""
     """the rollout store that pictures of its latents come from; empty: none are made"""
+    looking: Looking | None = None
+    """what makes the backbone that it looks at frames through; None: it has none"""
+    backing: Backing = "auto"
+    """where windows are read from"""
     device: str = "cpu"
     overwrite: bool = False
 
@@ -81,10 +89,18 @@ class Outcome:
 def do(job: Job, progress: Progress = silent) -> Outcome:
     """Train, probe and draw one run; whatever goes wrong is its outcome, for the others are to go on."""
     try:
+        backbone = job.looking and job.looking(job.device)
         result = train(
-            job.config, job.store, job.run, device=job.device, overwrite=job.overwrite, progress=progress
+            job.config,
+            job.store,
+            job.run,
+            device=job.device,
+            overwrite=job.overwrite,
+            backing=job.backing,
+            backbone=backbone,
+            progress=progress,
         )
-        metrics = [_probed(job, label, store) for label, store in _probes(job)]
+        metrics = [_probed(job, label, store, backbone) for label, store in _probes(job)]
         if job.frames:
             draw(job.run, job.frames, context=job.context, seed=job.config.seed, device=job.device)
     except DivergedError as error:
@@ -102,7 +118,13 @@ def finished(job: Job) -> Outcome | None:
         metrics = [_found(job, label, store) for label, store in _probes(job)]
     except (PvrpipeError, OSError, ValueError, KeyError):
         return None
-    if job.overwrite or not same or record.result is None or (job.frames and not drawn(job.run)):
+    if (
+        job.overwrite
+        or job.looking is not None
+        or not same
+        or record.result is None
+        or (job.frames and not drawn(job.run))
+    ):
         return None
     known = [found for found in metrics if found is not None]
     if len(known) < len(metrics):
@@ -120,7 +142,7 @@ def _probes(job: Job) -> list[tuple[str, str]]:
     return [("", job.store), *job.shifts] if job.horizons else []
 
 
-def _probed(job: Job, label: str, store: str) -> dict[str, Any]:
+def _probed(job: Job, label: str, store: str, backbone: nn.Module | None) -> dict[str, Any]:
     return _found(job, label, store) or probe(
         job.run,
         store,
@@ -130,6 +152,7 @@ def _probed(job: Job, label: str, store: str) -> dict[str, Any]:
         seed=job.config.seed,
         device=job.device,
         label=label,
+        backbone=backbone,
     )
 
 

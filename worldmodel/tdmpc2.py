@@ -24,23 +24,31 @@ from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.observations import AttentionPool
 from pvrpipe.worldmodel.predictions import Filtered, Imagined
 from pvrpipe.worldmodel.ranks import own_part
+from pvrpipe.worldmodel.tdmpc2_encoders import (
+    ENCODERS,
+    PIXELS,
+    STACK,
+    ConvEncoder,
+    SimNorm,
+    layer,
+    mlp,
+    shifts,
+    stacked,
+)
 from pvrpipe.worldmodel.tdmpc2_values import (
     ENTROPY,
+    Drawn,
     Ensemble,
     RunningScale,
     discount_of,
     sample_action,
 )
 
-STACK = 3
-GROUP = 8  # a latent is groups of eight numbers that sum to one
 RHO = 0.5
 CONSISTENCY = 20.0
 REWARD = VALUE = 0.1
 TERMINATION = 1.0
 INIT_STD = 0.02
-PIXELS, CHANNELS, PAD = 64, 32, 3  # of the frames, of the convolutions, of the random shift
-ENCODERS = {"vector": ("mlp",), "tokens": ("attention",), "pixels": ("cnn",)}
 
 
 @dataclass(frozen=True)
@@ -63,25 +71,6 @@ SIZES = {
 }
 
 
-class SimNorm(nn.Module):
-    """Softmax over groups of eight (TD-MPC2, equation 5)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n)."""
-        return torch.softmax(x.unflatten(-1, (-1, GROUP)), -1).flatten(-2)
-
-
-def layer(features: int, units: int, activation: nn.Module) -> list[nn.Module]:
-    """A linear map, layer norm, and the activation."""
-    return [nn.Linear(features, units), nn.LayerNorm(units), activation]
-
-
-def mlp(features: int, units: int, layers: int, last: list[nn.Module]) -> nn.Sequential:
-    """``layers`` hidden Mish layers and the last one as given."""
-    hidden = [m for i in range(layers) for m in layer(units if i else features, units, nn.Mish())]
-    return nn.Sequential(*hidden, *last)
-
-
 def initialise(module: nn.Module) -> None:
     """Truncated normal of one width in linear maps, the ensemble's too, no biases; convolutions as torch has them."""
     for part in module.modules():
@@ -91,65 +80,6 @@ def initialise(module: nn.Module) -> None:
         elif isinstance(part, Ensemble):
             for weight in part.weights:
                 nn.init.trunc_normal_(weight, std=INIT_STD)
-
-
-def stacked(observation: Tensor) -> Tensor:
-    """The last three observations of each row side by side along their last axis, oldest first.
-
-    Args:
-        observation: (B, T, ..., D); before row 0, it is repeated.
-
-    Returns:
-        (B, T, ..., 3·D).
-    """
-    rows = observation.shape[1]
-    before = observation[:, :1].expand(-1, STACK - 1, *observation.shape[2:])
-    led = torch.cat([before, observation], 1)
-    return torch.cat([led[:, lag : lag + rows] for lag in range(STACK)], -1)
-
-
-class ConvEncoder(nn.Module):
-    """Upstream's convolutions over three frames of 64 × 64, randomly shifted while learning, onto the latent.
-
-    Their 512 numbers are the latent of the published size for pixels, 5m; other sizes get a linear map.
-    """
-
-    def __init__(self, latent: int) -> None:
-        super().__init__()
-        widths, kernels, strides = (3 * STACK, *[CHANNELS] * 4), (7, 5, 3, 3), (2, 2, 2, 1)
-        convolutions = [
-            nn.Conv2d(a, b, kernel, stride)
-            for a, b, kernel, stride in zip(widths, widths[1:], kernels, strides, strict=False)
-        ]
-        layers = [part for c in convolutions for part in (c, nn.ReLU())][:-1]
-        flat = CHANNELS * 4 * 4
-        self.layers = nn.Sequential(
-            *layers, nn.Flatten(), *([nn.Linear(flat, latent)] if latent != flat else [])
-        )
-        self.simnorm = SimNorm()
-
-    def forward(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """(..., 64, 64, 9) in [0, 1] -> (..., latent); with ``random``, each stack is shifted by up to three pixels."""
-        frames = x.flatten(0, -4).permute(0, 3, 1, 2) - 0.5
-        if random is not None:
-            frames = shifted(frames, random)
-        return self.simnorm(self.layers(frames)).unflatten(0, x.shape[:-3])
-
-
-def shifted(frames: Tensor, random: torch.Generator) -> Tensor:
-    """Frames (N, C, H, W) moved by -3 … 3 pixels each way, their edges repeated (Yarats et al. 2021)."""
-    N, _, H, W = frames.shape
-    by = own_part(
-        lambda whole: torch.randint(-PAD, PAD + 1, whole, generator=random, device=frames.device),
-        (2, N, 1),
-        1,
-    )
-    rows, columns = (
-        (torch.arange(side, device=frames.device) + shift).clamp(0, side - 1)
-        for side, shift in zip((H, W), by, strict=True)
-    )
-    lanes = torch.arange(N, device=frames.device)[:, None, None]
-    return frames.permute(0, 2, 3, 1)[lanes, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class TDMPC2(nn.Module):
@@ -180,7 +110,8 @@ class TDMPC2(nn.Module):
         episodic: bool = False,
     ) -> None:
         super().__init__()
-        self.size = widths = SIZES[size]
+        self.size, self.action = SIZES[size], action
+        widths = self.size
         joint, latent = widths.latent + action, widths.latent
         self.two_hot = TwoHot.tdmpc2()
         bins = len(self.two_hot.bins)
@@ -220,30 +151,56 @@ class TDMPC2(nn.Module):
         return pool, mlp(STACK * width, widths.encoder, widths.encoder_layers - 1, last)
 
     def loss(self, batch: Mapping[str, Tensor], random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of a batch, see :meth:`losses`, by chance that ``random`` decides."""
+        return self.losses(batch, self.draw(batch, random))
+
+    def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Drawn:
+        """Shifts and dropout, while gradients are recorded, noise of actions, and which values are compared."""
+        chance = on_device(random, batch["reward"].device)
+        B, rows = batch["reward"].shape
+        H, noisy = rows - self.rows_before - 1, torch.is_grad_enabled()
+        moved = noisy and isinstance(self.encoder, ConvEncoder)
+        after = shifts(B * H, chance) if moved else None
+        target = self._noise(B, H, chance), self._pair(chance)
+        first = shifts(B, chance) if moved else None
+        kept = self.values.kept(B * H, chance) if noisy else None
+        policy = self._noise(B, H + 1, chance), self._pair(chance)
+        noise, pairs = zip(target, policy, strict=True)
+        return Drawn(noise, pairs, None if after is None or first is None else (after, first), kept)
+
+    def _noise(self, B: int, T: int, chance: torch.Generator) -> Tensor:
+        """Of actions: (B, T, A)."""
+        like = self.values.weights[0]
+        return own_part(lambda whole: like.new_empty(whole).normal_(generator=chance), (B, T, self.action))
+
+    def _pair(self, chance: torch.Generator) -> Tensor:
+        """Two values, without replacement: (2,)."""
+        return torch.randperm(self.size.values, generator=chance, device=chance.device)[:2]
+
+    def losses(self, batch: Mapping[str, Tensor], drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """All losses along the rolled-out latent (TD-MPC2, equations 3 and 4).
 
         Args:
             batch: observation (B, 2 + H + 1, *shape), action (B, 2 + H + 1, A), reward, is_terminal and is_first
                 (B, 2 + H + 1): windows of one episode, led by two rows that only fill the stack.
-            random: decides the shifts of frames, what is dropped, the policy's actions and which values are compared.
+            drawn: the shifts of frames, what is kept, noise of the policy's actions and which values are compared.
 
         Returns:
             The loss, and its terms before scaling.
         """
-        chance = on_device(random, batch["reward"].device)
-        noisy = chance if torch.is_grad_enabled() else None
+        after, first = drawn.shifts or (None, None)
         stacks, action, reward, terminal = self._aligned(batch)
         H = reward.shape[1]
         rho = RHO ** torch.arange(H, device=reward.device) / H
         with torch.no_grad():
-            following = self._encode(stacks[:, 1:], noisy)
-            wanted = self._td_target(following, reward, terminal, chance)
-        rolled = [self._encode(stacks[:, 0], noisy)]
+            following = self._encode(stacks[:, 1:], after)
+            wanted = self._td_target(following, reward, terminal, drawn)
+        rolled = [self._encode(stacks[:, 0], first)]
         for t in range(H):
             rolled.append(self.dynamics(torch.cat([rolled[-1], action[:, t]], -1)))
         latents = torch.stack(rolled, 1)
         joint = torch.cat([latents[:, :-1], action], -1)
-        values = self.values(joint.flatten(0, 1), noisy).unflatten(1, joint.shape[:2])
+        values = self.values(joint.flatten(0, 1), drawn.kept).unflatten(1, joint.shape[:2])
         consistency = (latents[:, 1:] - following).square().mean((0, 2))
         reward_loss = self.two_hot.loss(self.reward(joint), reward).mean(0)
         value_loss = self.two_hot.loss(values, wanted.expand(values.shape[:-1])).mean((0, 1))
@@ -251,7 +208,7 @@ class TDMPC2(nn.Module):
             "consistency": (consistency * rho).sum(),
             "reward": (reward_loss * rho).sum(),
             "value": (value_loss * rho).sum(),
-            "policy": self._policy_loss(latents.detach(), chance),
+            "policy": self._policy_loss(latents.detach(), drawn),
         }
         loss = (
             CONSISTENCY * terms["consistency"]
@@ -265,37 +222,36 @@ class TDMPC2(nn.Module):
             loss = loss + TERMINATION * terms["termination"]
         return loss, {"loss": loss, **terms}
 
-    def _td_target(self, z: Tensor, reward: Tensor, terminal: Tensor, chance: torch.Generator) -> Tensor:
+    def _td_target(self, z: Tensor, reward: Tensor, terminal: Tensor, drawn: Drawn) -> Tensor:
         """Reward and the smaller of two target values of the policy's next action: (B, H)."""
-        action, _ = sample_action(self.policy(z), chance)
-        pair = self._two_values(self.target_values, z, action, chance)
+        action, _ = sample_action(self.policy(z), drawn.noise[0])
+        pair = self._two_values(self.target_values, z, action, drawn.pairs[0])
         return reward + self.discount * (1 - terminal) * pair.amin(0)
 
-    def _policy_loss(self, z: Tensor, chance: torch.Generator) -> Tensor:
+    def _policy_loss(self, z: Tensor, drawn: Drawn) -> Tensor:
         """What moves the policy, and it alone, to actions of high value and entropy."""
-        action, entropy = sample_action(self.policy(z), chance)
-        value = self._two_values(self.values, z, action, chance, frozen=True).mean(0)
+        action, entropy = sample_action(self.policy(z), drawn.noise[1])
+        value = self._two_values(self.values, z, action, drawn.pairs[1], frozen=True).mean(0)
         if torch.is_grad_enabled():
             self.scale.update(value[:, 0])
         rho = RHO ** torch.arange(z.shape[1], device=z.device)
         return -((ENTROPY * entropy.squeeze(-1) + self.scale(value)).mean(0) * rho).mean()
 
     def _two_values(
-        self, ensemble: Ensemble, z: Tensor, action: Tensor, chance: torch.Generator, *, frozen: bool = False
+        self, ensemble: Ensemble, z: Tensor, action: Tensor, pair: Tensor, *, frozen: bool = False
     ) -> Tensor:
-        """Two values of the ensemble, drawn without replacement: (2, B, T)."""
+        """Two values of the ensemble: (2, B, T)."""
         joint = torch.cat([z, action], -1)
         if frozen:
             parameters = {name: p.detach() for name, p in ensemble.named_parameters()}
             logits = torch.func.functional_call(ensemble, parameters, (joint.flatten(0, 1),))
         else:
             logits = ensemble(joint.flatten(0, 1))
-        pair = torch.randperm(self.size.values, generator=chance, device=z.device)[:2]
         return self.two_hot.decode(logits[pair]).unflatten(1, joint.shape[:2])
 
-    def _encode(self, stacks: Tensor, noisy: torch.Generator | None = None) -> Tensor:
+    def _encode(self, stacks: Tensor, by: Tensor | None = None) -> Tensor:
         if isinstance(self.encoder, ConvEncoder):
-            return self.encoder(stacks, noisy)
+            return self.encoder(stacks, by)
         return self.encoder(stacks)
 
     def _aligned(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,14 +1,14 @@
 """TD-MPC2's action values and its policy prior, on latents.
 
-After nicklashansen/tdmpc2 at e9f5932 (``common/world_model.py``, ``math.py``, ``scale.py``). Chance comes from a
-generator that is handed in; dropout is on only while gradients are recorded.
+After nicklashansen/tdmpc2 at e9f5932 (``common/world_model.py``, ``math.py``, ``scale.py``). Chance is drawn
+before and handed in; dropout is on only while gradients are recorded.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,39 +41,54 @@ class Ensemble(nn.Module):
         self.gains = nn.ParameterList(torch.ones(members, 1, units) for _ in range(2))
         self.shifts = nn.ParameterList(torch.zeros(members, 1, units) for _ in range(2))
 
-    def forward(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """(N, features) -> (members, N, out); with ``random``, units of the first layer are dropped."""
+    def kept(self, rows: int, random: torch.Generator) -> Tensor:
+        """Which units of the first layer dropout keeps: ones among zeros (members, rows, units)."""
+        members, _, units = self.weights[0].shape
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return self.weights[0].new_empty(shape).bernoulli_(1 - DROPOUT, generator=random)
+
+        return own_part(draw, (members, rows, units), 1)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(N, features) -> (members, N, out); with ``kept``, only these units of the first layer are."""
         x = x.expand(len(self.weights[0]), *x.shape)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
             if layer == len(self.gains):
                 return x
-            if layer == 0 and random is not None:
-                kept = own_part(partial(_kept, x, random), x.shape, 1)
-                x = x * kept / (1 - DROPOUT)
+            if layer == 0 and kept is not None:
+                x = x * kept.to(x.dtype) / (1 - DROPOUT)
             x = F.layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.shifts[layer]
             x = F.mish(x)
         raise AssertionError("an ensemble ends in a linear layer")
 
 
-def _kept(like: Tensor, random: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Which units dropout keeps: ones, among zeros."""
-    return like.new_empty(shape).bernoulli_(1 - DROPOUT, generator=random)
+class Drawn(NamedTuple):
+    """All chance in the loss of B windows over a horizon of H: of the targets, and of what is learned."""
+
+    noise: tuple[Tensor, Tensor]
+    """of the policy's actions, (B, H, A) and (B, H + 1, A)"""
+    pairs: tuple[Tensor, Tensor]
+    """the two values of the ensemble that are compared, (2,) each"""
+    shifts: tuple[Tensor, Tensor] | None
+    """of frames, (2, B·H, 1) and (2, B, 1); None where nothing is shifted"""
+    kept: Tensor | None
+    """units of the values' first layer, (members, B·H, units); None where nothing is dropped"""
 
 
-def sample_action(mean_and_log_std: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_action(mean_and_log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """A squashed Gaussian action and its scaled entropy.
 
     Args:
         mean_and_log_std: (..., 2·A), the latter squeezed into :data:`LOG_STD`.
-        random: decides the noise.
+        noise: (..., A), normal.
 
     Returns:
         Actions (..., A) in [-1, 1]; entropy (..., 1), scaled as upstream does, by A times the Gaussian's share of it.
     """
     mean, log_std = mean_and_log_std.chunk(2, -1)
     log_std = LOG_STD[0] + (LOG_STD[1] - LOG_STD[0]) / 2 * (torch.tanh(log_std) + 1)
-    noise = own_part(lambda whole: mean.new_empty(whole).normal_(generator=random), mean.shape)
     action = torch.tanh(mean + noise * log_std.exp())
     gaussian, logp = log_probabilities(noise, log_std, action)
     scale = gaussian * mean.shape[-1] / (logp + 1e-8)

@@ -19,9 +19,18 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
+from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identity_of, moments_before
 from pvrpipe.worldmodel.batches import PIXELS, Backing, Batches, chance, open_observations, setting_of
+from pvrpipe.worldmodel.compiling import losses_of
 from pvrpipe.worldmodel.memory import check_room
-from pvrpipe.worldmodel.models import Setting, WorldModel, build_model, check_names, suitable_threads
+from pvrpipe.worldmodel.models import (
+    Setting,
+    WorldModel,
+    build_model,
+    check_names,
+    parameter_count,
+    suitable_threads,
+)
 from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.ranks import averaged, ranks, told_by_first
 
@@ -57,6 +66,8 @@ class TrainConfig:
     """decides weights, windows and samples"""
     learning_rate: float | None = None
     """None: the published one, 4e-5 for dreamerv3, 3e-4 for tdmpc2, 5e-4 for dinowm"""
+    backbone_learning_rate: float | None = None
+    """of what learns of an encoder inside the model; None: 1e-6, as in DINO-WM's configuration"""
     warmup: int = 1000
     """updates over which dreamerv3's learning rate rises"""
     normalize: bool = True
@@ -71,6 +82,8 @@ class TrainConfig:
     """dinowm sees and predicts the state too"""
     pixels: int = PIXELS
     """side of the frames that a model from scratch is shown"""
+    compiled: bool = False
+    """by torch.compile, loss and gradient as one function; the last bits are others"""
     precision: Precision = "fp32"
     """what products are computed in; weights, optimizer and the recurrence of dreamerv3 stay in float32"""
     patience: int = 0
@@ -90,10 +103,12 @@ class TrainConfig:
             value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != usual and self.model != owner:
                 raise InvalidValueError(f"{name} is {value}, but {self.model} has none; only {owner} does")
-        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
-            raise InvalidValueError(
-                f"--learning-rate is {self.learning_rate}; give a positive number, e.g. 1e-4"
-            )
+        for name in ("learning_rate", "backbone_learning_rate"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                option = f"--{name.replace('_', '-')}"
+                raise InvalidValueError(
+                    f"{option} is {getattr(self, name)}; give a positive number, e.g. 1e-4"
+                )
         if self.rows < 2:
             raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
         if self.save_every % self.log_every:
@@ -134,6 +149,7 @@ def train(
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     backing: Backing = "auto",
+    backbone: torch.nn.Module | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train to the end, going on from the last checkpoint if the run was begun before.
@@ -142,11 +158,13 @@ def train(
 
     Args:
         config: what and how.
-        store_path: an embedding store.
+        store_path: an embedding store, or a rollout store to learn from frames.
         run: the folder that the run goes to; laid out in :mod:`pvrpipe.worldmodel.runs`.
         device: where to compute.
         overwrite: replace a run of another configuration.
         backing: where windows are read from; ``device`` keeps the store there. It never changes a number.
+        backbone: on the device, what the model is to look at frames through, see :mod:`pvrpipe.worldmodel.backbones`;
+            the same when a run is gone on with, as it was before it learned anything.
         progress: told updates done and to do.
 
     Returns:
@@ -155,17 +173,22 @@ def train(
     Raises:
         NotAStoreError: the store holds no embeddings.
         InvalidValueError: no window fits an episode, or the batch does not fit into the device's memory.
-        OutputExistsError: the run was begun with another configuration; it is left as it is.
+        OutputExistsError: the run was begun with another configuration or backbone; it is left as it is.
         DivergedError: a loss is not finite.
         RunError: the checkpoint does not fit; the last good one is kept.
     """
     store, folder, device = open_observations(store_path), Path(run), torch.device(device)
     first = ranks().rank == 0  # of several processes, the one that writes
-    setting = setting_of(store, pixels=config.pixels, encoder=config.encoder)
-    model = model_of(config, setting).to(device)
-    updater = Updater.of(config.model, model, learning_rate=config.learning_rate, warmup=config.warmup)
-    if config.normalize:
-        standardise(model, store)
+    embedding = None if backbone is None else embedding_shape(backbone, store)
+    setting = setting_of(store, pixels=config.pixels, encoder=config.encoder, embedding=embedding)
+    model = model_of(config, setting, device, backbone)
+    updater = Updater.of(
+        config.model,
+        model,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        backbone_rate=config.backbone_learning_rate,
+    )
     length = config.rows + model.rows_before
     data, held_out = (
         Batches(
@@ -175,13 +198,13 @@ def train(
             length=length,
             seed=config.seed,
             device=device,
-            observation=setting.observation,
+            observation=setting.shown,
             columns=model.columns,
             backing=backing,
         )
         for split in ("train", "val")
     )
-    draft = _record(config, store, setting, model, device)
+    draft = _record(config, store, setting, model, device, backbone)
     begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
     with suitable_threads(model, device), begin as record:
         record = told_by_first(record)
@@ -189,29 +212,35 @@ def train(
             return TrainResult(**{**record.result, "run": str(folder)})
         resumed = (folder / checkpoints.CHECKPOINT).exists()
         done = checkpoints.load(folder, model, updater) if resumed else 0
+        if config.normalize and not resumed:
+            standardise(model, store)
         with computing(config.precision, device):
             check_room(model, setting, length, config.windows // ranks().ranks, device)
+        losses = losses_of(model, device, compiled=config.compiled)
         log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
         begun, k = time.perf_counter(), done
         while k < config.updates and not stale(log.validation, config.patience):
             k += 1
+            batch = data(k)
             with computing(config.precision, device):
-                loss, terms = model.loss(data(k), chance(config.seed, k))
+                loss, terms = losses(batch, model.draw(batch, chance(config.seed, k)))
             updater.update(loss)
-            unlogged.append({name: term.detach() for name, term in terms.items()})
+            unlogged.append(
+                {name: term.detach().clone() for name, term in terms.items()}
+            )  # a graph reuses its own
             last = k == config.updates
             if k % config.log_every == 0 or last:
                 log.write(k, "train", _means(unlogged, k, data))
                 unlogged.clear()
             if k % config.save_every == 0 or last:
                 with computing(config.precision, device):
-                    losses = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
+                    judged = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
                 check_finite(
-                    losses["loss"], k, data
+                    judged["loss"], k, data
                 )  # an update whose gradient was not leaves weights that are not
-                log.write(k, "val", losses)
+                log.write(k, "val", judged)
                 if first:
                     checkpoints.save(folder, k, model, updater)
             progress(k, config.updates, log.note)
@@ -270,9 +299,11 @@ def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str
     return {name: float(averaged(torch.stack([t[name] for t in unlogged]).mean())) for name in unlogged[0]}
 
 
-def model_of(config: TrainConfig, setting: Setting) -> Any:
-    """The model that a configuration asks for, with fresh weights."""
-    return build_model(
+def model_of(
+    config: TrainConfig, setting: Setting, device: torch.device, backbone: torch.nn.Module | None = None
+) -> Any:
+    """The model that a configuration asks for, with fresh weights, and what it looks at frames through."""
+    model = build_model(
         config.model,
         config.size,
         setting,
@@ -281,13 +312,18 @@ def model_of(config: TrainConfig, setting: Setting) -> Any:
         symlog_inputs=config.symlog_inputs,
         burn_in=config.burn_in,
         proprioception=config.proprioception,
-    )
+    ).to(device)
+    if backbone is not None:
+        model.seen.look_through(backbone)
+    return model
 
 
 def standardise(model: Any, store: Store) -> None:
     """Give the model the moments of the store's training rows."""
-    if "embedding" in store.manifest.statistics:
-        moments = store.manifest.statistics["embedding"]
+    moments = store.manifest.statistics.get("embedding")
+    if model.seen.backbone is not None:
+        moments = moments_before(model.seen.backbone, store)
+    if moments is not None:
         model.seen.standardise.set(moments.mean, moments.std)
     if "state" in model.columns:
         train = store.episodes.filter(store.episodes["split"] == "train")["episode"].to_list()
@@ -298,32 +334,49 @@ def standardise(model: Any, store: Store) -> None:
 
 
 def _record(
-    config: TrainConfig, store: Store, setting: Setting, model: torch.nn.Module, device: torch.device
+    config: TrainConfig,
+    store: Store,
+    setting: Setting,
+    model: torch.nn.Module,
+    device: torch.device,
+    backbone: torch.nn.Module | None,
 ) -> runs.RunRecord:
     """What ``run.json`` says when a run begins."""
     specification = store.manifest.specification
+    encoder, tuning = identity_of(backbone)
+    if isinstance(specification, EmbeddingSpecification):
+        encoder = specification.encoder
     assert store.manifest.id is not None
     return runs.RunRecord(
         state="training",
         config=asdict(config),
         store=str(store.path),
         store_id=store.manifest.id,
-        encoder=specification.encoder if isinstance(specification, EmbeddingSpecification) else None,
+        encoder=encoder,
+        tuning=tuning,
         setting=setting,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameter_count(model),
         device=str(device),
         processes=ranks().ranks,
         versions=runs.versions(),
     )
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[Any, runs.RunRecord]:
+def load_model(
+    folder: Path, device: torch.device, backbone: torch.nn.Module | None = None
+) -> tuple[Any, runs.RunRecord]:
     """The model of a run, as its last checkpoint left it, and the run's record.
 
+    Args:
+        folder: of the run.
+        device: where to.
+        backbone: what the run was trained through, if it was, on the device and as it was before it learned anything.
+
     Raises:
-        RunError: there is no run, no checkpoint, or a checkpoint that does not fit.
+        RunError: there is no run, no checkpoint, or a checkpoint or a backbone that does not fit.
     """
     record = runs.read_run(folder)
-    model = model_of(TrainConfig(**record.config), record.setting).to(device)
+    check_backbone(record, backbone)
+    model = model_of(TrainConfig(**record.config), record.setting, device, backbone)
     checkpoints.load(folder, model)
     return model, record
