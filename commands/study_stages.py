@@ -242,7 +242,7 @@ def _train_all(studying: Studying, how: How) -> None:
         return
     records = {job.run: record for job, record in todo}
 
-    def told(job: Job, outcome: Outcome) -> None:
+    def noted(job: Job, outcome: Outcome) -> None:
         record = records[job.run]
         if outcome.state != "finished":
             note(f"{record.run}: {outcome.failure}")
@@ -257,5 +257,5 @@ def _train_all(studying: Studying, how: How) -> None:
             address=how.engine.address,
             workers=how.engine.workers,
             progress=progress,
-            told=told,
+            told=noted,
         )
