@@ -15,7 +15,8 @@ from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.files import disk_errors, sha256_of
-from pvrpipe.store.layout import COMMITTED, MANIFEST, files_of, read_commit, read_manifest, shard_file
+from pvrpipe.store.golden import read_golden
+from pvrpipe.store.layout import COMMITTED, GOLDEN, MANIFEST, files_of, read_commit, read_manifest, shard_file
 from pvrpipe.store.moments import merged, moments_of, statistics_of
 from pvrpipe.store.places import Place, place_of
 from pvrpipe.store.planning import split_in
@@ -45,7 +46,7 @@ def verify(path: Place | str, progress: Progress = silent, sample: int | None = 
 
     Checked: the manifest against its schema and its id, the sha256 of every file, commit records
     against the manifest, footers and columns, episode bounds and alignment, finite values, returns,
-    splits and statistics.
+    splits, statistics, and golden frames against the rows that they are of.
 
     Raises:
         PvrpipeError: there is no sealed store to check.
@@ -110,6 +111,8 @@ def _rows(store: Store, path: Path, progress: Progress, chosen: Container[int]) 
     if len(commits) < len(manifest.shards):
         return failures
     whole = not failures and all(i in chosen for i in commits)
+    if not failures:
+        failures += _golden(store, chosen)
     return [*failures, *_whole(store, manifest, commits), *(_statistics(store, commits) if whole else ())]
 
 
@@ -230,6 +233,24 @@ def _whole(store: Store, manifest: Manifest, commits: dict[int, ShardCommit]) ->
     for record in records if manifest.splits == "hash" else ():
         if record.split != split_in(manifest, record.episode):
             yield Failure(manifest.episodes_file, f"episode {record.episode} is in the wrong split")
+
+
+def _golden(store: Store, chosen: Container[int]) -> Iterator[Failure]:
+    """Golden frames are a sample of the store: where their rows are told, these have the same embeddings."""
+    try:
+        golden = read_golden(store) or {}
+    except CorruptStoreError as error:
+        yield Failure(GOLDEN, one_line(error))
+        return
+    first = np.cumsum([0, *(entry.rows for entry in store.manifest.shards)])
+    for row, embedding in zip(golden.get("row", ()), golden.get("embedding", ()), strict=False):
+        shard = int(np.searchsorted(first, row, "right")) - 1
+        if not 0 <= row < first[-1]:
+            yield Failure(GOLDEN, f"is about row {row}, which the store does not have")
+        elif shard in chosen and not np.array_equal(
+            store.shard(shard).rows("embedding", int(row - first[shard]), 1)[0], embedding
+        ):
+            yield Failure(GOLDEN, f"does not hold the embedding of row {row}")
 
 
 def _statistics(store: Store, commits: dict[int, ShardCommit]) -> Iterator[Failure]:

@@ -8,10 +8,11 @@ them without talking to each other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import InvalidValueError
@@ -49,6 +50,13 @@ class WindowPlan:
             raise InvalidValueError(
                 f"--batch is {self.batch} and --length {self.length}; both must be at least 1"
             )
+        if self.seed < 0:
+            raise InvalidValueError(f"--seed is {self.seed}; it must be 0 or more")
+
+    def __str__(self) -> str:
+        """The same in every process, where the repr of an expression has its address."""
+        told = {name: str(c) for name in ("where", "weight") if isinstance(c := getattr(self, name), pl.Expr)}
+        return repr(replace(self, **told))
 
 
 class WindowSampler:
@@ -77,7 +85,9 @@ class WindowSampler:
         **plan: Any,
     ) -> None:
         self.plan = WindowPlan(tuple(columns), **plan)
-        if not 0 <= rank < ranks or self.plan.batch % ranks:
+        if not 0 <= rank < ranks:
+            raise InvalidValueError(f"there is no rank {rank} of {ranks}; give 0 to {max(ranks, 1) - 1}")
+        if self.plan.batch % ranks:
             raise InvalidValueError(
                 f"rank {rank} of {ranks} cannot share batches of {self.plan.batch}; "
                 "give a batch that the number of ranks divides"
@@ -182,13 +192,13 @@ class WindowSampler:
 
     def state(self) -> dict[str, Any]:
         """What to keep so that :meth:`restore` goes on with the very next batch."""
-        return {"store": self.store.manifest.id, "plan": repr(self.plan), "taken": self.taken}
+        return {"store": self.store.manifest.id, "plan": str(self.plan), "taken": self.taken}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a sampler of the same plan on the same store was, whatever its ranks and workers.
 
         Raises:
-            InvalidValueError: it was another store's, or another plan's.
+            InvalidValueError: it was another store's, or another plan's, or is none.
         """
         own = self.state()
         differ = [field for field in ("store", "plan") if state.get(field) != own[field]]
@@ -196,7 +206,10 @@ class WindowSampler:
             raise InvalidValueError(
                 f"this state is of another {' and '.join(differ)}; restore it with the same store and windows"
             )
-        self.taken = int(state["taken"])
+        taken = state.get("taken")
+        if not isinstance(taken, int) or taken < 0:
+            raise InvalidValueError(f"this state has taken {taken} batches; restore what state() gave")
+        self.taken = taken
 
 
 def _reopened(store: Store, columns: tuple[str, ...], asked: dict[str, Any], taken: int) -> WindowSampler:

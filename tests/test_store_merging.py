@@ -21,6 +21,7 @@ from pvrpipe.store.verifying import verify
 from .conftest import WriteStore
 from .embedded import write_embeddings
 from .killing import run_killed
+from .test_store_strangers import reseal
 
 
 @pytest.fixture(params=["parquet", "webdataset"])
@@ -147,6 +148,21 @@ def test_golden_frames_go_along_with_their_rows_while_these_are_there(
     assert golden(tmp_path / "without").keys() == {"frame", "embedding"}
     split(tmp_path / "m", tmp_path / "with", where="episode != 1")
     assert golden(tmp_path / "with")["row"].tolist() == [0, 3, 7]
+
+
+def test_golden_frames_that_are_not_the_stores_are_found(tmp_path: Path, shard_format: str) -> None:
+    store = write_embeddings(tmp_path / "a", shard_format=shard_format)
+    good = golden(store)
+    for damage, says in (
+        ({"embedding": good["embedding"][::-1].copy()}, "does not hold the embedding of row"),
+        ({"row": good["row"] + 10**6}, "which the store does not have"),
+        ({"frame": good["frame"].astype(np.float32)}, "does not hold frames and embeddings"),
+    ):
+        safetensors.numpy.save_file({**good, **damage}, store / "golden.safetensors")
+        reseal(store, "golden.safetensors")
+        failures = verify(store)
+        assert says in failures[0].what
+        assert "golden.safetensors" in failures[0].where
 
 
 def test_split_takes_what_fulfils_the_condition_and_the_rest(

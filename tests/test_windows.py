@@ -219,6 +219,38 @@ def test_the_state_goes_on_with_the_very_next_batch(write_rollouts: WriteStore) 
         other.restore(state)
 
 
+def test_the_state_of_a_plan_with_expressions_is_that_of_an_equal_plan(write_rollouts: WriteStore) -> None:
+    store = Store.open(write_rollouts())
+
+    def drawing(least: int) -> WindowSampler:
+        where, weight = pl.col("episode") >= least, pl.col("length") * 2
+        return WindowSampler(store, ["state"], batch=4, length=10, seed=1, where=where, weight=weight)
+
+    state = json.loads(json.dumps({**drawing(1).state(), "taken": 5}))
+    again = drawing(1)
+    again.restore(state)
+    np.testing.assert_array_equal(next(iter(again))["state"], drawing(1).batch(5)["state"])
+    with pytest.raises(InvalidValueError, match="another plan"):
+        drawing(2).restore(state)
+
+
+@pytest.mark.parametrize("taken", [None, "5", -1])
+def test_a_state_that_is_none_is_refused(taken: object, write_rollouts: WriteStore) -> None:
+    sampler = WindowSampler(Store.open(write_rollouts()), ["state"], batch=4, length=10, seed=1)
+    with pytest.raises(InvalidValueError, match=r"restore what state\(\) gave"):
+        sampler.restore({**sampler.state(), "taken": taken})
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"), [({"rank": 2, "ranks": 2}, "no rank 2 of 2"), ({"seed": -1}, "seed is -1")]
+)
+def test_windows_that_nobody_can_draw(asked: dict[str, int], says: str, write_rollouts: WriteStore) -> None:
+    with pytest.raises(InvalidValueError, match=says):
+        WindowSampler(
+            Store.open(write_rollouts()), ["state"], **{"batch": 4, "length": 10, "seed": 1, **asked}
+        )
+
+
 def test_memory_gives_what_the_files_give_and_says_so(write_rollouts: WriteStore, shard_format: str) -> None:
     store = Store.open(write_rollouts())
     options = {"batch": 4, "length": 10, "seed": 1, "joined": True}
