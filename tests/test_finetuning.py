@@ -103,6 +103,8 @@ def test_frozen_in_the_loop_is_training_from_the_store(
     ]
     errors = [report["reward_error"]["5"]["per_step"]["mean"] for report in reports]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    ranks = [report["networks"]["effective_rank"]["embedding"]["rank"] for report in reports]
+    assert ranks[0] == pytest.approx(ranks[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("model", list(ROWS))
