@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import METRICS, read_run
 from pvrpipe.worldmodel.sharing import verify_run
+from pvrpipe.worldmodel.sweep import Job, sweep
 from pvrpipe.worldmodel.training import TrainConfig, load_model, train
 
 from .commands import run
@@ -101,6 +103,8 @@ def test_frozen_in_the_loop_is_training_from_the_store(
     ]
     errors = [report["reward_error"]["5"]["per_step"]["mean"] for report in reports]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    ranks = [report["networks"]["effective_rank"]["embedding"]["rank"] for report in reports]
+    assert ranks[0] == pytest.approx(ranks[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("model", list(ROWS))
@@ -260,6 +264,22 @@ def test_the_commands(tiny: Path, rollouts: Path, tmp_path: Path) -> None:
     gone = run("probe", str(folder), "--device", "cpu", cwd=tmp_path)
     assert gone.returncode == 1
     assert len(gone.stderr.splitlines()) == 1
+
+
+def test_a_sweep_tunes_as_train_model_does(tiny: Path, rollouts: Path, tmp_path: Path) -> None:
+    makes = partial(TunedEncoder, tuning_of(str(tiny), "random:0", "1"), (SIDE, SIDE), Readout())
+    jobs = [
+        Job(str(rollouts), tmp_path / f"seed{seed}", config(seed=seed), horizons=(5,), looking=makes)
+        for seed in (0, 1)
+    ]
+    found = sweep(jobs, engine="inline")
+    assert [outcome.state for outcome in found] == ["finished", "finished"]
+    assert found[0].probe is not None
+    alone = train(config(seed=1), rollouts, tmp_path / "alone", backbone=makes("cpu"))
+    assert found[1].val_loss == alone.val["loss"]
+    ours, theirs = ((tmp_path / name / CHECKPOINT).read_bytes() for name in ("seed1", "alone"))
+    assert ours == theirs
+    assert sweep(jobs, engine="inline") == found
 
 
 def test_what_cannot_be_is_one_line(tiny: Path, rollouts: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.readout import Readout
+from pvrpipe.pipeline.tuning import TunedEncoder, tuning_of
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.rollouts.policies import parse_policy
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, RunError, UnknownNameError
@@ -52,6 +55,20 @@ def test_a_run_acts_by_what_it_sees(tmp_path: Path, pvr: str | None) -> None:
             shown = torch.from_numpy(np.ascontiguousarray(episode[column][: t + 1]))[None]
             expected = model.act(shown)[0].numpy()
             np.testing.assert_allclose(episode["action"][t], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_acts_through_the_encoder_inside_it(tmp_path: Path) -> None:
+    collect(configured("random"), tmp_path / "random", INLINE)
+    tuning = tuning_of("resnet18", "random:0", "1")
+    looking = partial(TunedEncoder, tuning, (64, 64), Readout(), "cpu")
+    config = TrainConfig("tdmpc2", updates=2, batch=2, length=4, log_every=1, save_every=1)
+    train(config, tmp_path / "random", tmp_path / "run", backbone=looking())
+    collect(configured(f"run={tmp_path / 'run'}"), tmp_path / "played", INLINE)
+    model, _ = load_model(tmp_path / "run", torch.device("cpu"), looking())
+    episode = Store.open(tmp_path / "played").read_episode(0)
+    for t in range(6):
+        shown = torch.from_numpy(np.ascontiguousarray(episode["frame"][: t + 1]))[None]
+        np.testing.assert_allclose(episode["action"][t], model.act(shown)[0].numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_another_checkpoint_is_another_configuration(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def _pair(
         ("open_loop", "reward_shift"): (said[1].reward.double() - said[0].reward.double()).abs(),
     }
     if spread.embedding:
-        x, y = (episodes.batch["observation"][:, context:] for episodes in (source, replay))
+        x, y = (
+            model.seen.embedded(episodes.batch["observation"])[:, context:] for episodes in (source, replay)
+        )
         shifts["filtered", "embedding_shift"] = _apart(x, y, spread.embedding)
     for (prediction, measure), rows in shifts.items():
         values[prediction, "shift", measure] = rows.double().cpu().numpy()

@@ -103,9 +103,11 @@ class Seen(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """(B, T, *shape), or frames (B, T, H, W, 3) for a backbone -> float32 (B, T, *shape)."""
-        if self.pixels:
-            return observation.float() / 255
-        return self._fit(observation if self.backbone is None else self._embedded(self.backbone, observation))
+        return observation.float() / 255 if self.pixels else self._fit(self.embedded(observation))
+
+    def embedded(self, observation: Tensor) -> Tensor:
+        """What a store would hold of it: the backbone's embedding where there is one, else what is given."""
+        return observation if self.backbone is None else self._embedded(self.backbone, observation)
 
     @torch.no_grad()
     def target(self, observation: Tensor, seen: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def beliefs_of(
         every = max(1, -(-filtered.latents[0, 0].numel() * total // BATCH_NUMBERS))
         parts["latents"].append(filtered.latents[lanes[::every], steps[::every]])
         parts["features"].append(filtered.features[lanes, steps].cpu().numpy())
-        parts["embedding"].append(_shown(episodes.batch["observation"][lanes, steps]))
+        parts["embedding"].append(_shown(model.seen.embedded(episodes.batch["observation"])[lanes, steps]))
         for name in ("reward", "state"):
             if name in episodes.batch:
                 parts[name].append(episodes.batch[name][lanes, steps].double().cpu().numpy())
