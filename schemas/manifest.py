@@ -9,11 +9,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import FailFast, Field, model_validator
+from pydantic import FailFast, Field, ValidationError, model_validator
 
+from pvrpipe.schemas.errors import CorruptStoreError
 from pvrpipe.schemas.records import ArraySpec
 from pvrpipe.schemas.specifications import (
     EmbeddingSpecification,
@@ -128,10 +129,22 @@ class EpisodeRecord(Frozen):
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> EpisodeRecord:
-        """The episode that a row of the table is about."""
+        """The episode that a row of the table is about.
+
+        Raises:
+            CorruptStoreError: no episode can be so.
+        """
         fields = {name: value for name, value in row.items() if name in cls.model_fields}
         values = {name: value for name, value in row.items() if is_value(name)}
-        return cls.model_validate({**fields, "values": values})
+        try:
+            return cls.model_validate({**fields, "values": values})
+        except ValidationError as error:
+            wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, wrong["loc"]))
+            raise CorruptStoreError(
+                f"the episode table says of episode {row.get('episode')} what cannot be: {where}: {wrong['msg']}; "
+                "run `pvrpipe verify`, then get the store again"
+            ) from None
 
 
 class Failed(Frozen):
@@ -161,6 +174,13 @@ class Written(Frozen):
     row_groups: Annotated[tuple[Count, ...], First]  # rows of each; in a tar, of each episode
     batch: Batch = None  # frames, where the device's memory forced fewer than Computation.batch
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        """Readers find a row by its group, and a row group without rows is nobody's."""
+        if sum(self.row_groups) != self.rows or 0 in self.row_groups:
+            raise ValueError(f"the row groups of {self.file} do not hold its {self.rows} rows")
+        return self
+
 
 class ShardCommit(Written):
     """``shards/NNNNN.json``: written last; the shard exists if and only if this does."""
@@ -175,13 +195,6 @@ class ShardEntry(Written):
     """A sealed shard, as the manifest lists it."""
 
     episodes: Count
-
-    @model_validator(mode="after")
-    def _adds_up(self) -> ShardEntry:
-        """Readers find a row by its group, and a row group without rows is nobody's."""
-        if sum(self.row_groups) != self.rows or 0 in self.row_groups:
-            raise ValueError(f"the row groups of {self.file} do not hold its {self.rows} rows")
-        return self
 
 
 class ColumnStatistics(Frozen):
@@ -231,7 +244,15 @@ class Manifest(Frozen):
             if (plan.shard, plan.first_episode) != (number, episode):
                 raise ValueError(f"the plan of shard {number} does not follow the one before it")
             episode += plan.episodes
+        ends = [*(part.first_episode for part in self.parts[1:]), episode]
+        if any(
+            not p.first_episode or p.first_episode + p.episodes != end
+            for p, end in zip(self.parts, ends, strict=False)
+        ):
+            raise ValueError("its parts do not follow each other up to its last episode")
         if self.state == "sealed":
+            if self.id is None:
+                raise ValueError("it is sealed and has no id")
             if [p.episodes for p in self.plan] != [entry.episodes for entry in self.shards]:
                 raise ValueError("its shards are not those that were planned")
             if self.episodes_file not in self.files:

@@ -230,8 +230,13 @@ def _whole(store: Store, manifest: Manifest, commits: dict[int, ShardCommit]) ->
             yield Failure(
                 "store.json", f"'{field}' is {getattr(manifest, field)}, but the shards hold {total}"
             )
+    planned = sum(plan.episodes for plan in manifest.plan)
     for record in records if manifest.splits == "hash" else ():
-        if record.split != split_in(manifest, record.episode):
+        if record.episode >= planned:
+            yield Failure(
+                manifest.episodes_file, f"episode {record.episode} is none of the {planned} planned"
+            )
+        elif record.split != split_in(manifest, record.episode):
             yield Failure(manifest.episodes_file, f"episode {record.episode} is in the wrong split")
 
 

@@ -139,6 +139,7 @@ def test_collect_killed_at_random_moments_ends_with_the_same_store(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_embed_killed_at_random_moments_ends_with_the_same_store(
     write_rollouts: WriteStore, tmp_path: Path
 ) -> None:
@@ -174,11 +175,13 @@ def check_every_write(work: Callable[[str], None], place: Path, most: int = 200)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_collect_killed_at_every_write_ends_with_the_same_store(tmp_path: Path) -> None:
     check_every_write(collect_as_rendered, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_embed_killed_at_every_write_ends_with_the_same_store(
     write_rollouts: WriteStore, tmp_path: Path
 ) -> None:
