@@ -123,7 +123,7 @@ def collect(
             action_repeat=action_repeat,
             episodes=24 if episodes is None else episodes,
             max_steps=max_steps,
-            policy=policy or usual_policy(env),
+            policy=usual_policy(env) if policy is None else policy,
             variation=variation,
             seed=seed,
             shard_rows=shard_rows,

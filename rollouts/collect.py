@@ -277,7 +277,7 @@ def replay_manifest(source: Store, size: int | None, camera: int | str | None, v
         )
     camera = made.camera if camera is None else camera
     environment = make_environment(
-        made.environment, size or made.size, camera, made.action_repeat, made.max_steps
+        made.environment, made.size if size is None else size, camera, made.action_repeat, made.max_steps
     )
     with closing(environment):
         can = environment.factors

@@ -55,8 +55,7 @@ class WindowPlan:
 
     def __str__(self) -> str:
         """The same in every process, where the repr of an expression has its address."""
-        told = {name: str(c) for name in ("where", "weight") if isinstance(c := getattr(self, name), pl.Expr)}
-        return repr(replace(self, **told))
+        return repr(replace(self, where=_told(self.where), weight=_told(self.weight)))
 
 
 class WindowSampler:
@@ -210,6 +209,10 @@ class WindowSampler:
         if not isinstance(taken, int) or taken < 0:
             raise InvalidValueError(f"this state has taken {taken} batches; restore what state() gave")
         self.taken = taken
+
+
+def _told(condition: Condition) -> str | None:
+    return str(condition) if isinstance(condition, pl.Expr) else condition
 
 
 def _reopened(store: Store, columns: tuple[str, ...], asked: dict[str, Any], taken: int) -> WindowSampler:

@@ -94,6 +94,14 @@ def test_what_golden_cannot_check_is_said_before_the_store_is_read(
     assert isinstance(result.exception, PvrpipeError)
 
 
+def test_an_empty_policy_is_not_the_usual_one(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["collect", "dmc:pendulum-swingup", str(tmp_path / "out"), "--policy", ""]
+    )
+    assert "unknown policy ''" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_place_where_an_environment_belongs() -> None:
     result = CliRunner().invoke(app, ["collect", "data/mine"])
     assert result.exit_code == 1
