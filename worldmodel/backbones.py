@@ -18,12 +18,11 @@ from pvrpipe.schemas.manifest import ColumnStatistics
 from pvrpipe.schemas.specifications import EncoderIdentity, Tuning
 from pvrpipe.store.moments import merged, moments_of, statistics_of
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel.batches import evenly
 from pvrpipe.worldmodel.runs import RunRecord
 
 #: Makes a backbone on a device, for a worker elsewhere.
 Looking = Callable[[str], nn.Module]
-MOMENT_ROWS = 4096  # training rows by whose embeddings all are standardised
+MOMENT_ROWS, MOMENT_EPISODES = 1024, 64  # at most, of training, by whose embeddings all are standardised
 
 
 def identity_of(backbone: nn.Module | None) -> tuple[EncoderIdentity | None, Tuning | None]:
@@ -60,13 +59,14 @@ def embedding_shape(backbone: nn.Module, store: Store) -> tuple[int, ...]:
 
 @torch.no_grad()
 def moments_before(backbone: nn.Module, store: Store) -> ColumnStatistics:
-    """Mean and deviation of the embeddings of training rows, of whole episodes evenly spread where there are many."""
-    train = store.episodes.filter(store.episodes["split"] == "train")["episode"].to_list()
-    chosen = evenly(train, store.episodes["rows"].to_numpy(), MOMENT_ROWS)
+    """Mean and deviation of the embeddings of training rows; of some, evenly spread, where there are many."""
+    train = store.episodes.filter(store.episodes["split"] == "train")
+    episodes = train[:: -(-len(train) // MOMENT_EPISODES)]
+    every = -(-int(episodes["rows"].sum()) // MOMENT_ROWS)
     parts = []
-    for number in chosen:
-        frames = torch.from_numpy(store.read_episode(number, ("frame",))["frame"]).to(device_of(backbone))
-        parts.append(moments_of(backbone(frames).float().cpu().numpy()))
+    for number in episodes["episode"]:
+        frames = torch.from_numpy(store.read_episode(number, ("frame",))["frame"][::every])
+        parts.append(moments_of(backbone(frames.to(device_of(backbone))).float().cpu().numpy()))
     return statistics_of(merged(parts))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError
@@ -183,13 +182,6 @@ def resized(frames: Tensor, side: int) -> Tensor:
     else:
         small = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return small.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (B, T))
-
-
-def evenly(numbers: Sequence[int], rows: NDArray[np.int64], wanted: int) -> list[int]:
-    """So many of the episodes, spread over all, that together they have about as many rows as wanted."""
-    total = int(sum(rows[number] for number in numbers))
-    count = min(len(numbers), max(1, round(len(numbers) * wanted / max(1, total))))
-    return [numbers[i] for i in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
 
 
 def chance(seed: int, *key: int) -> torch.Generator:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel.batches import chance, evenly
+from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.predictions import one_step
 from pvrpipe.worldmodel.probe_episodes import BATCH_NUMBERS, Padded, Reader
 from pvrpipe.worldmodel.probe_networks import effective_rank, watched
@@ -57,6 +57,13 @@ class Beliefs:
     """(M,)"""
     step: NDArray[np.int64]
     """(M,)"""
+
+
+def evenly(numbers: Sequence[int], rows: NDArray[np.int64], wanted: int) -> list[int]:
+    """So many of the episodes, spread over all, that together they have about as many rows as wanted."""
+    total = int(sum(rows[number] for number in numbers))
+    count = min(len(numbers), max(1, round(len(numbers) * wanted / max(1, total))))
+    return [numbers[i] for i in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
 
 
 @torch.no_grad()

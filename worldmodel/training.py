@@ -213,6 +213,7 @@ def train(
         resumed = (folder / checkpoints.CHECKPOINT).exists()
         done = checkpoints.load(folder, model, updater) if resumed else 0
         if config.normalize and not resumed:
+            progress(0, config.updates, "looking at training rows")
             standardise(model, store)
         with computing(config.precision, device):
             check_room(model, setting, length, config.windows // ranks().ranks, device)
