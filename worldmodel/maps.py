@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import svds
 
 from pvrpipe.worldmodel.neighbours import NEIGHBOURS, nearest
 from pvrpipe.worldmodel.probe_reference import beliefs_of
@@ -94,6 +93,8 @@ def latent_map(
 
 def pca(features: NDArray[Any], seed: int = 0) -> Floats:
     """The two directions of most variance: (M, n) -> (M, 2); each points where its largest weight is positive."""
+    from scipy.sparse.linalg import svds
+
     del seed
     centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
     _, strength, axes = svds(centred, k=2, v0=np.ones(min(centred.shape)))

@@ -1,7 +1,8 @@
 """The physics state decoded from latents: an error in the same units whatever the representation.
 
 Ridge regression from a latent's features to the state, fitted on what the model believes of training rows, and then
-read off what it imagines. The error is the squared error over the variance of each number of the state in the training
+read off what it imagines, within the range that each number of the state has there: a latent that the rows do not
+know, small as it may be, would otherwise be read as any number whatever. The error is the squared error over the variance of each number of the state in the training
 rows, averaged over the numbers that change: 0 is exact, 1 is what their mean would get.
 """
 
@@ -31,13 +32,17 @@ class StateReader:
     """(S',)"""
     spread: Tensor
     """(S',), variance over the training rows"""
+    low: Tensor
+    """(S',), the least in the training rows"""
+    high: Tensor
+    """(S',), the most"""
     moving: Tensor
     """(S',), which numbers of the state"""
     penalty: float
 
     def __call__(self, features: Tensor) -> Tensor:
         """(..., n) -> (..., S')."""
-        return features @ self.weight + self.offset
+        return (features @ self.weight + self.offset).clamp(self.low, self.high)
 
     def error(self, features: Tensor, state: Tensor) -> Tensor:
         """Squared error in variances, averaged over the state: (..., n), (..., S) -> (...)."""
@@ -71,6 +76,8 @@ def fit_state_reader(
         weight=tensor(weight),
         offset=tensor(centre - mean @ weight),
         spread=tensor(state.var(0)),
+        low=tensor(state.min(0)),
+        high=tensor(state.max(0)),
         moving=torch.from_numpy(moving).to(device),
         penalty=penalty,
     )

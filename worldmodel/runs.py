@@ -27,7 +27,6 @@ from typing import Any, Literal
 import numpy
 import torch
 from pydantic import Field, ValidationError
-from torch.utils.tensorboard import SummaryWriter
 
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
@@ -258,6 +257,8 @@ class MetricsLog:
         self.last = _last_of(kept)
         self.validation = [json.loads(line)["val"]["loss"] for line in kept if "val" in json.loads(line)]
         if writes:
+            from torch.utils.tensorboard import SummaryWriter  # a second, which reading a run does not need
+
             write_whole(self.path, "".join(line + "\n" for line in kept).encode())
             self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
 

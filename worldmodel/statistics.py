@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # whose parts load when used
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from pvrpipe.schemas.errors import InvalidValueError
 
@@ -124,7 +124,7 @@ def pearson(x: ArrayLike, y: ArrayLike, *, confidence: float = CONFIDENCE) -> Es
     a, b = _pairs(x, y)
     if len(a) < 3 or not a.std() or not b.std():
         return Estimate(float("nan"), None, None, len(a))
-    found = stats.pearsonr(a, b)
+    found = scipy.stats.pearsonr(a, b)
     low = high = None
     if len(a) > 3:
         low, high = map(float, found.confidence_interval(confidence))
@@ -139,11 +139,11 @@ def spearman(x: ArrayLike, y: ArrayLike, *, confidence: float = CONFIDENCE) -> E
     a, b = _pairs(x, y)
     if len(a) < 3 or not a.std() or not b.std():
         return Estimate(float("nan"), None, None, len(a))
-    found = stats.spearmanr(a, b)
+    found = scipy.stats.spearmanr(a, b)
     r = float(found.statistic)
     low = high = None
     if len(a) > 3:
-        reach = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((1 + r * r / 2) / (len(a) - 3))
+        reach = scipy.stats.norm.ppf((1 + confidence) / 2) * np.sqrt((1 + r * r / 2) / (len(a) - 3))
         centre = np.arctanh(np.clip(r, -1 + 1e-15, 1 - 1e-15))
         low, high = float(np.tanh(centre - reach)), float(np.tanh(centre + reach))
     return Estimate(r, low, high, len(a), float(found.pvalue))
