@@ -1,9 +1,10 @@
 """The physics state decoded from latents: an error in the same units whatever the representation.
 
 Ridge regression from a latent's features to the state, fitted on what the model believes of training rows, and then
-read off what it imagines, within the range that each number of the state has there: a latent that the rows do not
-know, small as it may be, would otherwise be read as any number whatever. The error is the squared error over the variance of each number of the state in the training
-rows, averaged over the numbers that change: 0 is exact, 1 is what their mean would get.
+read off what it imagines, within the range that each number of the state has in these rows: off a latent unlike
+theirs a linear map would otherwise read any number whatever. The error is the squared error over the variance of
+each number of the state in the training rows, averaged over the numbers that change: 0 is exact, 1 is what their mean
+would get.
 """
 
 from __future__ import annotations
