@@ -312,6 +312,11 @@ def test_a_state_that_lies_in_the_features_is_read_exactly_and_one_that_does_not
     weights = np.linalg.lstsq(augmented, np.concatenate([centred, np.zeros((6, 2))]), rcond=None)[0]
     ours = reader.weight.numpy() * features[:500].std(0)[:, None]
     np.testing.assert_allclose(ours, weights, rtol=1e-4, atol=1e-5)
+    for far in (1e9, -1e9):  # features that no training row has say no more than the rows' extremes
+        read = reader(far * held[0])
+        assert bool((read >= reader.low).all())
+        assert bool((read <= reader.high).all())
+    np.testing.assert_allclose(reader.high.numpy(), state[:500, :2].max(0), rtol=1e-6)
     assert fit_state_reader(features, np.ones((600, 2)), episode, torch.device("cpu")) is None
 
 
