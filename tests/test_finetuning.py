@@ -287,6 +287,9 @@ def test_what_cannot_be_is_one_line(tiny: Path, rollouts: Path, tmp_path: Path) 
         looking(tiny, "4")
     with pytest.raises(InvalidValueError, match="tiny has 3 blocks"):
         looking(tiny, "two")
+    with pytest.raises(InvalidValueError, match="--compile is not for an encoder inside"):
+        train(config(compiled=True), rollouts, tmp_path / "run", backbone=looking(tiny, "0"))
+    assert not (tmp_path / "run").exists()
     with pytest.raises(InvalidValueError, match="r2d2 chooses its keypoints"):
         TunedEncoder(tuning_of("r2d2", "random:0", "all"), (64, 64), Readout(), "cpu")
     embedded = tmp_path / "embedded"

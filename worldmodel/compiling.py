@@ -21,10 +21,12 @@ def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:
     """``model.losses``, compiled if so wished.
 
     Raises:
-        InvalidValueError: there is nothing to compile with.
+        InvalidValueError: there is nothing to compile with, or the model has a backbone.
     """
     if not compiled:
         return model.losses
+    if model.seen.backbone is not None:
+        raise InvalidValueError("--compile is not for an encoder inside the model; leave it or --pvr out")
     check_compiler(device)
     import torch._inductor.config
 

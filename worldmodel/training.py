@@ -189,6 +189,7 @@ def train(
         warmup=config.warmup,
         backbone_rate=config.backbone_learning_rate,
     )
+    losses = losses_of(model, device, compiled=config.compiled)
     length = config.rows + model.rows_before
     data, held_out = (
         Batches(
@@ -217,7 +218,6 @@ def train(
             standardise(model, store)
         with computing(config.precision, device):
             check_room(model, setting, length, config.windows // ranks().ranks, device)
-        losses = losses_of(model, device, compiled=config.compiled)
         log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
