@@ -149,10 +149,8 @@ def _files(path: Path, manifest: Manifest, chosen: Container[int]) -> Iterator[F
         if entry.file != shard_file(index, manifest.shard_format):
             yield Failure("store.json", f"shard {index} is called {entry.file}")
     for revision, before in enumerate(manifest.earlier, 1):
-        if (
-            store_id(manifest.specification, hashes[: before.shards], manifest.parts[: revision - 1])
-            != before.id
-        ):
+        parts = [part for part in manifest.parts if part.first_episode < before.episodes]
+        if store_id(manifest.specification, hashes[: before.shards], parts) != before.id:
             yield Failure("store.json", f"the shards of revision {revision} are not those it was sealed with")
 
 
