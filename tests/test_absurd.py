@@ -23,6 +23,8 @@ from pvrpipe.schemas.errors import (
     WeightsError,
 )
 from pvrpipe.store.building import PendingStore
+from pvrpipe.store.destination import Destination
+from pvrpipe.store.places import place_of
 from pvrpipe.store.sharing import push
 from pvrpipe.worldmodel.training import TrainConfig
 
@@ -66,6 +68,25 @@ def test_places_to_push_to(tmp_path: Path) -> None:
         push(store, str(store / "sub"), overwrite=True)
     assert [p.name for p in home.iterdir()] == ["one"]
     assert not (store / "sub").exists()
+
+
+def test_no_published_store_lies_in_another(tmp_path: Path, bucket: str) -> None:
+    store = write_store(tmp_path / "one", (4, 5))
+    for home in (f"{bucket}/lab", "memory://nested/lab", str(tmp_path / "lab")):
+        push(store, f"{home}/walk")
+        push(store, f"{home}/walk")  # beside its own shards
+        push(store, f"{home}/walker")
+        for url, says in (
+            (home, r"holds other stores \(walk, …\); push to a folder of its own, e.g. .*lab/NAME"),
+            (f"{home}/walk/sub", r"lies in another store \(.*lab/walk\)"),
+            (f"{home}/walk/shards/deep/er", r"lies in another store \(.*lab/walk\)"),
+        ):
+            with pytest.raises(OutputExistsError, match=says):
+                push(store, url, overwrite=True)
+            assert not Destination(place_of(url)).read("store.json")
+    push(store, f"{bucket}/lab2")
+    with pytest.raises(OutputExistsError, match="holds other stores"):
+        push(store, bucket)
 
 
 def test_a_store_that_is_not_finished_is_not_pushed(tmp_path: Path) -> None:
