@@ -68,13 +68,13 @@ class Cache:
     @contextmanager
     def empty(self) -> Iterator[Cache]:
         """A cache within this one that goes afterwards; what killed processes left of theirs goes before."""
+        own = self.folder / "verify"
         with ExitStack() as stack:
-            with self.holding(self.folder / "verify"):  # a folder that nobody holds yet is not taken for left
+            with self.holding(own), cache_errors(own):  # a folder that nobody holds yet is not taken for left
                 for left in self.folder.glob("verify-*"):
                     with suppress(StoreBusyError, FileNotFoundError), locked(left):
                         shutil.rmtree(left, ignore_errors=True)
-                with cache_errors(self.folder):
-                    folder = Path(tempfile.mkdtemp(prefix="verify-", dir=self.folder))
+                folder = Path(tempfile.mkdtemp(prefix="verify-", dir=self.folder))
                 stack.enter_context(locked(folder))
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
             yield Cache(folder, self.limit)
