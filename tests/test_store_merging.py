@@ -142,6 +142,24 @@ def test_an_episode_that_two_stores_have_is_not_merged_twice(
     assert merge([tmp_path / "m", tmp_path / "third"], tmp_path / "more").episodes == 7
 
 
+def test_a_merged_store_that_grows_still_says_where_its_episodes_came_from(
+    tmp_path: Path, write_rollouts: WriteStore
+) -> None:
+    merge([write_rollouts((9, 9), name="a"), write_rollouts((9,), name="b", seed=7)], tmp_path / "m")
+    before = Store.open(tmp_path / "m").manifest
+    grow(tmp_path / "m", (12, 15), seed=70)
+    grow(tmp_path / "m", (8,), seed=90)
+    now = Store.open(tmp_path / "m").manifest
+    assert verify(tmp_path / "m") == []
+    assert now.taken == before.taken
+    assert [(p.first_episode, p.specification.seed) for p in now.all_parts] == [
+        (0, 0),
+        (2, 7),
+        (3, 70),
+        (5, 90),
+    ]
+
+
 def test_a_store_is_not_merged_with_its_earlier_revision(tmp_path: Path, write_rollouts: WriteStore) -> None:
     shutil.copytree(write_rollouts(name="now"), tmp_path / "before")
     grow(tmp_path / "now", (12, 15))
