@@ -163,7 +163,17 @@ def verify(
             f"smallest cosine {checked.smallest_cosine:.6f}"
             + (f"; another encoder: {checked.differs}" if checked.differs else "")
         )
-    return _tell_checked(store, report, failures, json_, f" of a sample of {sample} shards" if sample else "")
+    return _tell_checked(store, report, failures, json_, _extent(store, sample))
+
+
+def _extent(store: str, sample: int | None) -> str:
+    """How much of a store was read, where that is not all of it."""
+    from pvrpipe.store.places import place_of
+    from pvrpipe.store.remote import Source
+
+    if sample is None or sample >= len(Source(place_of(store)).manifest()[1].shards):
+        return ""
+    return f" of a sample of {sample} shards"
 
 
 def _tell_checked(
@@ -206,7 +216,7 @@ def push(
         note(f"{url} holds all of it already{how}; nothing was pushed")
     if result.licence is not None:
         note(f"the embeddings go under the licence of their encoder's weights: {result.licence}")
-    return tell(json_, result, [result], SHARED)
+    return tell(json_, result, [result], _told(SHARED, result.licence))
 
 
 def pull(
@@ -239,7 +249,12 @@ def pull(
         result = run(url, folder, workers=workers, progress=progress)
     if result.resumed == result.files:
         note(f"{folder} holds all of it already; nothing was pulled")
-    return tell(json_, result, [result], SHARED)
+    return tell(json_, result, [result], _told(SHARED, result.licence))
+
+
+def _told(columns: tuple[str, ...], licence: str | None) -> tuple[str, ...]:
+    """Columns of a table; rollouts have no licence that is known."""
+    return tuple(name for name in columns if name != "licence" or licence is not None)
 
 
 def _pull_run(url: str, folder: Path, json_: bool, otherwise: Exception) -> None:
@@ -351,4 +366,4 @@ def card(
     from pvrpipe.store.publishing import write_cards
 
     result = write_cards(store, url=url, creator=creator)
-    tell(json_, result, [result], ("store", "card", "croissant", "licence"))
+    tell(json_, result, [result], _told(("store", "card", "croissant", "licence"), result.licence))

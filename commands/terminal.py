@@ -40,7 +40,9 @@ def watching(what: str, unit: str, *about: str) -> Iterator[Progress]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.finished_speed or task.speed or 0:,.1f} {unit}/s")
+            # rich forgets what it has seen whenever the total changes
+            whole = task.completed / task.elapsed if task.elapsed else 0
+            return Text(f"{task.finished_speed or task.speed or whole:,.1f} {unit}/s")
 
     columns = (
         TextColumn("{task.description:8}"),

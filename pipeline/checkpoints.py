@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pvrpipe.pipeline.cached import cache_folder
 from pvrpipe.pipeline.pvrs import KeyMap
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.store.cache import cache_errors
 from pvrpipe.store.files import sha256_of, write_whole
 
 
@@ -51,13 +53,18 @@ def _holds(converted: Path) -> bool:
 
 
 def _convert(tensors: dict[str, Tensor], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     beside = target.with_suffix(f".tmp-{os.getpid()}")
-    safetensors.torch.save_file(own, beside)
-    seal = sha256_of(beside)
-    beside.replace(target)
-    write_whole(target.with_suffix(".sha256"), seal.encode())
+    with cache_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            safetensors.torch.save_file(own, beside)
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))  # it hides what the operating system said
+            raise (OSError(int(code[1]), str(error)) if code else error) from None
+        seal = sha256_of(beside)
+        beside.replace(target)
+        write_whole(target.with_suffix(".sha256"), seal.encode())
 
 
 def read_tensors(path: Path) -> dict[str, object]:

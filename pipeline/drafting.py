@@ -19,7 +19,7 @@ from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, deterministic
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import Upload, download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
-from pvrpipe.schemas.manifest import Manifest
+from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
 from pvrpipe.store.columns import column, with_bounds
@@ -191,11 +191,13 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
         dtype=config.dtype,
         versions={name: version(name) for name in VERSIONS},
     )
+    parts = tuple(_part(specification, part) for part in store.manifest.all_parts)
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
     columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
     if not config.append:
-        return _with_splits_of(store, fresh)
+        kept = () if not config.overwrite and _begun_as_one(folder, specification) else parts[1:]
+        return _with_splits_of(store, fresh.model_copy(update={"parts": kept}))
     sealed = Store.open(folder, kind="embeddings").manifest
     known, now = made_by_last(sealed).rollouts_id, str(store.manifest.id)
     if known == now:
@@ -205,8 +207,21 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
             f"{folder} holds embeddings of other rollouts, not of an earlier revision of {store.path}; "
             "choose another output"
         )
-    draft = grown(sealed, fresh.specification, store.manifest.plan[len(sealed.plan) :])
-    return _with_splits_of(store, draft)
+    draft = grown(sealed, specification, store.manifest.plan[len(sealed.plan) :])
+    joined = (part for part in parts if part.first_episode >= sealed.episodes)
+    return _with_splits_of(store, draft.model_copy(update={"parts": (*sealed.parts, *joined)}))
+
+
+def _part(specification: EmbeddingSpecification, rollouts: Part) -> Part:
+    """Episodes that one command made, as they are embedded."""
+    made = specification.model_copy(update={"rollouts": rollouts.specification})
+    return rollouts.model_copy(update={"specification": made})
+
+
+def _begun_as_one(folder: Path, specification: EmbeddingSpecification) -> bool:
+    """Whether a folder holds these embeddings, begun when those of rollouts in parts were taken for one part."""
+    held = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    return held is not None and not held.parts and held.specification == specification
 
 
 def _with_splits_of(store: Store, draft: Manifest) -> Manifest:

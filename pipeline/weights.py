@@ -22,6 +22,7 @@ from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.schemas.errors import WeightsError
 from pvrpipe.schemas.specifications import WeightsIdentity
+from pvrpipe.store.cache import cache_errors
 from pvrpipe.store.files import sha256_of
 
 
@@ -107,8 +108,9 @@ def _from_url(pvr: Pvr) -> Path:
     target = download_target(pvr)
     if not target.is_file():
         _reach(pvr.source.url or "")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(pvr.source.url or "", str(target), progress=False)
+        with cache_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(pvr.source.url or "", str(target), progress=False)
     return target
 
 

@@ -43,6 +43,10 @@ class StoreError(PvrpipeError):
     """A store that cannot be used as asked."""
 
 
+class DiskError(StoreError):
+    """The operating system refuses to write: no room, no permission, something in the way."""
+
+
 class NotAStoreError(StoreError):
     """The folder holds no store, or one of another kind than is needed here."""
 

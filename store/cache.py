@@ -4,6 +4,7 @@
 
     ~/.cache/pvrpipe/stores/         PVRPIPE_CACHE
     ├── locks/                       empty files; a lock dies with its process
+    ├── verify-…/                    a cache of its own, as long as the process that fetches everything anew
     └── <id>-<manifest's sha256>/    one store, laid out as any other
         ├── store.json, episodes.parquet, …
         └── shards/00000.parquet     fetched when first opened; its time says when it was last
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvrpipe.schemas.errors import InvalidValueError, StoreError
-from pvrpipe.store.files import TEMPORARY, disk_errors
+from pvrpipe.schemas.errors import DiskError, InvalidValueError, StoreBusyError, StoreError
+from pvrpipe.store.files import TEMPORARY, disk_errors, locked
 from pvrpipe.store.layout import SHARDS
 
 FOLDER, LIMIT = "PVRPIPE_CACHE", "PVRPIPE_CACHE_GB"
@@ -38,10 +41,14 @@ class Cache:
         """What ``PVRPIPE_CACHE`` and ``PVRPIPE_CACHE_GB`` say.
 
         Raises:
-            InvalidValueError: the size is not a positive number.
+            InvalidValueError: the size is not a positive number, or the folder is of a user that does not exist.
         """
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path(os.environ.get(FOLDER) or home / "pvrpipe" / "stores").expanduser().absolute()
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        named = os.environ.get(FOLDER) or f"{home}/pvrpipe/stores"
+        try:
+            folder = Path(named).expanduser().absolute()
+        except RuntimeError:
+            raise InvalidValueError(f"{named} is in no home folder known here; set {FOLDER}") from None
         text = os.environ.get(LIMIT) or str(DEFAULT_GB)
         try:
             gigabytes = float(text)
@@ -50,6 +57,27 @@ class Cache:
         if not 0 < gigabytes < float("inf"):
             raise InvalidValueError(f"{LIMIT} is '{text}'; give a number of gigabytes above 0")
         return cls(folder, int(gigabytes * 1e9))
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of a store, which is made if it is not there."""
+        folder = self.folder / name
+        with cache_errors(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    @contextmanager
+    def empty(self) -> Iterator[Cache]:
+        """A cache within this one that goes afterwards; what killed processes left of theirs goes before."""
+        own = self.folder / "verify"
+        with ExitStack() as stack:
+            with self.holding(own), cache_errors(own):  # a folder that nobody holds yet is not taken for left
+                for left in self.folder.glob("verify-*"):
+                    with suppress(StoreBusyError, FileNotFoundError), locked(left):
+                        shutil.rmtree(left, ignore_errors=True)
+                folder = Path(tempfile.mkdtemp(prefix="verify-", dir=self.folder))
+                stack.enter_context(locked(folder))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            yield Cache(folder, self.limit)
 
     @contextmanager
     def holding(self, file: Path) -> Iterator[None]:
@@ -94,7 +122,7 @@ class Cache:
     def _locked(self, file: Path, wait: bool) -> Iterator[None]:
         """An advisory lock named after a file; it excludes threads as well as processes."""
         lock = self.folder / "locks" / "-".join(file.relative_to(self.folder).parts)
-        with disk_errors(lock):
+        with cache_errors(lock):
             lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -103,6 +131,20 @@ class Cache:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has the descriptor too
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def cache_errors(path: Path) -> Iterator[None]:
+    """Refusals of the operating system within the cache, which may lie elsewhere.
+
+    Raises:
+        DiskError: one line that names the variable.
+    """
+    try:
+        with disk_errors(path):
+            yield
+    except DiskError as error:
+        raise DiskError(f"{error}; {FOLDER} says where such files are kept") from error
 
 
 def _stat(path: Path) -> os.stat_result | None:

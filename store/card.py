@@ -42,7 +42,7 @@ def card(manifest: Manifest) -> str:
     about = (
         _rollouts(specification)
         if isinstance(specification, RolloutSpecification)
-        else _embeddings(specification)
+        else _embeddings(specification, _policies(manifest))
     )
     columns = "\n".join(
         f"| `{c.name}` | {c.dtype} | {list(c.shape)} | {c.layout} |" for c in manifest.columns
@@ -77,7 +77,14 @@ def _rollouts(s: RolloutSpecification) -> str:
 - policy `{s.policy}`, seed {s.seed}, at most {s.max_steps} transitions an episode"""
 
 
-def _embeddings(s: EmbeddingSpecification) -> str:
+def _policies(manifest: Manifest) -> str:
+    """Who played, of every part."""
+    made = (part.specification for part in manifest.all_parts)
+    played = (s.rollouts.policy if isinstance(s, EmbeddingSpecification) else s.policy for s in made)
+    return ", ".join(f"`{policy}`" for policy in dict.fromkeys(played))
+
+
+def _embeddings(s: EmbeddingSpecification, policies: str) -> str:
     e, w = s.encoder, s.encoder.weights
     random = (
         f"\n- **RANDOM WEIGHTS** (seed {w.random_seed}): nobody trained this encoder; it is a control"
@@ -91,7 +98,7 @@ def _embeddings(s: EmbeddingSpecification) -> str:
 - weights from {w.source}{f" at {w.revision}" if w.revision else ""}, {w.loaded} of {w.expected} tensors,
   tensors sha256 `{w.tensors_sha256}`
 - licence of the weights, which travels with what they computed: {w.licence}
-- frames from rollout store `{s.rollouts_id}` (policy `{s.rollouts.policy}`, {s.rollouts.size} px)"""
+- frames from rollout store `{s.rollouts_id}` (policy {policies}, {s.rollouts.size} px)"""
 
 
 def _smaller_batches(manifest: Manifest) -> str:

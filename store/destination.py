@@ -10,7 +10,16 @@ from pathlib import Path, PurePosixPath
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.store.files import TEMPORARY, disk_errors, settle, temporary_beside
-from pvrpipe.store.layout import CARD, MANIFEST, MANIFEST_LIMIT, SHARDS, StoreFile, parse_manifest
+from pvrpipe.store.hub import is_hub
+from pvrpipe.store.layout import (
+    CARD,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    REVISIONS,
+    SHARDS,
+    StoreFile,
+    parse_manifest,
+)
 from pvrpipe.store.places import Place, Url, filesystem, patiently, reaching
 from pvrpipe.store.remote import Source
 
@@ -46,6 +55,36 @@ class Destination:
                 if entry["type"] == "file":
                     found[name] = int(entry["size"] or 0)
         return found
+
+    def refuse_nesting(self) -> None:
+        """A folder of stores is not one of them, and none lies in another.
+
+        Raises:
+            OutputExistsError: it would; the message names the other.
+        """
+        driver, root = filesystem(str(self.place))
+        around = [p for p in PurePosixPath(root).parents if p.name and len(p.parts) >= self._outermost]
+        with reaching(self.place):
+            if outer := next((p for p in around if driver.isfile(f"{p}/{MANIFEST}")), None):
+                raise OutputExistsError(
+                    f"{self.place} lies in another store ({outer}); push to a place beside it"
+                )
+            try:
+                entries = driver.ls(root, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            below = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
+            others = (path for path in below if PurePosixPath(path).name not in (SHARDS, REVISIONS))
+            if within := next((path for path in others if driver.isfile(f"{path}/{MANIFEST}")), None):
+                raise OutputExistsError(
+                    f"{self.place} holds other stores ({PurePosixPath(within).name}, …); push to a folder of "
+                    f"its own, e.g. {self.place}/NAME"
+                )
+
+    @property
+    def _outermost(self) -> int:
+        """Parts of the shortest path that may be a store: of the Hub a repository is, datasets/OWNER/NAME."""
+        return 3 if is_hub(self.place) else 1
 
     def read(self, name: str) -> bytes:
         """A small file, as far as a manifest may be long; empty where there is none."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pvrpipe.schemas.addresses import refuse_url
-from pvrpipe.schemas.errors import StoreBusyError, StoreError
+from pvrpipe.schemas.errors import DiskError, StoreBusyError, StoreError
 
 FILES_OPEN = "too many files are open; raise the limit with `ulimit -n 4096`"
 TEMPORARY = ".tmp-"  # marks files that a crash may leave behind; the next writer removes them
@@ -119,6 +119,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.ENOSPC: "the disk is full; free some space",
             errno.EDQUOT: "the disk quota is used up; free some space",
             errno.EACCES: "permission denied; make the folder writable",
+            errno.EPERM: "permission denied; make the folder writable",
+            errno.EIO: "the disk fails; choose another output",
+            errno.ENAMETOOLONG: "its name is too long; choose another output",
+            errno.ELOOP: "its links lead in a circle; choose another output",
             errno.EROFS: "the file system is read-only; choose another output",
             errno.EEXIST: "a file of that name is in the way; choose another output",
             errno.ENOTDIR: "a file is in the way of its folder; choose another output",
@@ -128,9 +132,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         }.get(error.errno or 0)
         if advice is None:
             raise
-        raise StoreError(
-            f"cannot write {path}: {advice}, then run the same command again to go on"
-        ) from error
+        raise DiskError(f"cannot write {path}: {advice}, then run the same command again to go on") from error
 
 
 @contextmanager

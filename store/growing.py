@@ -44,6 +44,7 @@ def grown(sealed: Manifest, specification: Any, plan: tuple[ShardPlan, ...]) -> 
             "parts": (*sealed.parts, part),
             "earlier": (*sealed.earlier, before),
             "splits": sealed.splits,
+            "taken": sealed.taken,
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.rewriting import Rewritten, rewrite
 from pvrpipe.store.selecting import Condition, select_episodes
 from pvrpipe.store.selection import Selection
+from pvrpipe.store.webdataset import PLACE
+
+#: What of an episode may differ between the stores that it is in.
+LOOSE = {"episode", "split", "distribution", *PLACE}
+SEEN = {"frame", "embedding"}  # these are large, and follow from what was done
 
 
 def merge(
@@ -34,7 +40,7 @@ def merge(
     Licences of the same weights may be told differently; the strictest counts for all.
 
     Raises:
-        InvalidValueError: fewer than two stores, or one of them twice.
+        InvalidValueError: fewer than two stores, one of them twice, or an episode that two of them have.
         OutputExistsError: they are not the same thing; the message says which field differs.
         PvrpipeError: as :func:`pvrpipe.store.rewriting.rewrite`.
     """
@@ -52,6 +58,7 @@ def merge(
             )
     chosen = tuple((store, episode) for store in opened for episode in range(store.manifest.episodes))
     selection = Selection(chosen, licence=_licence(opened))
+    _refuse_shared(selection)
     return rewrite(selection, out, _plan(selection, shard_rows), overwrite=overwrite, progress=progress)
 
 
@@ -114,6 +121,54 @@ def not_the_same(first: Manifest, other: Manifest) -> str:
     if differ := unlike(first.rollouts, other.rollouts):
         return f"rollouts.{differ}" if first.kind == "embeddings" else differ
     return differences(_columns(first), _columns(other), "there")
+
+
+def _refuse_shared(selection: Selection) -> None:
+    """No episode is to count twice, nor to be in both splits.
+
+    Raises:
+        InvalidValueError: two stores share episodes; the message names both.
+    """
+    for (owner, store), episodes in _shared(selection).items():
+        few = ", ".join(map(str, sorted(episodes)[:3])) + (", …" if len(episodes) > 3 else "")
+        all_of_it = len(episodes) == store.manifest.episodes
+        cure = "leave it out" if all_of_it else "take those out of it first with `pvrpipe split`"
+        raise InvalidValueError(
+            f"{store.path} shares {len(episodes)} of its {store.manifest.episodes} episodes ({few}) with "
+            f"{owner.path}; {cure}"
+        )
+
+
+def _shared(selection: Selection) -> dict[tuple[Store, Store], list[int]]:
+    """What two stores both have, by its numbers in the later one: splits, copies, earlier revisions of one another.
+
+    Where seed, policy, look, length and return are the same, the rows decide: ids would tell of the store that
+    episodes were taken from, but not of the one that they had been taken from before.
+    """
+    alike: dict[str, list[int]] = {}
+    for number, record in enumerate(selection.records):
+        alike.setdefault(record.model_dump_json(exclude=LOOSE), []).append(number)
+    owners: dict[str, Store] = {}
+    shared: dict[tuple[Store, Store], list[int]] = {}
+    for numbers in alike.values():
+        if len({selection.chosen[number][0] for number in numbers}) < 2:
+            continue
+        for number in numbers:
+            store, episode = selection.chosen[number]
+            owner = owners.setdefault(_digest(selection, number), store)
+            if owner is not store:
+                shared.setdefault((owner, store), []).append(episode)
+    return shared
+
+
+def _digest(selection: Selection, number: int) -> str:
+    """Of what was done in an episode and what came of it, whatever saw it."""
+    columns = [c.name for c in selection.columns if c.name not in SEEN and c.name != "episode"]
+    digest = hashlib.sha256()
+    for name, rows in selection.rows(number, columns).items():
+        digest.update(name.encode())
+        digest.update(rows.tobytes())
+    return digest.hexdigest()
 
 
 def _columns(manifest: Manifest) -> dict[str, Any]:

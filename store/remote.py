@@ -16,7 +16,7 @@ from typing import Any
 
 from pvrpipe.schemas.errors import CorruptStoreError, NotAStoreError, UnfinishedStoreError
 from pvrpipe.schemas.manifest import Manifest, store_id
-from pvrpipe.store.cache import Cache
+from pvrpipe.store.cache import Cache, cache_errors
 from pvrpipe.store.files import (
     disk_errors,
     remove_temporaries,
@@ -178,11 +178,10 @@ class Mirror:
         self._files = {file.name: file for file in files_of(self.manifest)}
         # Named after the manifest's own bytes too: a forged one with a true store's id gets its own folder.
         name = f"{str(self.manifest.id)[:16]}-{hashlib.sha256(text).hexdigest()[:32]}"
-        self.folder = self._cache.folder / name
-        with disk_errors(self.folder):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (self.folder / MANIFEST).is_file():
-            write_whole(self.folder / MANIFEST, text)
+        self.folder = self._cache.folder_of(name)
+        with cache_errors(self.folder):
+            if not (self.folder / MANIFEST).is_file():
+                write_whole(self.folder / MANIFEST, text)
 
     def revision(self, revision: int | None) -> Manifest:
         """The manifest of a revision; None is the newest."""
@@ -205,11 +204,12 @@ class Mirror:
             if path.is_file() and file.size in (None, path.stat().st_size):
                 os.utime(path)  # the time of its last use
             else:
-                with disk_errors(path):
+                with cache_errors(path):
                     path.parent.mkdir(exist_ok=True)
-                remove_temporaries(path.parent, path.name)
+                    remove_temporaries(path.parent, path.name)
                 self._cache.make_room(file.size or 0)
-                self._source.fetch(file, path)
+                with cache_errors(path):
+                    self._source.fetch(file, path)
             yield path
         self._cache.make_room(0)  # others may have fetched at the same time
 

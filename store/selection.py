@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,8 +107,8 @@ class Selection:
             for number, (store, episode) in enumerate(self.chosen)
         )
 
-    def rows(self, number: int) -> dict[str, Rows]:
-        """The rows of an episode: column → array (L+1, ...).
+    def rows(self, number: int, columns: Sequence[str] | None = None) -> dict[str, Rows]:
+        """The rows of an episode: column → array (L+1, ...); of all columns, or of some.
 
         Raises:
             CorruptStoreError: they are not what their store's manifest promises.
@@ -116,10 +116,11 @@ class Selection:
         """
         store, episode = self.chosen[number]
         self._prove(store, int(store.episodes["shard"][episode]))
-        rows = store.read_episode(episode)
-        if self.dtype is not None:
+        rows = store.read_episode(episode, columns)
+        if self.dtype is not None and "embedding" in rows:
             rows["embedding"] = self.cast(rows["embedding"], rows, str(store.path))
-        rows["episode"] = np.full_like(rows["episode"], number)
+        if "episode" in rows:
+            rows["episode"] = np.full_like(rows["episode"], number)
         return rows
 
     def cast(self, embedding: Rows, rows: Mapping[str, Rows], source: str) -> Rows:

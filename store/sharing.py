@@ -79,7 +79,8 @@ def push(
 
     Raises:
         CorruptStoreError: the store does not verify; nothing is published.
-        OutputExistsError: another store is there, or files that are none; they are left as they are.
+        OutputExistsError: another store is there, below or around it, or files that are none; they are left as
+            they are.
         InvalidValueError: nothing can be pushed there, or the store is not on this machine.
         UnreachableError, MissingDriverError: the place does not answer.
     """
@@ -87,7 +88,7 @@ def push(
     destination = Destination(place)
     if isinstance(place, Path):
         refuse_source(folder, place)
-        _refuse_home(place)
+    destination.refuse_nesting()
     manifest = _verified(folder, progress)
     files = [f for f in files_of(manifest) if not f.optional or (folder / f.name).is_file()]
     sizes = {f.name: (folder / f.name).stat().st_size for f in files}
@@ -186,18 +187,6 @@ def _verified(folder: Path, progress: Progress) -> Manifest:
             f"`pvrpipe verify {folder}` lists all of it"
         )
     return manifest
-
-
-def _refuse_home(folder: Path) -> None:
-    """A folder of stores is not one of them.
-
-    Raises:
-        OutputExistsError: it is; the message names one that is there.
-    """
-    if within := next(folder.glob(f"*/{MANIFEST}"), None):
-        raise OutputExistsError(
-            f"{folder} holds other stores ({within.parent.name}, …); push to a folder of its own, e.g. {folder}/NAME"
-        )
 
 
 @contextmanager

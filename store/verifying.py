@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,7 @@ from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, store
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.cache import Cache
 from pvrpipe.store.episodes import episode_rows
-from pvrpipe.store.files import disk_errors, sha256_of
+from pvrpipe.store.files import sha256_of
 from pvrpipe.store.golden import read_golden
 from pvrpipe.store.layout import COMMITTED, GOLDEN, MANIFEST, files_of, read_commit, read_manifest, shard_file
 from pvrpipe.store.moments import merged, moments_of, statistics_of
@@ -58,11 +57,8 @@ def verify(path: Place | str, progress: Progress = silent, sample: int | None = 
         failures = list(_links(place, manifest)) or list(_files(place, manifest, chosen))
         # the rows of a damaged file prove nothing
         return failures or _rows(Store.open(place), place, progress, chosen)
-    shared = Cache.from_environment()
-    with disk_errors(shared.folder):
-        shared.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=shared.folder) as folder:
-        store = Store.open(place, cache=Cache(Path(folder), shared.limit))
+    with Cache.from_environment().empty() as cache:
+        store = Store.open(place, cache=cache)
         chosen = _chosen(store.manifest, sample)
         failures = list(_fetched(store, progress, chosen))
         with store.file(MANIFEST) as file:
@@ -149,10 +145,8 @@ def _files(path: Path, manifest: Manifest, chosen: Container[int]) -> Iterator[F
         if entry.file != shard_file(index, manifest.shard_format):
             yield Failure("store.json", f"shard {index} is called {entry.file}")
     for revision, before in enumerate(manifest.earlier, 1):
-        if (
-            store_id(manifest.specification, hashes[: before.shards], manifest.parts[: revision - 1])
-            != before.id
-        ):
+        parts = [part for part in manifest.parts if part.first_episode < before.episodes]
+        if store_id(manifest.specification, hashes[: before.shards], parts) != before.id:
             yield Failure("store.json", f"the shards of revision {revision} are not those it was sealed with")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pvrpipe.cli import app
+from pvrpipe.commands.terminal import watching
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
@@ -23,6 +26,8 @@ from pvrpipe.schemas.errors import (
     WeightsError,
 )
 from pvrpipe.store.building import PendingStore
+from pvrpipe.store.destination import Destination
+from pvrpipe.store.places import place_of
 from pvrpipe.store.sharing import push
 from pvrpipe.worldmodel.training import TrainConfig
 
@@ -68,6 +73,25 @@ def test_places_to_push_to(tmp_path: Path) -> None:
     assert not (store / "sub").exists()
 
 
+def test_no_published_store_lies_in_another(tmp_path: Path, bucket: str) -> None:
+    store = write_store(tmp_path / "one", (4, 5))
+    for home in (f"{bucket}/lab", "memory://nested/lab", str(tmp_path / "lab")):
+        push(store, f"{home}/walk")
+        push(store, f"{home}/walk")  # beside its own shards
+        push(store, f"{home}/walker")
+        for url, says in (
+            (home, r"holds other stores \(walk, …\); push to a folder of its own, e.g. .*lab/NAME"),
+            (f"{home}/walk/sub", r"lies in another store \(.*lab/walk\)"),
+            (f"{home}/walk/shards/deep/er", r"lies in another store \(.*lab/walk\)"),
+        ):
+            with pytest.raises(OutputExistsError, match=says):
+                push(store, url, overwrite=True)
+            assert not Destination(place_of(url)).read("store.json")
+    push(store, f"{bucket}/lab2")
+    with pytest.raises(OutputExistsError, match="holds other stores"):
+        push(store, bucket)
+
+
 def test_a_store_that_is_not_finished_is_not_pushed(tmp_path: Path) -> None:
     with PendingStore.begin(tmp_path / "begun", draft([random_episode(0, 4)])):
         pass
@@ -92,6 +116,32 @@ def test_what_golden_cannot_check_is_said_before_the_store_is_read(
     result = CliRunner().invoke(app, ["verify", str(store), *arguments])
     assert says in str(result.exception)
     assert isinstance(result.exception, PvrpipeError)
+
+
+@pytest.mark.parametrize(("sample", "extent"), [("99", ""), ("3", ""), ("2", " of a sample of 2 shards")])
+def test_a_sample_of_more_shards_than_there_are_is_all_of_them(
+    sample: str, extent: str, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "rollouts", (4, 5, 6))
+    result = CliRunner().invoke(app, ["verify", str(store), "--sample", sample])
+    assert result.output.endswith(f"rollouts: every byte and number{extent} holds\n")
+
+
+def test_a_licence_that_is_not_known_is_not_told_as_none(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "rollouts", (4, 5))
+    for command in (["card", str(store)], ["push", str(store), str(tmp_path / "there")]):
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code, "None" in result.output, " licence " in result.output) == (0, False, False)
+
+
+def test_a_bar_whose_total_changes_keeps_its_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    """Episodes end early, and small files come on top: the last word is not a rate of nothing."""
+    with watching("pull", "MiB") as progress:
+        for done, total in ((0.0, 4.0), (3.0, 4.0), (5.0, 5.0)):
+            time.sleep(0.01)
+            progress(done, total)
+    (rate,) = re.findall(r"([0-9.,]+) MiB/s", capsys.readouterr().err)
+    assert 5 < float(rate) < 500
 
 
 def test_an_empty_policy_is_not_the_usual_one(tmp_path: Path) -> None:

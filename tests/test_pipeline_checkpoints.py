@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -14,7 +15,7 @@ from pvrpipe.pipeline.checkpoints import read_tensors, tensors_of
 from pvrpipe.pipeline.pvrs import KeyMap, WeightsSource
 from pvrpipe.pipeline.weights import WeightsFile, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS
-from pvrpipe.schemas.errors import WeightsError
+from pvrpipe.schemas.errors import StoreError, WeightsError
 from pvrpipe.store.files import sha256_of
 
 from .upstream import noise
@@ -51,6 +52,23 @@ def test_a_pickle_is_converted_once_and_again_if_the_copy_is_damaged(
     assert len(reads) == 2
     tensors_of(tmp_path / "w.pth", digest, keys.model_copy(update={"drop": ("^decoder", "^epoch$", "b$")}))
     assert len(reads) == 3  # something else is taken from it
+
+
+@pytest.mark.parametrize("refused", ["No space left on device (os error 28)", None])
+def test_a_cache_that_cannot_take_a_conversion_is_named(
+    refused: str | None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"a": noise(2)}, tmp_path / "w.pth")
+    if refused is None:
+        cache.touch()
+    else:
+
+        def save_file(*_: object) -> None:
+            raise safetensors.SafetensorError(f"Error while serializing: I/O error: {refused}")
+
+        monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(StoreError, match=r"(disk is full|in the way).*PVRPIPE_CACHE"):
+        tensors_of(tmp_path / "w.pth", "0" * 64, KeyMap())
 
 
 def test_what_is_no_tensor_is_refused_unless_it_is_dropped(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
@@ -76,6 +77,8 @@ def test_episodes_keep_their_splits_whatever_their_rollouts_were_made_of(
     """Of merged, split and grown rollouts splits do not follow from an episode's number in the store."""
     one, two = write_rollouts(name="one"), write_rollouts(name="two", seed=5)
     merge([one, two], tmp_path / "merged")
+    grow(tmp_path / "merged", (9, 8), seed=70, policy="mpc")
+    assert verify(tmp_path / "merged") == []
     split(one, tmp_path / "split", where="episode != 0")
     grow(two, (9, 11, 12))
     grow(two, (10, 10), seed=6)
@@ -85,6 +88,35 @@ def test_episodes_keep_their_splits_whatever_their_rollouts_were_made_of(
         assert verify(out) == []
         splits = [Store.open(folder).episodes["split"].to_list() for folder in (tmp_path / name, out)]
         assert splits[0] == splits[1]
+        assert seeds(out) == seeds(tmp_path / name)
+    assert "policy `random`, `mpc`" in (tmp_path / "merged-embedded" / "README.md").read_text()
+
+
+def seeds(folder: Path) -> list[tuple[int, int, int]]:
+    """Of each part: its first episode, its episodes, and the seed that its rollouts were made with."""
+    made = [
+        (p, getattr(p.specification, "rollouts", p.specification))
+        for p in Store.open(folder).manifest.all_parts
+    ]
+    return [(part.first_episode, part.episodes, rollouts.seed) for part, rollouts in made]
+
+
+def test_embeddings_made_as_one_part_are_taken_as_they_are_and_grow(
+    autoencoder: EncoderRequest, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """Once, embeddings of rollouts in parts told of the first part only."""
+    rollouts, out = tmp_path / "merged", tmp_path / "e"
+    merge([write_rollouts(name="one"), write_rollouts((9, 8), name="two", seed=5)], rollouts)
+    with pytest.MonkeyPatch.context() as then:
+        then.setattr(drafting, "_begun_as_one", lambda *_: True)
+        (made,) = embed(rollouts, [(autoencoder, out)], INLINE)
+    assert (seeds(out), verify(out)) == ([(0, 8, 0)], [])
+    (again,) = embed(rollouts, [(autoencoder, out)], INLINE)
+    assert (again.id, again.resumed_shards) == (made.id, made.shards)
+    grow(rollouts, (9, 11), seed=70)
+    (grown,) = embed(rollouts, [(autoencoder, out)], EmbedConfig(engine="inline", append=True))
+    assert grown.resumed_shards == made.shards
+    assert (seeds(out), verify(out)) == ([(0, 8, 0), (8, 2, 70)], [])
 
 
 def test_growth_by_several_parts_is_embedded_at_once(
@@ -97,6 +129,7 @@ def test_growth_by_several_parts_is_embedded_at_once(
     embed(rollouts, [(autoencoder, out)], EmbedConfig(engine="inline", append=True))
     assert verify(out) == []
     assert Store.open(out).episodes["split"].equals(Store.open(rollouts).episodes["split"])
+    assert seeds(out) == seeds(rollouts) == [(0, 6, 0), (6, 3, 5), (9, 2, 6)]
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -154,6 +187,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from pvrpipe.pipeline import embedding
+from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
 slow = embedding.Encoder.__call__

@@ -55,6 +55,30 @@ def test_licences_the_hub_does_not_know_and_rollouts_without_one(
     assert "license" not in hub_metadata(write_rollouts())
 
 
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"url": "not a url"}, "--url 'not a url' is no URL"),
+        ({"url": "lab/walk"}, "is no URL"),
+        ({"url": "https://"}, "is no URL"),
+        ({"url": "https://lab.org/a b"}, "is no URL"),
+        ({"creator": "Our\nLab"}, r"--creator 'Our\\nLab' is no name; give one line"),
+        ({"creator": " "}, "is no name"),
+    ],
+)
+def test_what_is_no_url_or_name_is_on_no_card(
+    told: dict[str, str], says: str, write_rollouts: WriteStore
+) -> None:
+    folder = write_rollouts()
+    before = (folder / "README.md").read_bytes()
+    with pytest.raises(InvalidValueError, match=says):
+        write_cards(folder, **told)
+    assert (folder / "README.md").read_bytes() == before
+    assert not (folder / "croissant.json").exists()
+    for url in ("https://lab.org/walk", "s3://lab", "hf://datasets/lab/walk"):
+        assert json.loads(write_cards(folder, url=url).croissant.read_text())["url"] == url
+
+
 def test_croissant_holds_every_shard_with_its_hash_and_loads(tmp_path: Path, shard_format: str) -> None:
     folder = write_embeddings(tmp_path / "e", shard_format=shard_format)
     written = write_cards(folder, creator="Some Lab", published=date(2026, 1, 2))

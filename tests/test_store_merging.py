@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pvrpipe.store.verifying import verify
 from .conftest import WriteStore
 from .embedded import write_embeddings
 from .killing import run_killed
+from .test_store_growing import grow
 from .test_store_strangers import reseal
 
 
@@ -113,6 +115,78 @@ def test_other_kinds_columns_and_the_same_store_twice_are_refused(
         with pytest.raises(InvalidValueError, match="is the store to read"):
             merge([a, write_rollouts((5, 6), name="c", seed=3)], a, overwrite=overwrite)
     assert verify(a) == []
+
+
+def refused_as_shared(stores: list[Path], message: str) -> None:
+    out = stores[0].parent / "shared"
+    with pytest.raises(InvalidValueError, match=message) as refused:
+        merge(stores, out)
+    assert all(str(path) in str(refused.value) for path in stores[-2:])
+    assert not out.exists()
+
+
+def test_an_episode_that_two_stores_have_is_not_merged_twice(
+    tmp_path: Path, write_rollouts: WriteStore
+) -> None:
+    whole, other = write_rollouts(name="whole"), write_rollouts((20, 9), name="other", seed=40)
+    split(whole, tmp_path / "half", where="episode < 3", rest=tmp_path / "rest")
+    split(tmp_path / "half", tmp_path / "third", where="episode > 0")
+    merge([other, tmp_path / "rest"], tmp_path / "m")
+    refused_as_shared(
+        [whole, tmp_path / "half"], r"half shares 3 of its 3 episodes \(0, 1, 2\).*leave it out"
+    )
+    refused_as_shared([tmp_path / "half", whole], r"whole shares 3 of its 6 episodes.*`pvrpipe split`")
+    refused_as_shared([other, whole, tmp_path / "third"], "third shares 2 of its 2")
+    refused_as_shared([whole, tmp_path / "m"], r"m shares 3 of its 5 episodes \(2, 3, 4\)")
+    assert merge([tmp_path / "half", tmp_path / "rest"], tmp_path / "again").episodes == 6
+    assert merge([tmp_path / "m", tmp_path / "third"], tmp_path / "more").episodes == 7
+
+
+def test_a_merged_store_that_grows_still_says_where_its_episodes_came_from(
+    tmp_path: Path, write_rollouts: WriteStore
+) -> None:
+    merge([write_rollouts((9, 9), name="a"), write_rollouts((9,), name="b", seed=7)], tmp_path / "m")
+    before = Store.open(tmp_path / "m").manifest
+    grow(tmp_path / "m", (12, 15), seed=70)
+    grow(tmp_path / "m", (8,), seed=90)
+    now = Store.open(tmp_path / "m").manifest
+    assert verify(tmp_path / "m") == []
+    assert now.taken == before.taken
+    assert [(p.first_episode, p.specification.seed) for p in now.all_parts] == [
+        (0, 0),
+        (2, 7),
+        (3, 70),
+        (5, 90),
+    ]
+
+
+def test_a_store_is_not_merged_with_its_earlier_revision(tmp_path: Path, write_rollouts: WriteStore) -> None:
+    shutil.copytree(write_rollouts(name="now"), tmp_path / "before")
+    grow(tmp_path / "now", (12, 15))
+    refused_as_shared([tmp_path / "now", tmp_path / "before"], "before shares 6 of its 6 episodes")
+
+
+def test_embeddings_of_a_store_and_of_its_split_are_not_merged(tmp_path: Path, shard_format: str) -> None:
+    whole = write_embeddings(tmp_path / "whole", shard_format=shard_format)
+    part = write_embeddings(tmp_path / "part", (30, 41), shard_format=shard_format, scale=1.001)
+    refused_as_shared([whole, part], "part shares 2 of its 2 episodes")
+
+
+def test_episodes_that_only_look_alike_are_merged(tmp_path: Path, write_rollouts: WriteStore) -> None:
+    """Seed, policy, length and return say nothing of what others recorded: these may all be 0."""
+    folders = [write_rollouts((9, 9), name=str(seed), seed=seed) for seed in (3, 4)]
+    for folder in folders:
+        retold(folder, {"seed": 0, "episode_return": 0.0, "terminated": False})
+    assert merge(folders, tmp_path / "m").episodes == 4
+
+
+def retold(folder: Path, told: dict[str, Any]) -> None:
+    """The same rows, of which the episode table says something else."""
+    table = pl.read_parquet(folder / "episodes.parquet")
+    table.with_columns(pl.lit(v, table.schema[k]).alias(k) for k, v in told.items()).write_parquet(
+        folder / "episodes.parquet"
+    )
+    reseal(folder, "episodes.parquet")
 
 
 def test_a_merge_keeps_the_strictest_licence_in_every_part(tmp_path: Path, shard_format: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -244,6 +246,59 @@ def test_a_size_of_the_cache_that_is_none(size: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PVRPIPE_CACHE_GB", size)
     with pytest.raises(InvalidValueError, match="PVRPIPE_CACHE_GB"):
         Cache.from_environment()
+
+
+@pytest.mark.parametrize("use", [Store.open, verify])
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/pvrpipe", "~nobody-of-that-name/x"])
+def test_a_cache_that_cannot_be_is_named(
+    use: Any, where: str, tmp_path: Path, write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_to(write_rollouts(), "memory://cached")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PVRPIPE_CACHE", where if where[0] in "/~" else str(tmp_path / where))
+    with pytest.raises((StoreError, InvalidValueError), match="PVRPIPE_CACHE"):
+        use("memory://cached")
+
+
+def test_a_disk_that_fills_while_a_shard_is_fetched(
+    write_rollouts: WriteStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_to(write_rollouts(), "memory://cached")
+    store = Store.open("memory://cached")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as then:
+        then.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match=r"disk is full.*PVRPIPE_CACHE"):
+            store.shard(0)
+    assert list(cache.glob("*/shards/*")) == []
+    assert store.shard(0)
+
+
+VERIFY = """
+import os, signal, sys
+from pvrpipe.store.verifying import verify
+verify(sys.argv[1], lambda done, total, note="": done == 2 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_verify_that_was_killed_leaves_nothing_once_another_has_run(
+    write_rollouts: WriteStore, web: Served, cache: Path
+) -> None:
+    write_rollouts()
+    url = f"{web.url}/rollouts"
+    killed = subprocess.run([sys.executable, "-c", VERIFY, url], check=False)
+    assert killed.returncode == -9
+    (left,) = cache.glob("verify-*")
+    assert list(left.glob("*/shards/*.parquet"))
+    with Cache(cache, 10**9).empty() as own:
+        assert own.folder != left
+        assert list(cache.glob("verify-*")) == [own.folder]
+        assert verify(url) == []  # one that is in use stays
+        assert list(cache.glob("verify-*")) == [own.folder]
+    assert list(cache.glob("verify-*")) == []
 
 
 @pytest.mark.parametrize("how", ["flipped", "longer", "missing"])
