@@ -245,7 +245,7 @@ def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Pat
     assert {panel["keys"]["representation"] for panel in blocks} == {"vc1"}
     assert [len(panel["dots"]) for panel in encoders] == [2 * 3]
     units = [panel["keys"]["cost"] for panel in charts["cost"]]
-    assert units == ["seconds for 1,000 frames", "bytes of a frame", "bytes of memory while embedding"]
+    assert units == ["seconds for 1,000 frames", "bytes of a frame", "MB of memory while embedding"]
 
 
 def test_compare_prints_runs_side_by_side(study: Path, tmp_path: Path) -> None:

@@ -348,11 +348,11 @@ def _strips(made: Charts, evidence: Evidence) -> None:
 
 def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
     units = {
-        "seconds_per_1000_frames": "seconds for 1,000 frames",
-        "bytes_per_frame": "bytes of a frame",
-        "memory_bytes": "bytes of memory while embedding",
+        "seconds_per_1000_frames": ("seconds for 1,000 frames", 1),
+        "bytes_per_frame": ("bytes of a frame", 1),
+        "memory_bytes": ("MB of memory while embedding", 1e6),
     }
-    for column, unit in units.items():
+    for column, (unit, scale) in units.items():
         rows = (
             costs.filter(pl.col(column).is_not_null())
             .group_by("pvr", maintain_order=True)
@@ -363,7 +363,7 @@ def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
                 "keys": {"cost": unit},
                 "x": unit,
                 "dots": [
-                    {"label": row["pvr"], "value": row[column], "random": row["random_weights"]}
+                    {"label": row["pvr"], "value": row[column] / scale, "random": row["random_weights"]}
                     for row in rows.sort(column, maintain_order=True).iter_rows(named=True)
                 ],
             }

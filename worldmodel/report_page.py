@@ -147,7 +147,8 @@ def _comparisons(findings: Findings) -> str:
 def _absent(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    told = (re.sub(r"`(.*?)`", r"<code>\1</code>", escape(sentence)) for sentence in sentences)
+    items = "".join(f"<li>{sentence}</li>" for sentence in told)
     head = '<section aria-labelledby="absent"><h2 id="absent">What is not shown</h2>'
     return f'{head}<ul class="findings">{items}</ul></section>'
 
