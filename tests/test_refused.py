@@ -173,20 +173,22 @@ def test_permission_lost_while_writing_costs_the_shard_in_hand(folder: Path, sha
 
 @root_only
 def test_a_read_only_file_system_is_read_and_not_written(folder: Path) -> None:
-    store, mounted = write_store(folder / "store", (5, 6)), folder / "mounted"
+    store, mounted = write_store(folder / "home" / "store", (5, 6)), folder / "mounted"
     other = write_store(folder / "other", (5, 6), seed=4)
     mounted.mkdir()
-    if subprocess.run(["mount", "--bind", store, mounted], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "--bind", store.parent, mounted], capture_output=True, check=False
+    ).returncode:
         pytest.skip("nothing can be mounted in this sandbox")
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", mounted], check=True)
         for work in ((check,), (read,), (push_to, folder / "pushed"), (pull_to, folder / "pulled")):
-            assert told(work[0], mounted, *work[1:]) == "done"
+            assert told(work[0], mounted / "store", *work[1:]) == "done"
         for work in (
             (write_three, mounted / "new", "parquet"),
             (push, store, str(mounted / "new")),
             (pull, str(other), mounted / "pulled"),
-            (functools.partial(push, overwrite=True), other, str(mounted)),
+            (functools.partial(push, overwrite=True), other, str(mounted / "store")),
         ):
             assert "the file system is read-only" in told(*work)
     finally:
