@@ -96,11 +96,9 @@ def parts_of(network: Network) -> tuple[list[nn.Module], list[nn.Module]]:
     """What can be unfrozen one by one, in order, and what stands behind the last of it."""
     trunk = network.trunk
     if isinstance(network, TokenNetwork):
-        names = list(trunk._modules)
-        behind = [
-            module for name, module in trunk.named_children() if names.index(name) > names.index("blocks")
-        ]
-        return list(trunk.blocks), behind  # type: ignore[arg-type]
+        names = [name for name, _ in trunk.named_children()]
+        behind = [trunk.get_submodule(name) for name in names[names.index("blocks") + 1 :]]
+        return list(trunk.get_submodule("blocks").children()), behind
     if isinstance(network, MapNetwork) and len(network.stages) > 1:
         stages = [stage for stage in network.stages.values() if isinstance(stage, nn.Module)]
         heads = [getattr(trunk, head) for head in ("head", "fc") if hasattr(trunk, head)]

@@ -19,9 +19,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.windows import WindowSampler
 
 READ_AHEAD = 3  # batches, so that a thread that is not scheduled for a while is not waited for
-LAST_READ = (
-    10.0  # seconds that who ends waits for the read that is under way; from a dead URL it takes longer
-)
+LAST_READ = 10.0  # seconds that whoever ends waits for the read under way; from a dead URL it takes longer
 READ_AHEAD_BYTES = 256 << 20  # of them; one batch is always read ahead
 DEVICE_SHARE = 0.5  # of the device's free memory, which a store may take
 Tensors = dict[str, Tensor]

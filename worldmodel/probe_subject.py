@@ -38,7 +38,7 @@ class Subject:
     @property
     def longest(self) -> int:
         """Rows of the longest episode."""
-        return int(self.store.episodes["rows"].max())  # type: ignore[arg-type]
+        return int(self.store.episodes["rows"].to_numpy().max())
 
     def episodes(self, split: str, context: int = 1) -> list[int]:
         """The episodes of a split that go on behind the context.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,12 +144,7 @@ def push_run(
 
 def _same(source: Source, name: str, file: Path) -> bool:
     """Whether what lies there is this very file."""
-    size = file.stat().st_size
-    digest, found = hashlib.sha256(), 0
-    for piece in source.pieces(name, size):
-        digest.update(piece)
-        found += len(piece)
-    return found == size and digest.hexdigest() == sha256_of(file)
+    return source.proves(StoreFile(name, file.stat().st_size, sha256_of(file)))
 
 
 def holds_run(url: Place | str) -> bool:

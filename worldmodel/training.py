@@ -228,9 +228,8 @@ def train(
             with computing(config.precision, device):
                 loss, terms = losses(batch, model.draw(batch, chance(config.seed, k)))
             updater.update(loss)
-            unlogged.append(
-                {name: term.detach().clone() for name, term in terms.items()}
-            )  # a graph reuses its own
+            # copies: a CUDA graph writes its next terms where these are
+            unlogged.append({name: term.detach().clone() for name, term in terms.items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
                 log.write(k, "train", _means(unlogged, k, data))
@@ -238,9 +237,8 @@ def train(
             if k % config.save_every == 0 or last:
                 with computing(config.precision, device):
                     judged = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
-                check_finite(
-                    judged["loss"], k, data
-                )  # an update whose gradient was not leaves weights that are not
+                # an update whose gradient was not finite leaves weights that are not
+                check_finite(judged["loss"], k, data)
                 log.write(k, "val", judged)
                 if first:
                     checkpoints.save(folder, k, model, updater)
