@@ -19,6 +19,8 @@ from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards
 
+from .serving import Served, serving
+
 WriteStore = Callable[..., Path]
 
 
@@ -133,6 +135,20 @@ def write_rollouts(tmp_path: Path, shard_format: Any) -> WriteStore:
         )
 
     return write
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, as it does not exist yet."""
+    monkeypatch.setenv("PVRPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Served]:
+    """A real HTTP server over the test's folder."""
+    with serving(tmp_path) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

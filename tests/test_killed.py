@@ -20,16 +20,11 @@ from .conftest import WriteStore
 from .killing import run_killed, run_killed_at_random
 from .test_store import same_bytes
 
+pytestmark = pytest.mark.usefixtures("cache")
 RANDOM_KILLS = 50
 #: What takes seconds to import, and is no part of what is to be interrupted.
 RENDERING = ("pvrpipe.rollouts.collect", "tests.rendering")
 ENCODING = ("pvrpipe.pipeline.embed", "pvrpipe.pipeline.autoencoder", "timm")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of this test's own."""
-    monkeypatch.setenv("PVRPIPE_CACHE", str(tmp_path / "cache"))
 
 
 def push_once(store: Path, place: str) -> None:

@@ -20,11 +20,7 @@ from pvrpipe.store.files import sha256_of
 
 from .upstream import noise
 
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("PVRPIPE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_a_pickle_is_converted_once_and_again_if_the_copy_is_damaged(
