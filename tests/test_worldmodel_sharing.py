@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ from pvrpipe.cli import app
 from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunError
 from pvrpipe.store.destination import Destination
 from pvrpipe.store.files import temporary_beside
+from pvrpipe.store.places import place_of
 from pvrpipe.store.remote import Source
+from pvrpipe.store.sharing import push
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.runs import METRICS, PROBE, PROBE_TABLE, RECORD
 from pvrpipe.worldmodel.sharing import pull_run, push_run, verify_run
 from pvrpipe.worldmodel.training import TrainConfig, train
 
+from .conftest import write_store
 from .planted import write_planted
 
 CONFIG = TrainConfig("dinowm", "1m", updates=4, batch=4, log_every=2, save_every=2)
@@ -59,6 +63,28 @@ def test_a_run_arrives_as_it_was(finished: Path, run: Path, tmp_path: Path) -> N
     (run / CHECKPOINT).unlink()
     pull_run(tmp_path / "lab", run)
     assert verify_run(run) == []
+
+
+def test_a_run_goes_over_a_bucket(finished: Path, tmp_path: Path, bucket: str) -> None:
+    url, taken = f"{bucket}/runs/one", tmp_path / "taken"
+    sent = push_run(finished, url)
+    assert pull_run(url, taken) == replace(sent, run=taken)
+    assert verify_run(taken) == []
+    assert all((taken / p.name).read_bytes() == p.read_bytes() for p in finished.glob("*.*") if p.is_file())
+    Destination(place_of(url)).put(finished / RECORD, CHECKPOINT)  # a stranger's file in its place
+    (taken / CHECKPOINT).unlink()
+    with pytest.raises(CorruptStoreError, match=CHECKPOINT):
+        pull_run(url, taken)
+
+
+def test_no_published_run_lies_in_a_store(finished: Path, tmp_path: Path, bucket: str) -> None:
+    store = write_store(tmp_path / "one", (4, 5))
+    for home in (bucket, str(tmp_path / "lab")):
+        push(store, f"{home}/walk")
+        with pytest.raises(OutputExistsError, match=r"lies in another store \(.*/walk\)"):
+            push_run(finished, f"{home}/walk/run")
+        with pytest.raises(OutputExistsError, match="no run but other files"):
+            push_run(finished, f"{home}/walk")
 
 
 def test_every_damage_is_found_and_named(run: Path, tmp_path: Path) -> None:

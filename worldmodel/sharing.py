@@ -113,7 +113,7 @@ def push_run(
 
     Raises:
         CorruptStoreError: the run does not verify; nothing is published.
-        OutputExistsError: something else is there.
+        OutputExistsError: something else is there, or a store lies around it.
     """
     if failures := verify_run(folder):
         raise CorruptStoreError(
@@ -121,6 +121,7 @@ def push_run(
         )
     place = place_of(url)
     destination = Destination(place)
+    destination.refuse_nesting()
     if not isinstance(place, Url):
         make_folder(place)
     probed = [name for name in PROBED if (folder / name).is_file()]
