@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.store.files import TEMPORARY, disk_errors, settle, temporary_beside
-from pvrpipe.store.hub import is_hub
+from pvrpipe.store.hub import address_of, ask_anew, is_hub
 from pvrpipe.store.layout import (
     CARD,
     MANIFEST,
@@ -39,6 +39,8 @@ class Destination:
                 f"{self.place}: nothing can be pushed over HTTP; push to s3://, hf:// or a folder "
                 "that the web server serves"
             )
+        if is_hub(self.place):
+            address_of(self.place)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Name → bytes of every file beside those of ``names``, from one listing per folder."""
@@ -62,6 +64,7 @@ class Destination:
         Raises:
             OutputExistsError: it would; the message names the other.
         """
+        ask_anew(self.place)
         driver, root = filesystem(str(self.place))
         around = [p for p in PurePosixPath(root).parents if p.name and len(p.parts) >= self._outermost]
         with reaching(self.place):

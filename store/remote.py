@@ -25,6 +25,7 @@ from pvrpipe.store.files import (
     temporary_beside,
     write_whole,
 )
+from pvrpipe.store.hub import ask_anew
 from pvrpipe.store.layout import (
     COMMITTED,
     MANIFEST,
@@ -58,6 +59,7 @@ class Source:
             UnreachableError: the place does not answer.
         """
         where = f"{self.place}/{MANIFEST}"
+        ask_anew(self.place)
         try:
             text = b"".join(self.pieces(MANIFEST, MANIFEST_LIMIT))
         except FileNotFoundError:

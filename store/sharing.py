@@ -107,14 +107,14 @@ def push(
                 sent(file.name)
 
         tally.skip(sum(sizes[name] for name in present))
+        stale = _stale(held, sizes) if overwrite else []
         if is_hub(place):
-            push_to_hub(place, folder, [f.name for f in todo], sent)
+            push_to_hub(place, folder, [f.name for f in todo], stale, sent)
         else:
             shards, rest = _in_order(todo)
             each(send, shards, workers)
             send(rest)
-        if overwrite:
-            destination.remove(_stale(held, sizes))
+            destination.remove(stale)
     return _shared(folder, place, manifest, files, present, tally, began)
 
 

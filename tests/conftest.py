@@ -19,6 +19,7 @@ from pvrpipe.store.building import PendingStore, ShardWriter, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards
 
+from .hub import Hub, serving_hub
 from .serving import Served, serving
 
 WriteStore = Callable[..., Path]
@@ -179,3 +180,21 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     name = "b" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
     fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """An empty Hub that the client talks to, without Xet, as somebody with a token."""
+    import fsspec
+    from huggingface_hub import constants
+
+    client = fsspec.get_filesystem_class("hf")
+    client.clear_instance_cache()
+    with serving_hub() as served:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        yield served
+    client.clear_instance_cache()

@@ -24,6 +24,7 @@ from pvrpipe.worldmodel.sharing import pull_run, push_run, verify_run
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .conftest import write_store
+from .hub import Hub
 from .planted import write_planted
 
 CONFIG = TrainConfig("dinowm", "1m", updates=4, batch=4, log_every=2, save_every=2)
@@ -75,6 +76,14 @@ def test_a_run_goes_over_a_bucket(finished: Path, tmp_path: Path, bucket: str) -
     (taken / CHECKPOINT).unlink()
     with pytest.raises(CorruptStoreError, match=CHECKPOINT):
         pull_run(url, taken)
+
+
+def test_a_run_goes_over_the_hub(finished: Path, tmp_path: Path, hub: Hub) -> None:
+    push_run(finished, "hf://datasets/lab/runs/one")
+    pull_run("hf://datasets/lab/runs/one", tmp_path / "taken")
+    assert verify_run(tmp_path / "taken") == []
+    with pytest.raises(RunError, match="holds no run"):
+        pull_run("hf://datasets/lab/runs/two", tmp_path / "other")
 
 
 def test_no_published_run_lies_in_a_store(finished: Path, tmp_path: Path, bucket: str) -> None:

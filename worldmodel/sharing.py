@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunErro
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.destination import Destination
 from pvrpipe.store.files import TEMPORARY, locked, make_folder, remove_temporaries, sha256_of, write_whole
+from pvrpipe.store.hub import is_hub, push_to_hub
 from pvrpipe.store.layout import MANIFEST_LIMIT, StoreFile
 from pvrpipe.store.places import Place, Url, place_of
 from pvrpipe.store.remote import Source, problem_of
@@ -136,10 +138,17 @@ def push_run(
     if strangers or (other and not overwrite):
         holds = "another run" if other else f"no run but other files ({', '.join(strangers[:3])})"
         raise OutputExistsError(f"{url} holds {holds}; choose another, or replace a run with --overwrite")
-    for done, name in enumerate(names, start=1):
-        if name not in present:
+    todo, done = [name for name in names if name not in present], itertools.count(len(present) + 1)
+
+    def sent(name: str) -> None:
+        progress(next(done), len(names), name)
+
+    if is_hub(place):
+        push_to_hub(place, folder, todo, [], sent)
+    else:
+        for name in todo:
             destination.put(folder / name, name)
-        progress(done, len(names), name)
+            sent(name)
     return _shared(folder, url, names)
 
 
