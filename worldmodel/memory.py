@@ -1,7 +1,7 @@
 """What a training will need of the device's memory, said before it begins.
 
 Parameters, their gradients and the optimizer's state follow from the model; what is kept for the backward pass is
-counted in a forward pass over one window, and grows with their number.
+counted in forward passes over one window and over two, and grows with their number.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ def training_bytes(model: Any, setting: Setting, rows: int, device: torch.device
         rows: of a window, with those a model needs in front.
         device: where the model is.
     """
+    one, two = (kept_bytes(model, setting, rows, windows, device) for windows in (1, 2))
+    each = two - one  # the rest is kept once: weights laid out anew for a batch
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return TORCH + (STATES - 1) * weights + one - each, PASSING * each
+
+
+def kept_bytes(model: Any, setting: Setting, rows: int, windows: int, device: torch.device) -> int:
+    """Bytes that the forward pass of a batch keeps for the backward pass, beyond the model's own."""
     before = [buffer.clone() for buffer in model.buffers()]
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
@@ -67,12 +75,15 @@ def training_bytes(model: Any, setting: Setting, rows: int, device: torch.device
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    batch = {
+        name: value.expand(windows, *value.shape[1:])
+        for name, value in empty_window(setting, rows, device).items()
+    }
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.loss(empty_window(setting, rows, device), chance(0))
+        model.loss(batch, chance(0))
     for buffer, value in zip(model.buffers(), before, strict=True):
         buffer.copy_(value)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return TORCH + (STATES - 1) * weights, PASSING * sum(kept.values())
+    return sum(kept.values())
 
 
 def empty_window(setting: Setting, rows: int, device: torch.device) -> dict[str, Tensor]:
