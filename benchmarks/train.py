@@ -7,6 +7,7 @@ Both do the same work on the same batch: linear map from the embedding, block-GR
 decoder, reward and continue heads, backward, AGC and LaProp; no actor, no data loading. Medians, taken in
 turns so that a drifting machine disturbs both alike; the ratios are the medians of the ratios of each turn.
 
+plain       our networks, one step after the other by automatic differentiation (``--plain``)
 compiled    TorchRL's, with the prior and the posterior inside its recurrence compiled (``--compiled``)
 encoder     our update behind a frozen encoder that reads the batch's frames first, as DINO-WM and stable-worldmodel
             do in every update (``--encoder``; random weights, which cost the same)
@@ -15,6 +16,7 @@ encoder     our update behind a frozen encoder that reads the batch's frames fir
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -32,10 +34,12 @@ from torchrl.objectives import DreamerV3ModelLoss
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.worldmodel.compiling import losses_of
+from pvrpipe.worldmodel.distributions import straight_through
 from pvrpipe.worldmodel.dreamerv3 import SIZES
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.optimizer import LaProp
+from pvrpipe.worldmodel.rssm import RSSM
 
 
 def main() -> None:
@@ -44,6 +48,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     others = [
         "TorchRL",
+        *(["plain"] if options.plain else []),
         *(["compiled"] if options.compiled else []),
         *(["encoder"] if options.encoder else []),
     ]
@@ -67,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["1m", "12m"], choices=list(SIZES))
     parser.add_argument("--shapes", nargs="+", default=["16x64"], help="of the batch, BxT")
     parser.add_argument("--compile", action="store_true", help="pvrpipe's compiled, as train-model --compile")
+    parser.add_argument("--plain", action="store_true", help="a plain loop over our networks too")
     parser.add_argument("--compiled", action="store_true", help="TorchRL compiled too")
     parser.add_argument("--encoder", help="a PVR that is run in every update too, e.g. mae-b")
     parser.add_argument("--width", type=int, default=768, help="of the embedding")
@@ -82,6 +88,7 @@ def measure(size: str, others: list[str], options: argparse.Namespace) -> dict[s
     batch = random_batch(options)
     make = {
         "TorchRL": lambda: torchrl_update(size, batch, options),
+        "plain": lambda: our_update(size, batch, options, plain=True),
         "compiled": lambda: torchrl_update(size, batch, options, compiled=True),
         "encoder": lambda: behind_encoder(our_update(size, batch, options), options),
     }
@@ -152,12 +159,35 @@ def setting_of(options: argparse.Namespace) -> Setting:
     return Setting(vector(options.width), options.action, state=0, steps=500, episodic=False)
 
 
-def our_update(size: str, batch: dict[str, Tensor], options: argparse.Namespace) -> Callable[[], None]:
-    """One update of pvrpipe's DreamerV3."""
+def our_update(
+    size: str, batch: dict[str, Tensor], options: argparse.Namespace, *, plain: bool = False
+) -> Callable[[], None]:
+    """One update of pvrpipe's DreamerV3, filtering by its scan or by a plain loop."""
     model = build_model("dreamerv3", size, setting_of(options), seed=0)
+    if plain:
+        model.rssm.observe = functools.partial(plain_observe, model.rssm)
     random = torch.Generator().manual_seed(0)
-    losses = losses_of(model, torch.device("cpu"), compiled=options.compile)
+    losses = losses_of(model, torch.device("cpu"), compiled=options.compile and not plain)
     return optimised(lambda: losses(batch, model.draw(batch, random))[0], list(model.parameters()))
+
+
+def plain_observe(
+    rssm: RSSM, tokens: Tensor, action: Tensor, is_first: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :meth:`RSSM.observe` computes, written down as it is read."""
+    B, T, _ = tokens.shape
+    deter = tokens.new_zeros(B, rssm.size.deter)
+    stoch = tokens.new_zeros(B, rssm.size.categoricals, rssm.size.classes)
+    before = torch.zeros_like(action[:, 0])
+    rows = []
+    for t in range(T):
+        keep = (~is_first[:, t]).unsqueeze(-1)
+        deter = rssm.step(deter * keep, stoch * keep.unsqueeze(-1), before * keep)
+        logits = rssm.posterior_logits(deter, tokens[:, t])
+        stoch, before = straight_through(logits, uniform[:, t]), action[:, t]
+        rows.append((deter, stoch, logits))
+    deters, stochs, all_logits = (torch.stack(row, 1) for row in zip(*rows, strict=True))
+    return deters, stochs, all_logits
 
 
 def torchrl_update(
