@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.memory import Need, passes, peak_of, smaller, tried_until_it_fits
+from pvrpipe.pipeline.memory import Need, fit, passes, peak_of, smaller, tried_until_it_fits
 from pvrpipe.pipeline.transfers import one_behind, read_ahead
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
 from pvrpipe.store.describing import describe
@@ -244,6 +246,21 @@ def test_a_compiled_encoder_computes_what_the_eager_one_does(rollouts: Path) -> 
     for _ in range(3):  # the third call replays the graph
         np.testing.assert_allclose(compiled(frames), eager(frames), rtol=1e-3, atol=1e-4)
     assert compiled.computation.compiled
+
+
+def test_an_encoder_that_is_let_go_leaves_its_memory_at_once() -> None:
+    """A draft is let go before the next is loaded, and before workers are counted by what is free."""
+    frame = (24, 24, 3)
+    encoder = Encoder(EncoderRequest("resnet18", "random:0", device="cpu", batch=1))
+    network = weakref.ref(encoder.network)
+    fit(encoder, frame, fixed=True)
+    gc.disable()
+    try:
+        encoder(np.zeros((1, *frame), np.uint8))
+        del encoder
+        assert network() is None
+    finally:
+        gc.enable()
 
 
 def test_embedding_here_leaves_the_process_its_threads(write_rollouts: WriteStore, tmp_path: Path) -> None:
