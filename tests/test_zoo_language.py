@@ -54,7 +54,7 @@ def test_openclip_equals_open_clip_with_gelu(tmp_path: Path, monkeypatch: pytest
     vision = open_clip.CLIPVisionCfg(layers=2, width=128, head_width=64, patch_size=14, image_size=224)
     text = open_clip.CLIPTextCfg(context_length=8, vocab_size=100, width=64, heads=2, layers=1)
     reference = randomised(open_clip.model.CLIP(96, vision, text))
-    torch.save(reference.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
     with torch.no_grad():
         theirs = reference.encode_image(pixels_for("openclip-h"))
     assert relative_error(embed_with("openclip-h", tmp_path), theirs) < 1e-5
@@ -104,7 +104,7 @@ def of_openai(reference: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def test_clip_resnet_and_liv_equal_open_clip(tmp_path: Path) -> None:
     reference = clip_resnet()
-    safetensors.torch.save_file(of_openai(reference, ""), tmp_path / "model.safetensors")
+    torch.save(of_openai(reference, ""), tmp_path / "open_clip_pytorch_model.bin")
     torch.save({"liv": of_openai(reference, "module.model."), "global_step": 1}, tmp_path / "model.pt")
     for name, tensors in (("clip-rn50", 305), ("liv", 305)):
         with torch.no_grad():
@@ -123,4 +123,4 @@ def test_timms_own_layout_of_clips_resnet_loads_too(tmp_path: Path) -> None:
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         theirs = reference(pixels_for("clip-rn50"))
-    assert relative_error(embed_with("clip-rn50", tmp_path), theirs) < 1e-5
+    assert relative_error(embed_with("clip-rn50", tmp_path / "model.safetensors"), theirs) < 1e-5
