@@ -26,7 +26,12 @@ from .test_zoo_language import clip_resnet, of_openai
 from .test_zoo_vit import mocov3_checkpoint, plain_vit
 from .upstream import noise, pixels_for, published, randomised, relative_error
 
-TOO_LARGE = {"dinov2-g", "dinov2-g-reg", "dinov3-h+", "vjepa2-g"}  # for the 4 GiB that a process here may take
+TOO_LARGE = {
+    "dinov2-g",
+    "dinov2-g-reg",
+    "dinov3-h+",
+    "vjepa2-g",
+}  # for the 4 GiB that a process here may take
 TOGETHER = 600e6  # parameters of the encoders of one pass
 PIECES = 8  # of the zoo, so that `-k` can choose
 
