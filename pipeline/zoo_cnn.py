@@ -76,8 +76,11 @@ def _r3m(depth: int, width: int) -> Pvr:
     return Pvr(
         name=f"r3m-{depth}",
         title=f"R3M ResNet-{depth}",
-        # The authors' own file is on Google Drive only.
-        source=WeightsSource(url=f"{S3}/r3m/r3m_{depth}.pt", file=f"r3m_{depth}.pt"),
+        source=WeightsSource(
+            url=f"{S3}/r3m/r3m_{depth}.pt",
+            file=f"r3m_{depth}.pt",
+            note="TorchRL's copy; its authors' own is on Google Drive only, and works as a file",
+        ),
         architecture=f"resnet{depth}",
         overrides=TORCHVISION,
         keys=KeyMap(

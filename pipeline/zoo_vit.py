@@ -109,7 +109,10 @@ def _mvp(letter: str, size: str, pixels: int, share: str, md5: str, width: int, 
         f"MVP ViT-{letter.upper()}/16",
         size,
         WeightsSource(
-            url=f"https://berkeley.box.com/shared/static/{share}.pth", file=f"mvp-{letter}.pth", md5=md5
+            url=f"https://berkeley.box.com/shared/static/{share}.pth",
+            file=f"mvp-{letter}.pth",
+            md5=md5,
+            note="a file store that may ask for a browser; the file works with --weights",
         ),
         width,
         overrides=overrides,

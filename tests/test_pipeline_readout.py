@@ -181,7 +181,7 @@ def test_a_final_norm_that_is_not_there_is_no_choice(
 ) -> None:
     """It would be the same encoder in a folder of another name."""
     request = EncoderRequest(name, "random:0", readout=Readout(final_norm=final_norm, pooling=pooling))
-    with pytest.raises(InvalidValueError, match="--no-norm.*no final norm"):
+    with pytest.raises(InvalidValueError, match=r"--no-norm.*no final norm"):
         embed(write_rollouts((2,), size=24), [(request, tmp_path / "e")], EmbedConfig(engine="inline"))
     assert not (tmp_path / "e").exists()
 
