@@ -180,13 +180,16 @@ def pretrain(
 
 
 def pvrs(json_: Json = False, debug: Debug = False) -> None:
-    """List the representations: width, licence, what they were trained on, where the weights are.
+    """List the representations: width, licence, what they were trained on, their groups, where the weights are.
 
     Example: pvrpipe pvrs
     """
+    from urllib.parse import urlsplit
+
     from pvrpipe.pipeline.cached import cached_weights
     from pvrpipe.pipeline.zoo import all_pvrs
 
+    listed = list(all_pvrs().values())
     rows = [
         {
             "pvr": p.name,
@@ -206,8 +209,21 @@ def pvrs(json_: Json = False, debug: Debug = False) -> None:
             "vit": p.is_transformer,
             **p.properties.model_dump(),
         }
-        for p in all_pvrs().values()
+        for p in listed
     ]
-    marks = ("vit", "language", "sequential", "diverse", "cached")
-    shown = [{**row, **{mark: "yes" if row[mark] else "" for mark in marks}} for row in rows]
-    tell(json_, {"pvrs": rows}, shown, ("pvr", "title", "width", "licence", "trained_on", *marks))
+    groups = ("vit", "language", "sequential", "diverse")
+    shown = [
+        {
+            **row,
+            "groups": ", ".join(group for group in groups if row[group]),
+            "weights": p.source.repo or urlsplit(p.source.url or "").hostname or "a file",
+            "revision": (p.source.revision or "")[:7],
+            "cached": "yes" if row["cached"] else "",
+        }
+        for row, p in zip(rows, listed, strict=True)
+    ]
+    columns = ("pvr", "width", "licence", "trained_on", "groups", "weights", "revision", "cached")
+    tell(json_, {"pvrs": rows}, shown, columns)
+    for p in listed:
+        if p.source.note:
+            note(f"{p.name}: {p.source.note}")

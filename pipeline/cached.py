@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pvrpipe.pipeline.pvrs import Pvr
-
-
-def cache_folder() -> Path:
-    """Where downloads and converted checkpoints are kept; ``PVRPIPE_CACHE`` moves it."""
-    return Path(os.environ.get("PVRPIPE_CACHE", Path.home() / ".cache" / "pvrpipe"))
+from pvrpipe.store.cache import cache_folder
 
 
 def download_target(pvr: Pvr) -> Path:

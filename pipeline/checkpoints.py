@@ -17,11 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pvrpipe.pipeline.cached import cache_folder
 from pvrpipe.pipeline.pvrs import KeyMap
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.manifest import canonical_json
-from pvrpipe.store.cache import cache_errors
+from pvrpipe.store.cache import cache_errors, cache_folder
 from pvrpipe.store.files import sha256_of, write_whole
 
 

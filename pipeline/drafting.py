@@ -18,7 +18,7 @@ from pvrpipe.pipeline.embedding import CARRIED
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, deterministic
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import Upload, download
-from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
+from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
@@ -168,6 +168,11 @@ def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
             f"{store.path} holds frames of {frame.dtype} {list(frame.shape)}; encoders take uint8 RGB (H, W, 3)"
         )
     encoder = Encoder(request)
+    if request.readout.final_norm is not None and not encoder.network.normed:
+        raise InvalidValueError(
+            f"--norm, --no-norm: {encoder.identity.name} has no final norm before its {encoder.identity.pooling}; "
+            "leave it out"
+        )
     return encoder, fit(encoder, frame.shape, fixed=request.batch is not None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
-from pvrpipe.schemas.specifications import Computation, EncoderIdentity
+from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe
 
 Precision = Literal["fp32", "bf16"]
 BATCH = {"cpu": 32, "cuda": 256}  # on a GPU the most; how much memory there is decides (memory.py)
@@ -90,7 +90,7 @@ class Encoder:
         network.narrow()
         self.network = frozen(network.channels_last().to(self.device))
         self.identity = self.identity_on(self.pvr.recipe.crop or NATIVE, self.pvr.recipe.crop or NATIVE)
-        self.compiled, self._compute = False, self._eager
+        self.compiled, self._compute = False, _computing(self.network, self.pvr.recipe)
         if request.compiled:
             self.compile()
 
@@ -146,11 +146,17 @@ class Encoder:
 
         torch._inductor.config.deterministic = True
         self.compiled = True
-        self._compute = torch.compile(self._eager, mode="reduce-overhead", dynamic=False)
+        self._compute = torch.compile(self._compute, mode="reduce-overhead", dynamic=False)
 
-    def _eager(self, pixels: Tensor) -> Tensor:
-        embedding: Tensor = self.network(preprocess(pixels, self.pvr.recipe))
+
+def _computing(network: Network, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """From frames to embeddings. No method: an encoder that knew itself would keep its memory when it is let go."""
+
+    def compute(pixels: Tensor) -> Tensor:
+        embedding: Tensor = network(preprocess(pixels, recipe))
         return embedding
+
+    return compute
 
 
 def frozen(network: Network) -> Network:

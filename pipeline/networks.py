@@ -26,6 +26,8 @@ class Network(nn.Module):
     blocks: tuple[int, ...] | None = None
     layer = "last"
     final_norm = False
+    normed = False
+    """whether there is a final norm to choose"""
 
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         super().__init__()
@@ -83,6 +85,7 @@ class TokenNetwork(Network):
         self.blocks = tuple(n for n in kept if n <= wanted[-1])
         self.places = [self.blocks.index(n) for n in wanted]
         self.layer = "last" if wanted == [depth - 1] else ",".join(map(str, wanted))
+        self.normed = getattr(self.trunk, "norm", None) is not None and self.pooling != "pooled"
         self.final_norm = pvr.final_norm and getattr(self.trunk, "norm", None) is not None
         if self.pooling == "pooled" and (self.layer, len(self.blocks)) != ("last", depth):
             raise InvalidValueError(

@@ -10,6 +10,7 @@ import hashlib
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pvrpipe.pipeline.cached import cached_weights, download_target
 from pvrpipe.pipeline.checkpoints import tensors_of
 from pvrpipe.pipeline.positions import resample_positions
-from pvrpipe.pipeline.pvrs import Pvr
+from pvrpipe.pipeline.pvrs import Positions, Pvr
 from pvrpipe.schemas.errors import WeightsError
 from pvrpipe.schemas.specifications import WeightsIdentity
 from pvrpipe.store.cache import cache_errors
@@ -35,10 +36,13 @@ class Random:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A checkpoint on disk; ``published`` where it is the one that the specification pins."""
+    """A checkpoint on disk."""
 
     path: Path
     published: bool
+    """from where its authors have it"""
+    pinned: bool = True
+    """whether it must be the file whose hash the specification gives; not where another was asked for by path"""
 
 
 def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
@@ -71,7 +75,7 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
         raise WeightsError(
             f"there is no file {file}; give the weights of {pvr.name} with --weights FILE_OR_FOLDER"
         )
-    return WeightsFile(file, published=False)
+    return WeightsFile(file, published=False, pinned=weights == "auto")
 
 
 def _published(pvr: Pvr) -> Path:
@@ -112,6 +116,15 @@ def _from_url(pvr: Pvr) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(pvr.source.url or "", str(target), progress=False)
     return target
+
+
+def _fit_positions(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], how: Positions) -> None:
+    """Resample the positions of the tokens, and those of the attention pooling of CLIP's ResNets."""
+    for name in ("pos_embed", "head.pos_embed"):
+        if name in tensors and name in wanted and tensors[name].shape[-1] == wanted[name].shape[-1]:
+            *_, count, width = wanted[name].shape
+            resampled = resample_positions(tensors[name].reshape(1, -1, width), count, how)
+            tensors[name] = resampled.reshape(wanted[name].shape)
 
 
 def load_strictly(network: nn.Module, tensors: dict[str, Tensor], where: str) -> int:
@@ -155,16 +168,17 @@ def tensors_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_pin(path: Path, digest: str, pvr: Pvr) -> None:
-    """Refuse a published file that is not the one that the specification pins."""
+def _check_pin(weights: WeightsFile, digest: str, pvr: Pvr) -> None:
+    """Refuse a file that is not the one that the specification pins."""
     found, pinned, kind = digest, pvr.source.sha256 or "", "sha256"
     if pvr.source.sha256 is None and pvr.source.md5 is not None:
-        with path.open("rb") as file:
+        with weights.path.open("rb") as file:
             found, pinned, kind = hashlib.file_digest(file, "md5").hexdigest(), pvr.source.md5, "md5"
     if not found.startswith(pinned):
+        own = "get the folder again, or give the file with --weights if it is meant"
         raise WeightsError(
-            f"{path} has {kind} {found[:12]}…, but {pvr.name} is pinned to {pinned[:12]}…; "
-            "remove the file and run again"
+            f"{weights.path} has {kind} {found[:12]}…, but {pvr.name} is pinned to {pinned[:12]}…; "
+            f"{'remove the file and run again' if weights.published else own}"
         )
 
 
@@ -190,13 +204,11 @@ def load_weights(network: nn.Module, pvr: Pvr, weights: Random | WeightsFile) ->
             licence="none",
         )
     digest = sha256_of(weights.path)
-    if weights.published:
-        _check_pin(weights.path, digest, pvr)
+    if weights.pinned:
+        _check_pin(weights, digest, pvr)
     tensors = tensors_of(weights.path, digest, pvr.keys)
-    positions = network.state_dict().get("pos_embed")
-    if pvr.positions is not None and positions is not None and "pos_embed" in tensors:
-        stored = tensors["pos_embed"].reshape(1, -1, positions.shape[2])
-        tensors["pos_embed"] = resample_positions(stored, positions.shape[1], pvr.positions)
+    if pvr.positions is not None:
+        _fit_positions(tensors, network.state_dict(), pvr.positions)
     loaded = load_strictly(network, tensors, str(weights.path))
     return WeightsIdentity(
         source=str(pvr.source.repo or pvr.source.url) if weights.published else "file",

@@ -20,7 +20,7 @@ PUBLIC = "https://dl.fbaipublicfiles.com"
 VISUAL_PRIOR = "https://github.com/alexsax/visual-prior/raw/networks/assets/pytorch"
 
 
-def _resnet(depth: int, revision: str | None, sha256: str | None, width: int) -> Pvr:
+def _resnet(depth: int, revision: str, sha256: str, width: int) -> Pvr:
     return Pvr(
         name=f"resnet{depth}",
         title=f"ResNet-{depth}, ImageNet-1k",
@@ -45,7 +45,12 @@ RESNETS = {
         "694f673df6520a3158624e8a89af086f59923ee4cd7436fe5bc3bc71d295ad81",
         512,
     ),
-    34: _resnet(34, None, None, 512),
+    34: _resnet(
+        34,
+        "1b7b21cca82ff974d341713f777bf740c2db38c4",
+        "0bb82595a564991a9d424708b33f5d843f5aaed7f6c0886ff10849ff97022235",
+        512,
+    ),
     50: _resnet(
         50,
         "78f3ecfdb38e06d9b8397f662e7ab8fee96026fa",
@@ -71,8 +76,11 @@ def _r3m(depth: int, width: int) -> Pvr:
     return Pvr(
         name=f"r3m-{depth}",
         title=f"R3M ResNet-{depth}",
-        # The authors' own file is on Google Drive only.
-        source=WeightsSource(url=f"{S3}/r3m/r3m_{depth}.pt", file=f"r3m_{depth}.pt"),
+        source=WeightsSource(
+            url=f"{S3}/r3m/r3m_{depth}.pt",
+            file=f"r3m_{depth}.pt",
+            note="TorchRL's copy; its authors' own is on Google Drive only, and works as a file",
+        ),
         architecture=f"resnet{depth}",
         overrides=TORCHVISION,
         keys=KeyMap(

@@ -106,13 +106,11 @@ def _clip(letter: str, size: str, patch: int, source: WeightsSource, width: int)
     )
 
 
-def _clip_resnet(name: str, title: str, pixels: int) -> Pvr:
+def _clip_resnet(name: str, title: str, source: WeightsSource, pixels: int) -> Pvr:
     return Pvr(
         name=f"clip-{name}",
         title=f"CLIP {title} (OpenAI)",
-        source=WeightsSource(
-            repo=f"timm/resnet{name.removeprefix('rn')}_clip.openai", file="model.safetensors"
-        ),
+        source=source,
         architecture=f"resnet{name.removeprefix('rn')}_clip",
         overrides={"num_classes": 1024, "img_size": pixels},
         keys=CLIP_RESNET_KEYS,
@@ -178,13 +176,29 @@ LANGUAGE_PVRS = (
         ),
         768,
     ),
-    _clip_resnet("rn50", "ResNet-50", 224),
-    _clip_resnet("rn50x64", "ResNet-50x64", 448),
+    _clip_resnet(
+        "rn50",
+        "ResNet-50",
+        WeightsSource(
+            repo="timm/resnet50_clip.openai",
+            revision="ec3d92cf63a5f9d591f0d611b736895966c73076",
+            file="open_clip_pytorch_model.bin",
+        ),
+        224,
+    ),
+    _clip_resnet(
+        "rn50x64",
+        "ResNet-50x64",
+        WeightsSource(repo="timm/resnet50x64_clip.openai", file="model.safetensors"),
+        448,
+    ),
     Pvr(
         name="openclip-h",
         title="OpenCLIP ViT-H/14, LAION-2B; the frozen image tower of ImageBind",
         source=WeightsSource(
-            repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", file="open_clip_pytorch_model.bin"
+            repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+            file="open_clip_model.safetensors",
         ),
         architecture="vit_huge_patch14_clip_224",
         overrides={"img_size": 224},
@@ -235,7 +249,12 @@ LANGUAGE_PVRS = (
     Pvr(
         name="liv",
         title="LIV, CLIP's ResNet-50 on videos",
-        source=WeightsSource(repo="jasonyma/LIV", file="model.pt"),
+        source=WeightsSource(
+            repo="jasonyma/LIV",
+            revision="5a29adb8f796b0f91fdd9bc284b31a1829c1eb91",
+            file="model.pt",
+            sha256="0387b1ce397ffc67c03e0945ce3ecce1dc037191ea7e680a721618e6fed1bc1c",
+        ),
         architecture="resnet50_clip",
         overrides={"num_classes": 1024, "img_size": 224},
         keys=CLIP_RESNET_KEYS.model_copy(update={"under": "liv"}),

@@ -109,7 +109,10 @@ def _mvp(letter: str, size: str, pixels: int, share: str, md5: str, width: int, 
         f"MVP ViT-{letter.upper()}/16",
         size,
         WeightsSource(
-            url=f"https://berkeley.box.com/shared/static/{share}.pth", file=f"mvp-{letter}.pth", md5=md5
+            url=f"https://berkeley.box.com/shared/static/{share}.pth",
+            file=f"mvp-{letter}.pth",
+            md5=md5,
+            note="a file store that may ask for a browser; the file works with --weights",
         ),
         width,
         overrides=overrides,
@@ -152,12 +155,14 @@ def _dinov2(letter: str, size: str, revision: str | None, sha256: str | None, wi
     )
 
 
-def _dinov2_registers(letter: str, size: str, width: int) -> Pvr:
+def _dinov2_registers(letter: str, size: str, revision: str | None, width: int) -> Pvr:
     return _vit(
         f"dinov2-{letter}-reg",
         f"DINOv2 ViT-{letter if letter == 'g' else letter.upper()}/14 with registers",
         size,
-        WeightsSource(repo=f"facebook/dinov2-with-registers-{size}", file="model.safetensors"),
+        WeightsSource(
+            repo=f"facebook/dinov2-with-registers-{size}", revision=revision, file="model.safetensors"
+        ),
         width,
         architecture=f"vit_{size}_patch14_reg4_dinov2",
         keys=DINOV2_KEYS.model_copy(update={"fold_class_position": True}),
@@ -214,7 +219,11 @@ IJEPA = _vit(
     "ijepa-h",
     "I-JEPA ViT-H/14, ImageNet-1k",
     "huge",
-    WeightsSource(repo="facebook/ijepa_vith14_1k", file="model.safetensors"),
+    WeightsSource(
+        repo="facebook/ijepa_vith14_1k",
+        revision="f157467ea509bc356ff9f61fd3c0d840eec5e04e",
+        file="model.safetensors",
+    ),
     1280,
     architecture="vit_huge_patch14_gap_224",
     keys=KeyMap(rename=VIT_RENAMES),
@@ -330,10 +339,10 @@ VIT_PVRS = (
         1024,
     ),
     _dinov2("g", "giant", "611a9d42f2335e0f921f1e313ad3c1b7178d206d", None, 1536),
-    _dinov2_registers("s", "small", 384),
-    _dinov2_registers("b", "base", 768),
-    _dinov2_registers("l", "large", 1024),
-    _dinov2_registers("g", "giant", 1536),
+    _dinov2_registers("s", "small", None, 384),
+    _dinov2_registers("b", "base", None, 768),
+    _dinov2_registers("l", "large", "e4c89a4e05589de9b3e188688a303d0f3c04d0f3", 1024),
+    _dinov2_registers("g", "giant", "8d0d49f77fb8b5dd78842496ff14afe7dd4d85cb", 1536),
     _dinov3("s", "small", 384),
     _dinov3("s+", "small_plus", 384),
     _dinov3("b", "base", 768),
@@ -373,7 +382,7 @@ VIT_PVRS = (
     _mocov3("b", "base", 768),
     IJEPA,
     _vjepa2("l", "b3c1679b7c34d3255ef3547f27c7b226aefab26f", 1024, 24, 16, 4.0),
-    _vjepa2("h", None, 1280, 32, 16, 4.0),
+    _vjepa2("h", "b5eac8703e3efdc1547fbb6ddfbeb133dc0bdee5", 1280, 32, 16, 4.0),
     _vjepa2("g", None, 1408, 40, 22, 48 / 11),
     _theia("tiny", 3, 192),
     _theia("small", 6, 384),

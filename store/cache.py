@@ -1,8 +1,9 @@
-"""The folder in which shards of remote stores are kept, bounded in size and shared by all processes.
+"""What pvrpipe keeps outside of its outputs, and in it the shards of remote stores: bounded, shared by all processes.
 
 ::
 
-    ~/.cache/pvrpipe/stores/         PVRPIPE_CACHE
+    ~/.cache/pvrpipe/                PVRPIPE_CACHE; beside stores/, the pipeline's weights/ and converted/
+    stores/
     ├── locks/                       empty files; a lock dies with its process
     ├── verify-…/                    a cache of its own, as long as the process that fetches everything anew
     └── <id>-<manifest's sha256>/    one store, laid out as any other
@@ -29,6 +30,20 @@ FOLDER, LIMIT = "PVRPIPE_CACHE", "PVRPIPE_CACHE_GB"
 DEFAULT_GB = 50.0
 
 
+def cache_folder() -> Path:
+    """The folder that ``PVRPIPE_CACHE`` names; nothing is made.
+
+    Raises:
+        InvalidValueError: it is of a user that does not exist.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named = os.environ.get(FOLDER) or f"{home}/pvrpipe"
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError:
+        raise InvalidValueError(f"{named} is in no home folder known here; set {FOLDER}") from None
+
+
 @dataclass(frozen=True)
 class Cache:
     """A folder and the bytes that it may hold."""
@@ -43,12 +58,6 @@ class Cache:
         Raises:
             InvalidValueError: the size is not a positive number, or the folder is of a user that does not exist.
         """
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        named = os.environ.get(FOLDER) or f"{home}/pvrpipe/stores"
-        try:
-            folder = Path(named).expanduser().absolute()
-        except RuntimeError:
-            raise InvalidValueError(f"{named} is in no home folder known here; set {FOLDER}") from None
         text = os.environ.get(LIMIT) or str(DEFAULT_GB)
         try:
             gigabytes = float(text)
@@ -56,7 +65,7 @@ class Cache:
             gigabytes = 0
         if not 0 < gigabytes < float("inf"):
             raise InvalidValueError(f"{LIMIT} is '{text}'; give a number of gigabytes above 0")
-        return cls(folder, int(gigabytes * 1e9))
+        return cls(cache_folder() / "stores", int(gigabytes * 1e9))
 
     def folder_of(self, name: str) -> Path:
         """The folder of a store, which is made if it is not there."""

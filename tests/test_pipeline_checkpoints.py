@@ -96,4 +96,4 @@ def test_what_is_behind_a_form_says_so_and_works_from_a_file(
         find_weights(PVRS["dinov3-s"], "auto", "dinov3-s")
     safetensors.torch.save_file({"a": noise(1)}, tmp_path / "model.safetensors")
     found = find_weights(PVRS["dinov3-s"], str(tmp_path), "dinov3-s")
-    assert found == WeightsFile(tmp_path / "model.safetensors", published=False)
+    assert found == WeightsFile(tmp_path / "model.safetensors", published=False, pinned=False)

@@ -122,6 +122,12 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         encoder(FRAMES), encoder_with("resnet18", tmp_path / "mine.safetensors")(FRAMES)
     )
+    spec["source"]["sha256"] = "0" * 64
+    (tmp_path / "mine.json").write_text(json.dumps(spec))
+    with pytest.raises(WeightsError, match=r"pinned to 0000.*--weights"):
+        Encoder(EncoderRequest(str(tmp_path / "mine.json"), device="cpu"))
+    meant = EncoderRequest(str(tmp_path / "mine.json"), str(tmp_path / "mine.safetensors"), device="cpu")
+    assert Encoder(meant).identity.weights == encoder.identity.weights
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"broken\.json"):
         find_pvr(str(tmp_path / "broken.json"))

@@ -174,6 +174,18 @@ def test_patches_and_maps_go_through_the_store_and_are_verified(
     assert "weights.tensors_sha256" in other.differs
 
 
+@pytest.mark.parametrize(("name", "pooling"), [("resnet18", None), ("timm:vit_tiny_patch16_224", "pooled")])
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_a_final_norm_that_is_not_there_is_no_choice(
+    name: str, pooling: str | None, final_norm: bool, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """It would be the same encoder in a folder of another name."""
+    request = EncoderRequest(name, "random:0", readout=Readout(final_norm=final_norm, pooling=pooling))
+    with pytest.raises(InvalidValueError, match=r"--no-norm.*no final norm"):
+        embed(write_rollouts((2,), size=24), [(request, tmp_path / "e")], EmbedConfig(engine="inline"))
+    assert not (tmp_path / "e").exists()
+
+
 def test_frames_that_a_fixed_network_cannot_take_are_refused(tmp_path: Path) -> None:
     encoder = encoder_with("pieg", Path("random:0"))
     assert encoder(np.zeros((1, 60, 84, 3), np.uint8)).shape == (1, 128, 8, 11)

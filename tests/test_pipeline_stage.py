@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,17 @@ from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.memory import Need, passes, peak_of, smaller, tried_until_it_fits
+from pvrpipe.pipeline.memory import Need, fit, passes, peak_of, smaller, tried_until_it_fits
 from pvrpipe.pipeline.transfers import one_behind, read_ahead
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
+from pvrpipe.schemas.records import Episode
 from pvrpipe.store.describing import describe
 from pvrpipe.store.files import sha256_of
 from pvrpipe.store.layout import read_commit
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
+from . import conftest
 from .brittle import brittle, number_of
 from .conftest import WriteStore
 
@@ -244,6 +248,50 @@ def test_a_compiled_encoder_computes_what_the_eager_one_does(rollouts: Path) -> 
     for _ in range(3):  # the third call replays the graph
         np.testing.assert_allclose(compiled(frames), eager(frames), rtol=1e-3, atol=1e-4)
     assert compiled.computation.compiled
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda rgb: rgb[..., :1], r"uint8 \[24, 24, 1\]"),
+        (lambda rgb: rgb[..., [0, 1, 2, 2]], r"uint8 \[24, 24, 4\]"),
+        (lambda rgb: (rgb / 255).astype(np.float32), r"float32 \[24, 24, 3\]"),
+    ],
+    ids=["grey", "alpha", "float"],
+)
+def test_frames_that_are_no_rgb_bytes_are_refused_with_the_reason(
+    change: Callable[[np.ndarray], np.ndarray],
+    what: str,
+    write_rollouts: WriteStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = conftest.random_episode
+
+    def episode(*numbers: int) -> Episode:
+        made = usual(*numbers)
+        return Episode(made.info, {**made.arrays, "frame": change(made.arrays["frame"])})
+
+    monkeypatch.setattr(conftest, "random_episode", episode)
+    request = EncoderRequest("resnet18", "random:0")
+    with pytest.raises(EncodingError, match=rf"holds frames of {what}; encoders take uint8 RGB"):
+        embed(write_rollouts((2,), size=24), [(request, tmp_path / "e")], INLINE)
+    assert not (tmp_path / "e").exists()
+
+
+def test_an_encoder_that_is_let_go_leaves_its_memory_at_once() -> None:
+    """A draft is let go before the next is loaded, and before workers are counted by what is free."""
+    frame = (24, 24, 3)
+    encoder = Encoder(EncoderRequest("resnet18", "random:0", device="cpu", batch=1))
+    network = weakref.ref(encoder.network)
+    fit(encoder, frame, fixed=True)
+    gc.disable()
+    try:
+        encoder(np.zeros((1, *frame), np.uint8))
+        del encoder
+        assert network() is None
+    finally:
+        gc.enable()
 
 
 def test_embedding_here_leaves_the_process_its_threads(write_rollouts: WriteStore, tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def test_dinov2_from_transformers_layout_equals_transformers(tmp_path: Path) -> 
     assert relative_error(embed_with("dinov2-s", tmp_path / "model.safetensors"), theirs) < 1e-5
 
 
+def test_a_checkpoint_of_another_width_is_refused_whatever_its_positions_are(tmp_path: Path) -> None:
+    dinov2_checkpoint(tmp_path / "small.safetensors", image_size=224)
+    with pytest.raises(WeightsError, match=r"of 174 tensors expected, 174 of another shape"):
+        Encoder(EncoderRequest("dinov2-b", str(tmp_path / "small.safetensors"), device="cpu"))
+
+
 def test_dinov2_positions_are_resampled_as_its_own_hub_does(tmp_path: Path) -> None:
     positions = torch.randn(1, 1 + 37 * 37, 8, generator=torch.Generator().manual_seed(0))
     ours = resample_positions(positions, 1 + 16 * 16)

@@ -13,11 +13,13 @@ import fsspec
 import numpy as np
 import pytest
 
+from pvrpipe.pipeline.cached import download_target
+from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import (
     InvalidValueError,
     StoreError,
 )
-from pvrpipe.store.cache import Cache
+from pvrpipe.store.cache import Cache, cache_folder
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
@@ -41,7 +43,7 @@ def test_a_bounded_cache_evicts_and_what_is_open_stays_readable(
                 np.testing.assert_array_equal(array, local.read_episode(episode)[name])
             held = [p for p in cache.rglob("*") if p.is_file()]
             assert sum(p.stat().st_size for p in held) <= limit
-    assert 1 <= len(list(cache.glob("*/shards/*.parquet"))) < 6
+    assert 1 <= len(list(cache.glob("stores/*/shards/*.parquet"))) < 6
 
 
 def test_eviction_takes_what_was_used_longest_ago_and_nothing_that_is_held(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_disk_that_fills_while_a_shard_is_fetched(
         then.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match=r"disk is full.*PVRPIPE_CACHE"):
             store.shard(0)
-    assert list(cache.glob("*/shards/*")) == []
+    assert list(cache.glob("stores/*/shards/*")) == []
     assert store.shard(0)
 
 
@@ -125,11 +127,23 @@ def test_a_verify_that_was_killed_leaves_nothing_once_another_has_run(
     url = f"{web.url}/rollouts"
     killed = subprocess.run([sys.executable, "-c", VERIFY, url], check=False)
     assert killed.returncode == -9
-    (left,) = cache.glob("verify-*")
+    (left,) = cache.glob("stores/verify-*")
     assert list(left.glob("*/shards/*.parquet"))
-    with Cache(cache, 10**9).empty() as own:
+    with Cache(cache / "stores", 10**9).empty() as own:
         assert own.folder != left
-        assert list(cache.glob("verify-*")) == [own.folder]
+        assert list(cache.glob("stores/verify-*")) == [own.folder]
         assert verify(url) == []  # one that is in use stays
-        assert list(cache.glob("verify-*")) == [own.folder]
-    assert list(cache.glob("verify-*")) == []
+        assert list(cache.glob("stores/verify-*")) == [own.folder]
+    assert list(cache.glob("stores/verify-*")) == []
+
+
+def test_one_variable_says_where_stores_and_weights_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PVRPIPE_CACHE", "~/kept")
+    assert Cache.from_environment().folder == tmp_path / "kept" / "stores"
+    assert download_target(PVRS["vip"]) == tmp_path / "kept" / "weights" / "vip" / "model.pt"
+    monkeypatch.setenv("PVRPIPE_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "pvrpipe"

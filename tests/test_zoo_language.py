@@ -11,7 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pvrpipe.pipeline.preprocessing import preprocess
+from pvrpipe.pipeline.pvrs import CLIP, recipe
+
 from .upstream import (
+    FRAMES,
     embed_with,
     encoder_with,
     noise,
@@ -54,7 +58,7 @@ def test_openclip_equals_open_clip_with_gelu(tmp_path: Path, monkeypatch: pytest
     vision = open_clip.CLIPVisionCfg(layers=2, width=128, head_width=64, patch_size=14, image_size=224)
     text = open_clip.CLIPTextCfg(context_length=8, vocab_size=100, width=64, heads=2, layers=1)
     reference = randomised(open_clip.model.CLIP(96, vision, text))
-    torch.save(reference.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
     with torch.no_grad():
         theirs = reference.encode_image(pixels_for("openclip-h"))
     assert relative_error(embed_with("openclip-h", tmp_path), theirs) < 1e-5
@@ -82,11 +86,11 @@ def test_siglip_equals_transformers_with_its_map_head(
     assert relative_error(embed_with(name, tmp_path), outputs.pooler_output) > 1e-4
 
 
-def clip_resnet() -> nn.Module:
+def clip_resnet(pixels: int = 224) -> nn.Module:
     """open_clip's ModifiedResNet-50, which is OpenAI's."""
     from open_clip.modified_resnet import ModifiedResNet
 
-    return randomised(ModifiedResNet((3, 4, 6, 3), output_dim=1024, heads=32, image_size=224, width=64))
+    return randomised(ModifiedResNet((3, 4, 6, 3), output_dim=1024, heads=32, image_size=pixels, width=64))
 
 
 def of_openai(reference: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -104,7 +108,7 @@ def of_openai(reference: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def test_clip_resnet_and_liv_equal_open_clip(tmp_path: Path) -> None:
     reference = clip_resnet()
-    safetensors.torch.save_file(of_openai(reference, ""), tmp_path / "model.safetensors")
+    torch.save(of_openai(reference, ""), tmp_path / "open_clip_pytorch_model.bin")
     torch.save({"liv": of_openai(reference, "module.model."), "global_step": 1}, tmp_path / "model.pt")
     for name, tensors in (("clip-rn50", 305), ("liv", 305)):
         with torch.no_grad():
@@ -116,6 +120,19 @@ def test_clip_resnet_and_liv_equal_open_clip(tmp_path: Path) -> None:
     assert relative_error(embed_with("liv", tmp_path), batch) > 1e-2  # statistics of the batch
 
 
+def test_clips_resnet_at_another_size_resamples_the_positions_of_its_pooling(tmp_path: Path) -> None:
+    reference, at_256 = clip_resnet(), clip_resnet(256)
+    torch.save(of_openai(reference, ""), tmp_path / "open_clip_pytorch_model.bin")
+    tensors = reference.state_dict()
+    one, grid = tensors["attnpool.positional_embedding"].split([1, 49])
+    grid = grid.T.reshape(1, -1, 7, 7)
+    larger = nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True)[0].flatten(1).T
+    at_256.load_state_dict({**tensors, "attnpool.positional_embedding": torch.cat([one, larger])})
+    with torch.no_grad():
+        theirs = at_256(preprocess(torch.from_numpy(FRAMES), recipe(256, "bicubic", CLIP, crop=256)))
+    assert relative_error(embed_with("clip-rn50", tmp_path, size=256), theirs) < 1e-5
+
+
 def test_timms_own_layout_of_clips_resnet_loads_too(tmp_path: Path) -> None:
     import timm
 
@@ -123,4 +140,4 @@ def test_timms_own_layout_of_clips_resnet_loads_too(tmp_path: Path) -> None:
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         theirs = reference(pixels_for("clip-rn50"))
-    assert relative_error(embed_with("clip-rn50", tmp_path), theirs) < 1e-5
+    assert relative_error(embed_with("clip-rn50", tmp_path / "model.safetensors"), theirs) < 1e-5

@@ -10,7 +10,7 @@ from pvrpipe.schemas.specifications import Recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pvrs.md"
 BEGIN, END = "<!-- the zoo -->\n", "<!-- the end of the zoo -->\n"
-COLUMNS = ("name", "weights", "pinned", "frames", "embedding", "D", "trained on", "licence")
+COLUMNS = ("name", "weights", "pinned", "frames", "within", "embedding", "D", "trained on", "licence")
 
 
 def frames_of(recipe: Recipe) -> str:
@@ -21,6 +21,16 @@ def frames_of(recipe: Recipe) -> str:
     how += "" if recipe.antialias else " without antialias"
     how += "" if recipe.rounded else ", float"
     return how if recipe.crop == recipe.resize and recipe.squash else f"{how}, crop {recipe.crop}"
+
+
+def bound_of(recipe: Recipe) -> float:
+    """Grey levels by which what a network sees may differ from the authors' pipeline.
+
+    ``test_pipeline_preprocessing.py`` holds it for each recipe.
+    """
+    if recipe.resize is None:
+        return 0
+    return 2 if recipe.rounded else 0.001
 
 
 def pin_of(pvr: Pvr) -> str:
@@ -38,9 +48,10 @@ def table() -> str:
         groups = [m for m in marks if getattr(pvr.properties, m)]
         trained = pvr.properties.trained_on + (f" ({', '.join(groups)})" if groups else "")
         embedding = pvr.pooling if pvr.layer == "last" else f"{pvr.pooling} of {pvr.layer}"
+        frames, bound = frames_of(pvr.recipe), f"{bound_of(pvr.recipe):g}"
         where = f"`{pvr.source.repo}`" if pvr.source.repo else f"[{pvr.source.file}]({pvr.source.url})"
         cells = (
-            f"`{pvr.name}`", where, pin_of(pvr), frames_of(pvr.recipe), embedding, str(pvr.width), trained, pvr.licence,
+            f"`{pvr.name}`", where, pin_of(pvr), frames, bound, embedding, str(pvr.width), trained, pvr.licence,
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |\n")
     return f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n" + "".join(rows)
