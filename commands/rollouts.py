@@ -94,7 +94,14 @@ def collect(
     running = stage.Engine(engine, address, workers, max_failures, episode_timeout)
     if replay is not None:
         refuse_with_replay(
-            policy=policy, episodes=episodes, action_repeat=action_repeat, max_steps=max_steps, append=append
+            policy=policy,
+            episodes=episodes,
+            action_repeat=action_repeat,
+            max_steps=max_steps,
+            append=append,
+            seed=seed or None,
+            shard_rows=shard_rows,
+            format=format_ if format_ != "parquet" else None,
         )
         source, env, out = replayed(replay, env, out)
         out = out or Workspace(root).rollouts(env + replay_label(size, camera, variation))
