@@ -76,7 +76,7 @@ def collect(
         int, typer.Option(min=0, help="Episodes that the environment may fail in; others take their place.")
     ] = 3,
     episode_timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which an episode counts as hung (with Ray).")
+        float | None, typer.Option(help="Seconds after which an episode counts as hung; needs Ray.")
     ] = None,
     overwrite: Overwrite = False,
     root: Root = DATA,

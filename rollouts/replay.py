@@ -7,7 +7,7 @@ again, and every reward and state must come out as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.rollouts.environments import Restorable
-from pvrpipe.rollouts.episodes import Trying, build_environment
+from pvrpipe.rollouts.episodes import NOTHING_LOST, Lost, Trying, build_environment
 from pvrpipe.rollouts.variation import STREAM, Look, columns_of, parse_variation
 from pvrpipe.schemas.errors import SimulationError
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, ShardPlan
@@ -45,17 +45,15 @@ class ReplayShard:
         self._environment = build_environment(made)
         self._factors = columns_of(looks, self._environment.factors)
 
-    def __call__(
-        self, plan: ShardPlan, hung: Collection[tuple[int, int]] = ()
-    ) -> Iterator[Trying | ShardCommit]:
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Trying | ShardCommit]:
         """Draw the planned episodes and commit their shard.
 
         Args:
             plan: of the shard.
-            hung: episodes that did not come to an end, as (episode, 0).
+            lost: episodes that took their worker with them, as (episode, 0).
 
         Raises:
-            SimulationError: one hung, or is not what is stored; no other episode can take its place.
+            SimulationError: there is such a one, or one is not what is stored; no other can take its place.
         """
         numbers = range(plan.first_episode, plan.first_episode + plan.episodes)
         known = {record.episode: record for record in self._source.records(plan.shard)}
@@ -64,9 +62,10 @@ class ReplayShard:
         rows = 0
         with ShardWriter(self._folder, self._manifest, plan, records) as writer:
             for number in numbers:
-                if (number, 0) in hung:
+                if reason := lost.get((number, 0)):
                     raise SimulationError(
-                        f"episode {number} was not seen anew in time; give more --episode-timeout, or none"
+                        f"episode {number} cannot be seen anew: {reason}; give more --episode-timeout, or find out "
+                        "with --engine inline"
                     )
                 yield Trying(plan.shard, number, 0, rows)
                 stored = self._source.read_episode(number, [c for c in self._source.columns if c != "frame"])

@@ -255,7 +255,10 @@ def test_quality_is_a_dial() -> None:
     environment = make_environment("dmc:cartpole-swingup", size=16, max_steps=200)
     worst, best = (
         np.mean(
-            [run_episode(environment, Member("mpc", q), 0, seed).info.episode_return for seed in (100, 101)]
+            [
+                run_episode(environment, Member("mpc", quality=q), 0, seed).info.episode_return
+                for seed in (100, 101)
+            ]
         )
         for q in (0.2, 1.0)
     )
