@@ -27,12 +27,8 @@ from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 from pvrpipe.schemas.quiet import quiet_start
 
 DEATHS = (
-    3  # of workers, until the episode that all of them were in has failed, or else until that is an error
+    3  # of workers, until the episode they were in has failed; outside of episodes, until that is an error
 )
-STREAM = {
-    "num_returns": "streaming",
-    "_generator_backpressure_num_objects": 1,
-}  # what is tried is known before it is
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
 
@@ -105,7 +101,7 @@ class Pool:
             while todo and self._idle:
                 actor, plan = self._idle.pop(), todo.popleft()
                 lost = self._lost.get(plan.shard, {})
-                stream = actor.collect.options(**STREAM).remote(plan, lost)
+                stream = actor.collect.options(num_returns="streaming").remote(plan, lost)
                 self._busy[stream] = Job(actor, plan)
             told = self._next()
             if isinstance(told, ShardPlan):
@@ -256,7 +252,7 @@ def _start_ray(address: str | None, workers: int | None) -> bool:
     try:
         with quiet_start():
             ray.init(**arguments, ignore_reinit_error=True)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, too, e.g. where a busy machine starts it too slowly
         raise SimulationError(
             f"Ray does not start ({one_line(error)[:200]}); "
             "check --address and `pvrpipe doctor`, or use --engine inline"
