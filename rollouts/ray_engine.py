@@ -26,9 +26,7 @@ from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 from pvrpipe.schemas.quiet import quiet_start
 
-DEATHS = (
-    3  # of workers, until the episode they were in has failed; outside of episodes, until that is an error
-)
+DEATHS = 3  # of workers, until the episode they were in has failed; outside of any, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
 
