@@ -76,7 +76,7 @@ def collect(
         int, typer.Option(min=0, help="Episodes that the environment may fail in; others take their place.")
     ] = 3,
     episode_timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which an episode counts as hung (with Ray).")
+        float | None, typer.Option(help="Seconds after which an episode counts as hung; needs Ray.")
     ] = None,
     overwrite: Overwrite = False,
     root: Root = DATA,
@@ -94,7 +94,14 @@ def collect(
     running = stage.Engine(engine, address, workers, max_failures, episode_timeout)
     if replay is not None:
         refuse_with_replay(
-            policy=policy, episodes=episodes, action_repeat=action_repeat, max_steps=max_steps, append=append
+            policy=policy,
+            episodes=episodes,
+            action_repeat=action_repeat,
+            max_steps=max_steps,
+            append=append,
+            seed=seed or None,
+            shard_rows=shard_rows,
+            format=format_ if format_ != "parquet" else None,
         )
         source, env, out = replayed(replay, env, out)
         out = out or Workspace(root).rollouts(env + replay_label(size, camera, variation))

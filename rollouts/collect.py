@@ -129,6 +129,10 @@ class Engine:
             raise InvalidValueError(
                 f"--episode-timeout is {self.episode_timeout}; it must be above 0 seconds"
             )
+        if self.episode_timeout is not None and self.name == "inline":
+            raise InvalidValueError(
+                "--episode-timeout needs --engine ray: a process cannot end what it hangs in itself"
+            )
 
 
 def collect(

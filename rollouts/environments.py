@@ -221,6 +221,10 @@ def make_environment(
         SimulationError: the simulator or its renderer cannot be loaded.
     """
     prefix, _, task = name.partition(":")
+    if ":" in name and prefix not in prefixes():
+        raise UnknownNameError.among(
+            "family of environments", prefix, prefixes(), hint=f"of '{name}'; see `pvrpipe envs`"
+        )
     if prefix not in prefixes() or not task:
         others = (f"{known}:" for known in prefixes() if known != prefix)
         valid = [*list_environments(prefix if prefix in prefixes() else "dmc"), *others]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,10 @@ from pvrpipe.schemas.specifications import RolloutSpecification
 from pvrpipe.store.building import ShardWriter
 from pvrpipe.store.columns import column, with_bounds
 
+Lost = Mapping[tuple[int, int], str]
+"""Tries that cannot be made where they would take the process with them: (episode, attempt) → why."""
+
+NOTHING_LOST: Lost = MappingProxyType({})
 TRIES = 2  # of a seed, before the episode is recorded as failed and another seed takes its place
 LONGEST_REASON = 300
 
@@ -104,7 +109,10 @@ def run_episode(
             tape.arrived(step)
     except (PvrpipeError, EpisodeFailedError):
         raise
-    except Exception as error:  # simulators raise types of their own; all the user can change is named here
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # simulators raise what they like, and some think they are programs
         raise EpisodeFailedError(f"{type(error).__name__} at step {row}: {one_line(error)}") from error
     arrays = tape.arrays()
     values = {f"factor_{name}": look[name] for name in factors}
@@ -181,14 +189,12 @@ class CollectShard:
         self._environment = build_environment(made)
         self._factors = columns_of(looks, self._environment.factors)
 
-    def __call__(
-        self, plan: ShardPlan, hung: Collection[tuple[int, int]] = ()
-    ) -> Iterator[Trying | ShardCommit]:
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Trying | ShardCommit]:
         """Collect the planned episodes and commit their shard, saying before each try which it is.
 
         Args:
             plan: of the shard.
-            hung: tries of episodes that did not come to an end, as (episode, attempt); they are not made again.
+            lost: tries that took their worker with them; they are not made again.
 
         Raises:
             SimulationError: more episodes failed than may.
@@ -201,7 +207,7 @@ class CollectShard:
                 while episode is None:
                     seed = episode_seed(self._made.seed, number, attempt // TRIES)
                     yield Trying(plan.shard, number, attempt, rows)
-                    reason = "it did not come to an end in time" if (number, attempt) in hung else None
+                    reason = lost.get((number, attempt))
                     if reason is None:
                         episode, reason = self._try(number, seed)
                     attempt += 1

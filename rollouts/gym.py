@@ -31,6 +31,9 @@ from pvrpipe.schemas.errors import (
 )
 from pvrpipe.schemas.records import Step
 
+UNLIMITED = (
+    1e9  # bounds beyond that are no bounds: some environments write the largest float instead of infinity
+)
 UNENDING = 1000  # transitions of an episode where the environment has no limit of its own
 WIDEST = 4096  # numbers of an observation that are kept as state
 CAMERA = "rendered"
@@ -200,7 +203,7 @@ def _bounds(name: str, space: spaces.Space[Any]) -> tuple[NDArray[np.float32], N
             "wrap it into one of these, see docs/environments.md"
         )
     low, high = (np.ravel(bound).astype(np.float32) for bound in (space.low, space.high))
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    if not max(-low.min(initial=0), high.max(initial=0)) < UNLIMITED:
         raise InvalidValueError(
             f"{name} has actions without bounds; wrap it with gymnasium.wrappers.TransformAction, "
             "see docs/environments.md"

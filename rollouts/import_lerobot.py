@@ -33,6 +33,7 @@ from pvrpipe.rollouts.import_source import (
     picked,
     reading,
     same_length,
+    without_physics,
 )
 from pvrpipe.rollouts.import_video import frames_in, frames_of
 from pvrpipe.schemas.errors import SourceError
@@ -93,7 +94,9 @@ def open_source(given: str, camera: str | None) -> Source:
         raise SourceError(f"{folder} has no feature 'action'; there is nothing to import")
     shown = {_short(k): k for k, f in features.items() if f["dtype"] in ("image", "video")}
     label = picked(list(shown), camera, folder)
-    states = [k for k, f in features.items() if k.startswith("observation.") and _is_vector(f)]
+    states = without_physics(
+        [k for k, f in features.items() if k.startswith("observation.") and _is_vector(f)]
+    )
     layout = _Layout(folder, info, shown[label], tuple(states))
     return Source(
         name=folder.absolute().name,

@@ -32,6 +32,7 @@ from pvrpipe.rollouts.import_source import (
     own_members,
     picked,
     reading,
+    without_physics,
 )
 from pvrpipe.schemas.errors import SourceError
 
@@ -71,17 +72,16 @@ def open_source(given: str, camera: str | None) -> Source:
     shown = {key.removeprefix("observations/"): key for key in pictures}
     label = picked(list(shown), camera, folder)
     vectors = {k: s for k, s in observed.items() if s["type"] == "Box" and len(s["shape"]) <= 1}
+    kept = without_physics(list(vectors))
     names = [
-        n
-        for k, s in vectors.items()
-        for n in names_of(k.removeprefix("observations/"), int(np.prod(s["shape"])))
+        n for k in kept for n in names_of(k.removeprefix("observations/"), int(np.prod(vectors[k]["shape"])))
     ]
     bounds, count = _actions(action, folder)
     layout = _Layout(
         folder / DATA,
         shown[label],
         len(observed[shown[label]]["shape"]),
-        tuple(vectors),
+        tuple(kept),
         int(action.get("start", 0)),
     )
     with opened_hdf5(layout.path) as file:

@@ -206,6 +206,18 @@ def flat(values: Array) -> Array:
     return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
+def without_physics(vectors: Sequence[str]) -> list[str]:
+    """Names of observed vectors, but for ``…physics`` where there is a ``…state``.
+
+    So our own exports hold what a simulator is set to beside what is observed; it is no part of the state.
+    """
+    return [
+        name
+        for name in vectors
+        if not (name.endswith("physics") and name.removesuffix("physics") + "state" in vectors)
+    ]
+
+
 def names_of(key: str, width: int) -> list[str]:
     """Names of the elements of a vector."""
     return [f"{key}[{index}]" for index in range(width)]

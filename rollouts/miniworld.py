@@ -53,6 +53,19 @@ def make(
         return RoomEnvironment(name, env, size, camera, action_repeat or 1, max_steps)
 
 
+class LookingAside(Agent):
+    """An agent whose camera is turned from where it walks, by ``cam_yaw`` radians."""
+
+    cam_yaw: float
+
+    @property
+    def cam_dir(self) -> NDArray[np.float64]:
+        """Where the camera looks (3,)."""
+        x, y, z = super().cam_dir
+        cos, sin = math.cos(self.cam_yaw), math.sin(self.cam_yaw)
+        return np.array([cos * x + sin * z, y, cos * z - sin * x])
+
+
 @contextlib.contextmanager
 def others_context_kept() -> Iterator[None]:
     """Make the OpenGL context current again that was: MuJoCo's renderers do not ask whether theirs still is."""
@@ -146,6 +159,7 @@ class RoomEnvironment(GymEnvironment):
         self._recolour_meshes(0.0, 0.0)
         if not look:
             return observation
+        world.agent.__class__, world.agent.cam_yaw = LookingAside, math.radians(look["camera_azimuth"])
         world.agent.cam_pitch -= look["camera_elevation"]
         world.agent.cam_height *= 1 + look["camera_elevation"] / 90
         world.agent.cam_fov_y *= 1 + look["fov"]
@@ -159,13 +173,16 @@ class RoomEnvironment(GymEnvironment):
         return world.render_obs()
 
     def _light(self) -> None:
+        """Brightness, and where the light comes from.
+
+        Miniworld adds a 1 to each number of ``light_pos`` where it means to append one, so that OpenGL takes it for
+        the direction of a light that is far away; that direction is turned here.
+        """
         look, world = self._look, self._world
-        brighter, turn = 1 + look["light_intensity"], np.deg2rad(look["light_azimuth"])
-        middle = np.array([(world.min_x + world.max_x) / 2, (world.min_z + world.max_z) / 2])
-        reach = (world.max_x - world.min_x) / 2 * np.sin(turn)
-        world.light_pos = (
-            [middle[0] + reach, float(world.light_pos[1]), middle[1]] if turn else world.light_pos
-        )
+        brighter, tilt = 1 + look["light_intensity"], math.radians(look["light_tilt"])
+        x, y, z = np.asarray(world.light_pos) + 1
+        cos, sin = math.cos(tilt), math.sin(tilt)
+        world.light_pos = np.array([x, cos * y - sin * z, sin * y + cos * z]) - 1
         world.light_color = np.clip(np.asarray(world.light_color) * brighter, 0, 1)
         world.light_ambient = np.clip(np.asarray(world.light_ambient) * brighter, 0, 1)
 

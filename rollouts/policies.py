@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -43,6 +43,7 @@ OU_DEVIATION = 0.6  # of the processes, as a fraction of half the action range
 EXAMPLE = "e.g. random:0.5,mpc:0.5 or mpc@0.5+0.3~0.1"
 ENTRY_POINTS = "pvrpipe.policies"
 MARKS = {"@": "quality", "+": "noise", "~": "epsilon"}
+MARKED = re.compile("([@+~])")  # splits a name from its marks and their numbers
 
 Actions = Iterator[NDArray[np.float32]]
 Policy = Callable[[Environment, np.random.Generator], Actions]
@@ -145,7 +146,7 @@ def one_hot(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _parse_member(text: str, part: str) -> Member:
     """One member, without its weight."""
-    named, *marked = re.split("([@+~])", part)
+    named, *marked = MARKED.split(part)
     name, equals, argument = named.partition("=")
     if name not in POLICIES and name not in _others():
         raise UnknownNameError.among("policy", name, [*POLICIES, *_others()], hint=EXAMPLE)
@@ -153,6 +154,15 @@ def _parse_member(text: str, part: str) -> Member:
         raise InvalidValueError(f"policy '{text}': {name} takes no argument; {EXAMPLE}")
     if Path(argument).exists():  # workers run in other folders
         argument = str(Path(argument).absolute()) if argument else ""
+    return Member(name, argument, **parse_marks(text, name, marked))
+
+
+def parse_marks(text: str, name: str, marked: Sequence[str]) -> dict[str, float]:
+    """What the marks behind a name say, given as ``["+", "0.3", "~", "0.1"]``.
+
+    Raises:
+        InvalidValueError: one is given twice, is no number, or outside what it may be.
+    """
     numbers: dict[str, float] = {}
     for mark, value in zip(marked[::2], marked[1::2], strict=True):
         what = MARKS[mark]
@@ -162,7 +172,7 @@ def _parse_member(text: str, part: str) -> Member:
         numbers[what] = number_above_zero(value, f"policy '{text}': {what}", EXAMPLE)
         if what != "noise" and numbers[what] > 1:
             raise InvalidValueError(f"policy '{text}': {what} is at most 1; {EXAMPLE}")
-    return Member(name, argument, **numbers)
+    return numbers
 
 
 def _others() -> dict[str, Callable[[], Policy]]:

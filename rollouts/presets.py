@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pvrpipe.rollouts.mixtures import number_above_zero
+from pvrpipe.rollouts.policies import EXAMPLE, MARKED, Member, parse_marks, parse_policy
 from pvrpipe.schemas.errors import InvalidValueError
 
 NAMES = ("medium", "expert", "mixed")  # beside random, which is a policy
@@ -24,10 +30,13 @@ FAMILIES = {
 def expanded(policy: str, environment: str) -> str:
     """The text of a mixture in which presets are replaced by what they stand for there.
 
+    Noise and epsilon of a preset come on top of those its members have.
+
     Raises:
         InvalidValueError: nothing better than random is known for the environment.
     """
-    if not any(part.partition(":")[0].strip() in NAMES for part in policy.split(",")):
+    parts = [part.strip() for part in policy.split(",")]
+    if not any(_split(part)[0] in NAMES for part in parts):
         return policy
     known = FAMILIES.get(environment.partition(":")[0])
     if known is None:
@@ -35,14 +44,28 @@ def expanded(policy: str, environment: str) -> str:
             f"{environment} has no preset in '{policy}': it can neither plan nor follow a script; "
             "take random, ou or pink"
         )
-    return ",".join(_member(part.strip(), known) for part in policy.split(","))
+    shares: dict[str, float] = {}
+    for part in parts:
+        for member, share in _members(policy, part, known):
+            shares[member.label] = shares.get(member.label, 0) + share
+    return ",".join(f"{label}:{share:g}" for label, share in shares.items())
 
 
-def _member(part: str, known: dict[str, str]) -> str:
-    """A preset's members, with its weight shared among them."""
-    name, _, weight = part.partition(":")
-    if name not in known:
-        return part
-    members = [member.partition(":")[::2] for member in known[name].split(",")]
-    total = sum(float(share or 1) for _, share in members)
-    return ",".join(f"{label}:{float(weight or 1) * float(share or 1) / total:g}" for label, share in members)
+def _split(part: str) -> tuple[str, list[str], str]:
+    """Name, marks with their numbers, and weight."""
+    labelled, colon, weight = part.partition(":")
+    name, *marked = MARKED.split(labelled)
+    return name, marked, weight if colon else "1"
+
+
+def _members(policy: str, part: str, known: dict[str, str]) -> Iterator[tuple[Member, float]]:
+    """A part's members, with its weight shared among them."""
+    name, marked, weight = _split(part)
+    whole = number_above_zero(weight, f"policy '{policy}': weight", EXAMPLE)
+    marks = parse_marks(policy, name, marked) if name in known else {}
+    more, often = marks.get("noise", 0.0), marks.get("epsilon", 0.0)
+    mixture = parse_policy(known.get(name, part.partition(":")[0]))
+    for member, share in zip(mixture.members, mixture.weights, strict=True):
+        noise = math.hypot(member.noise, more) if more else member.noise
+        epsilon = 1 - (1 - member.epsilon) * (1 - often) if often else member.epsilon
+        yield replace(member, noise=noise, epsilon=epsilon), whole * share

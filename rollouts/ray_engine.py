@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,13 +20,13 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from pvrpipe.rollouts.episodes import Trying
+from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Lost, Trying
 from pvrpipe.schemas.addresses import ray_arguments
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 from pvrpipe.schemas.quiet import quiet_start
 
-DEATHS = 3  # of workers, without a shard committed in between, until that is an error
+DEATHS = 3  # of workers, until the episode they were in has failed; outside of any, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
 
@@ -36,7 +36,7 @@ Event = Trying | ShardCommit
 class ShardWork(Protocol):
     """What turns plans into committed shards: :class:`CollectShard`, or :class:`ReplayShard`."""
 
-    def __call__(self, plan: ShardPlan, hung: Collection[tuple[int, int]] = (), /) -> Iterator[Event]:
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST, /) -> Iterator[Event]:
         """Say before each try which it is, and the commit at the end."""
 
     def close(self) -> None:
@@ -51,9 +51,9 @@ class ShardWorker:
         os.environ.update(environ)
         self._work = make()
 
-    def collect(self, plan: ShardPlan, hung: Collection[tuple[int, int]]) -> Iterator[Event]:
+    def collect(self, plan: ShardPlan, lost: Lost) -> Iterator[Event]:
         """Collect and commit a shard."""
-        yield from self._work(plan, hung)
+        yield from self._work(plan, lost)
 
 
 @dataclass
@@ -81,7 +81,8 @@ class Pool:
     ) -> None:
         self._start, self._workers, self._shards, self._patience = start, workers, shards, patience
         self._deaths, self._looked = 0, time.monotonic()
-        self._hung: dict[int, set[tuple[int, int]]] = {}  # of each shard
+        self._died: Counter[tuple[int, int, int]] = Counter()  # by shard, episode and seed
+        self._lost: dict[int, dict[tuple[int, int], str]] = {}  # of each shard
         self._busy: dict[Any, Job] = {}
         self._idle: list[Any] = []
         self._grow()
@@ -97,8 +98,8 @@ class Pool:
         while todo or any(job.plan is not None for job in self._busy.values()):
             while todo and self._idle:
                 actor, plan = self._idle.pop(), todo.popleft()
-                hung = tuple(self._hung.get(plan.shard, ()))
-                stream = actor.collect.options(num_returns="streaming").remote(plan, hung)
+                lost = self._lost.get(plan.shard, {})
+                stream = actor.collect.options(num_returns="streaming").remote(plan, lost)
                 self._busy[stream] = Job(actor, plan)
             told = self._next()
             if isinstance(told, ShardPlan):
@@ -157,15 +158,31 @@ class Pool:
 
     def _replace(self, source: Any, error: Exception) -> ShardPlan | None:
         """A worker died, or its node did: another takes its place; its shard is to do again."""
-        self._deaths += 1
+        job = self._busy.pop(source)
+        if job.trying is not None:
+            self._count_death(job.trying)
+        else:
+            self._deaths += 1
         if self._deaths >= DEATHS:
             raise SimulationError(
                 f"{self._deaths} workers died in a row ({one_line(error)[:200]}); give them more memory or "
                 "fewer --workers, or find out with --engine inline, then run the same command again"
             ) from error
-        plan = self._busy.pop(source).plan
         self._spawn()
-        return plan
+        return job.plan
+
+    def _count_death(self, trying: Trying) -> None:
+        """After so many deaths in an episode, with one seed, it has failed."""
+        first = trying.attempt // TRIES * TRIES
+        which = (trying.shard, trying.episode, first)
+        self._died[which] += 1
+        if self._died[which] == DEATHS:
+            for attempt in range(first, first + TRIES):
+                self._lose(trying, attempt, f"{DEATHS} workers died in it")
+
+    def _lose(self, trying: Trying, attempt: int, reason: str) -> None:
+        """Not try that again."""
+        self._lost.setdefault(trying.shard, {})[trying.episode, attempt] = reason
 
     def _give_up_on_one(self) -> ShardPlan | None:
         """Kill a worker that has not said anything for too long, and remember what it hung in."""
@@ -173,7 +190,7 @@ class Pool:
             if job.plan is None or job.trying is None or self._patience is None:
                 continue
             if time.monotonic() - job.heard > self._patience:
-                self._hung.setdefault(job.plan.shard, set()).add((job.trying.episode, job.trying.attempt))
+                self._lose(job.trying, job.trying.attempt, "it did not come to an end in time")
                 ray.kill(job.actor)
                 del self._busy[source]
                 self._spawn()
@@ -233,7 +250,7 @@ def _start_ray(address: str | None, workers: int | None) -> bool:
     try:
         with quiet_start():
             ray.init(**arguments, ignore_reinit_error=True)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, too, e.g. where a busy machine starts it too slowly
         raise SimulationError(
             f"Ray does not start ({one_line(error)[:200]}); "
             "check --address and `pvrpipe doctor`, or use --engine inline"

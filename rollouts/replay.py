@@ -7,7 +7,7 @@ again, and every reward and state must come out as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.rollouts.environments import Restorable
-from pvrpipe.rollouts.episodes import Trying, build_environment
+from pvrpipe.rollouts.episodes import NOTHING_LOST, Lost, Trying, build_environment
 from pvrpipe.rollouts.variation import STREAM, Look, columns_of, parse_variation
 from pvrpipe.schemas.errors import SimulationError
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, ShardPlan
 from pvrpipe.store.building import ShardWriter
 from pvrpipe.store.reading import Store
 
+PLAYED_SIZE = "factor_played_size"  # column of a replay: the size that the physics had, whatever is seen
 CHUNK = 64  # rows drawn before they are written
 
 Rows = dict[str, NDArray[np.generic]]
@@ -44,10 +45,16 @@ class ReplayShard:
         self._environment = build_environment(made)
         self._factors = columns_of(looks, self._environment.factors)
 
-    def __call__(
-        self, plan: ShardPlan, _: Collection[tuple[int, int]] = ()
-    ) -> Iterator[Trying | ShardCommit]:
-        """Draw the planned episodes and commit their shard."""
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Trying | ShardCommit]:
+        """Draw the planned episodes and commit their shard.
+
+        Args:
+            plan: of the shard.
+            lost: episodes that took their worker with them, as (episode, 0).
+
+        Raises:
+            SimulationError: there is such a one, or one is not what is stored; no other can take its place.
+        """
         numbers = range(plan.first_episode, plan.first_episode + plan.episodes)
         known = {record.episode: record for record in self._source.records(plan.shard)}
         looks = {n: self._looks[n].draw(known[n].seed, self._environment.factors) for n in numbers}
@@ -55,6 +62,11 @@ class ReplayShard:
         rows = 0
         with ShardWriter(self._folder, self._manifest, plan, records) as writer:
             for number in numbers:
+                if reason := lost.get((number, 0)):
+                    raise SimulationError(
+                        f"episode {number} cannot be seen anew: {reason}; give more --episode-timeout, or find out "
+                        "with --engine inline"
+                    )
                 yield Trying(plan.shard, number, 0, rows)
                 stored = self._source.read_episode(number, [c for c in self._source.columns if c != "frame"])
                 for first, frames in self._frames(known[number], looks[number], stored):
@@ -71,6 +83,8 @@ class ReplayShard:
         """What is known of an episode, in its new look."""
         variation = self._looks[known.episode]
         kept = {name: value for name, value in known.values.items() if not name.startswith("factor_")}
+        if PLAYED_SIZE in known.values or "factor_size" in known.values:
+            kept[PLAYED_SIZE] = _played_size(known)
         return known.model_copy(
             update={
                 "variation": variation.label,
@@ -87,7 +101,7 @@ class ReplayShard:
         The episode begins with the sizes it was played with, on which it may depend where things lie.
         """
         environment, number = self._environment, known.episode
-        played = known.values.get("factor_size", 0.0)
+        played = _played_size(known)
         step = environment.reset(known.seed, look.sized(played))
         restored = isinstance(environment, Restorable) and "physics" in stored
         if isinstance(environment, Restorable) and restored:
@@ -111,8 +125,18 @@ class ReplayShard:
 
     def _compare(self, number: int, row: int, name: str, found: Any, stored: Any) -> None:
         """Refuse to show what did not happen."""
-        if not np.allclose(found, stored, rtol=1e-4, atol=1e-5):
-            raise SimulationError(
-                f"{self._made.environment} does not repeat episode {number}: at step {row} its {name} is {found}, "
-                f"stored is {stored}; replay with the versions the store was made with ({self._source.path}/store.json)"
-            )
+        found, stored = np.atleast_1d(found), np.atleast_1d(stored)
+        if np.allclose(found, stored, rtol=1e-4, atol=1e-5):
+            return
+        worst = int(np.argmax(~np.isclose(found, stored, rtol=1e-4, atol=1e-5)))
+        what = f"state '{self._made.state_names[worst]}'" if name == "state" else name
+        raise SimulationError(
+            f"{self._made.environment} does not repeat episode {number}: at step {row} its {what} is "
+            f"{found[worst]:g}, stored is {stored[worst]:g}; replay with the versions the store was made with "
+            f"({self._source.path}/store.json)"
+        )
+
+
+def _played_size(known: EpisodeRecord) -> float:
+    """What an episode was played with, also if it is known by a replay."""
+    return known.values.get(PLAYED_SIZE, known.values.get("factor_size", 0.0))

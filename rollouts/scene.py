@@ -20,6 +20,7 @@ from pvrpipe.rollouts.colours import paint_of
 from pvrpipe.rollouts.variation import FACTORS, PLAIN, Look
 
 COARSE = 8  # pixels of a texture that share one of a pattern, before it is smoothed
+LEVEL = 0.1  # shorter than that, what is left of a direction once it is held level is none
 SPEED = 0.15  # radians that a moving pattern drifts between two rows
 SHAPES = (mujoco.mjtGeom.mjGEOM_SPHERE, mujoco.mjtGeom.mjGEOM_BOX, mujoco.mjtGeom.mjGEOM_CYLINDER)
 SCALED = (
@@ -46,7 +47,7 @@ class Dresser:
     def __init__(self, model: mujoco.MjModel, upload: Callable[[int], None]) -> None:
         self._model, self._upload = model, upload
         self._look, self._row, self._painted = PLAIN, 0, False
-        self._pivot: Vector | None = None  # of the camera, fixed for an episode
+        self._away: float | None = None  # from the camera to what it looks at, fixed for an episode
         self._sizes = {
             name: getattr(model, name).copy() for name in ("geom_size", "geom_rbound", "geom_aabb")
         }
@@ -74,7 +75,7 @@ class Dresser:
 
     def put_on(self, look: Look) -> None:
         """Begin an episode in a look; before the simulation is reset, since the sizes are part of it."""
-        self._look, self._row, self._pivot = look, 0, None
+        self._look, self._row, self._away = look, 0, None
         for name, original in self._sizes.items():
             array = getattr(self._model, name)
             array[:] = original
@@ -91,12 +92,15 @@ class Dresser:
         """Change a scene that is ready to be drawn."""
         if not self._look:
             return
-        if self._pivot is None:
-            self._pivot = _looked_at(self._model, data, scene)
+        camera = scene.camera[0]
+        if self._away is None:
+            self._away = _distance_to_what_moves(self._model, data, camera)
+        # Along the camera's axis, so that what follows a body goes on following it once it is turned.
+        pivot = np.asarray(camera.pos, np.float64) + self._away * np.asarray(camera.forward, np.float64)
         self._colour(scene)
-        self._light(scene)
-        self._distract(scene)
-        self._aim(scene, self._pivot)
+        self._light(scene, pivot)
+        self._distract(scene, self._away)
+        self._aim(scene, pivot)
 
     def _colour(self, scene: mujoco.MjvScene) -> None:
         look = self._look
@@ -109,23 +113,22 @@ class Dresser:
             if tint:
                 geom.rgba[:3] = (1 - tint) * geom.rgba[:3] + tint * paint
 
-    def _light(self, scene: mujoco.MjvScene) -> None:
-        brighter, turn = 1 + self._look["light_intensity"], math.radians(self._look["light_azimuth"])
-        if brighter == 1 and not turn:
+    def _light(self, scene: mujoco.MjvScene, pivot: Vector) -> None:
+        """Brightness, and where the lights are: they go to the left or right around what is looked at."""
+        brighter, tilt = 1 + self._look["light_intensity"], math.radians(self._look["light_tilt"])
+        if brighter == 1 and not tilt:
             return
-        turned = _rotation(np.array([0.0, 0.0, 1.0]), turn)
+        turn = _rotation(_level(scene.camera[0]), tilt)
         for light in scene.lights[: scene.nlight]:
             for part in (light.ambient, light.diffuse, light.specular):
                 part[:] = np.clip(part * brighter, 0, 1)
             if not light.headlight:
-                light.dir[:] = turned @ light.dir
-                light.pos[:] = turned @ light.pos
+                light.dir[:] = turn @ light.dir
+                light.pos[:] = pivot + turn @ (light.pos - pivot)
 
-    def _distract(self, scene: mujoco.MjvScene) -> None:
-        """Bodies that nothing touches, around what the camera looks at; in the same place all episode long."""
-        assert self._pivot is not None
+    def _distract(self, scene: mujoco.MjvScene, distance: float) -> None:
+        """Bodies that nothing touches, around what the camera looks at; it sees them in the same place all episode."""
         camera, rng = scene.camera[0], self._look.rng(2)
-        distance = float(np.linalg.norm(self._pivot - camera.pos))
         right, up = np.cross(camera.forward, camera.up), np.asarray(camera.up)
         for number in range(min(int(self._look["distractors"]), scene.maxgeom - scene.ngeom)):
             across, height, near = rng.uniform([-0.45, -0.3, 0.65], [0.45, 0.4, 1.2])
@@ -217,15 +220,21 @@ def _texture_shape(model: mujoco.MjModel, number: int) -> tuple[int, int, int]:
     return int(model.tex_height[number]), int(model.tex_width[number]), int(model.tex_nchannel[number])
 
 
-def _looked_at(model: mujoco.MjModel, data: mujoco.MjData, scene: mujoco.MjvScene) -> Vector:
-    """The point on the camera's axis that is nearest to what moves; where there is none, half the scene away."""
-    camera = scene.camera[0]
+def _distance_to_what_moves(model: mujoco.MjModel, data: mujoco.MjData, camera: mujoco.MjvGLCamera) -> float:
+    """To the point on the camera's axis that is nearest to it; at least half the scene."""
     moving = np.flatnonzero(model.body_weldid > 0)
     middle = data.xipos[moving].mean(axis=0) if len(moving) else np.asarray(model.stat.center)
     forward = np.asarray(camera.forward, np.float64)
-    away = max(float((middle - camera.pos) @ forward), 0.5 * float(model.stat.extent))
-    place: Vector = np.asarray(camera.pos, np.float64) + away * forward
-    return place
+    return max(float((middle - camera.pos) @ forward), 0.5 * float(model.stat.extent))
+
+
+def _level(camera: mujoco.MjvGLCamera) -> Vector:
+    """Where a camera looks, held level; of one that looks straight down, where its up is."""
+    for direction in (camera.forward, camera.up):
+        level = np.array([direction[0], direction[1], 0.0])
+        if np.linalg.norm(level) > LEVEL:
+            return level
+    return np.array([0.0, 1.0, 0.0])
 
 
 def _rotation(axis: Vector, angle: float) -> Vector:

@@ -45,7 +45,7 @@ FACTORS: dict[str, tuple[tuple[str, float, str], ...]] = {
     "size": (("size", 0.3, "of the original, of what moves"),),
     "camera": (("camera_azimuth", 40.0, "degrees"), ("camera_elevation", 25.0, "degrees")),
     "fov": (("fov", 0.4, "of the original width of view"),),
-    "lighting": (("light_intensity", 0.7, "of the original"), ("light_azimuth", 90.0, "degrees")),
+    "lighting": (("light_intensity", 0.7, "of the original"), ("light_tilt", 60.0, "degrees")),
     "texture": (("texture", 1.0, "share of the pattern"),),
     "noise": (("background_noise", 1.0, "share of the noise"),),
     "video": (("background_video", 1.0, "share of the moving pattern"),),

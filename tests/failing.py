@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import numpy as np
 NAMES = (
     "failing:raise",
     "failing:nan",
+    "failing:exit",
     "failing:hang",
     "failing:never",
     "failing:once",
     "failing:die",
+    "failing:crash",
     "failing:long",
 )
 
@@ -67,6 +70,10 @@ class Failing:
             raise ValueError("the gripper came off")
         if self._how == "nan":
             self._x = float("nan")
+        if self._how == "exit":
+            sys.exit("as if it were a program")
+        if self._how == "crash":
+            os._exit(1)
         if self._how == "hang":
             time.sleep(3600)
         marker = Path(os.environ.get("FAILING_MARKS", "/nonexistent")) / str(self._seed)

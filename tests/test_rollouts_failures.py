@@ -58,7 +58,11 @@ def test_some_episodes_of_these_tests_fail() -> None:
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("raise", "ValueError at step 2: the gripper came off"), ("nan", "reward is not finite at step 3")],
+    [
+        ("raise", "ValueError at step 2: the gripper came off"),
+        ("nan", "reward is not finite at step 3"),
+        ("exit", "SystemExit at step 2: as if it were a program"),
+    ],
 )
 def test_a_failed_episode_is_recorded_and_another_seed_takes_its_place(
     tmp_path: Path, how: str, reason: str
@@ -124,6 +128,23 @@ def test_a_worker_that_dies_in_an_episode_costs_its_shard(tmp_path: Path) -> Non
     died = collect(config("die"), tmp_path / "died", Engine(workers=2, max_failures=0))
     assert died.failed == 0
     assert died.id == collect(config("die"), tmp_path / "smooth", Engine("inline")).id
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_simulator_that_crashes_whenever_it_comes_to_an_episode_has_failed_in_it(tmp_path: Path) -> None:
+    """Other seeds take the place of those that kill three workers, as where the environment raises."""
+    crashed = collect(config("crash"), tmp_path / "crashed", Engine(workers=2, max_failures=9))
+    raised = collect(config("raise"), tmp_path / "raised", Engine("inline", max_failures=9))
+    store, other = Store.open(tmp_path / "crashed"), Store.open(tmp_path / "raised")
+    assert crashed.failed == raised.failed
+    assert {f.reason for f in store.manifest.failed} == {"3 workers died in it"}
+    assert store.episodes["seed"].to_list() == other.episodes["seed"].to_list()
+
+
+def test_a_hang_cannot_be_ended_by_the_process_that_hangs() -> None:
+    with pytest.raises(InvalidValueError, match="--episode-timeout needs --engine ray"):
+        Engine("inline", episode_timeout=1)
 
 
 @pytest.mark.usefixtures("package")

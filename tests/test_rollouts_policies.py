@@ -156,12 +156,31 @@ def test_presets_become_members_with_their_weight_shared() -> None:
         environment = f"{family}:any"
         for name in NAMES:
             assert parse_policy(expanded(name, environment)) == parse_policy(presets[name])
-        mixture = parse_policy(expanded("pink:1,mixed:3", environment).replace("pink:", "brown:", 1))
+        mixture = parse_policy(expanded("brown:1,mixed:3", environment))
         shares = dict(zip((m.label for m in mixture.members), mixture.weights, strict=True))
         assert shares["brown"] == pytest.approx(0.25)
         assert sum(shares.values()) == pytest.approx(1)
     with pytest.raises(InvalidValueError, match="no preset"):
         expanded("expert", "gym:CartPole-v1")
+
+
+def test_noise_and_epsilon_on_a_preset_come_on_top_of_its_members_own() -> None:
+    assert expanded("expert+0.3~0.1", "dmc:walker-walk") == "mpc+0.3~0.1:1"
+    assert expanded("medium+0.4:2", "dmc:walker-walk") == "mpc@0.3+0.5:2"  # 0.3 and 0.4, independent
+    assert expanded("medium~0.5", "metaworld:push") == "scripted+0.3~0.65:1"
+    with pytest.raises(
+        InvalidValueError, match=r"'expert@0\.5' gives a quality for expert, only mpc has one"
+    ):
+        expanded("expert@0.5", "dmc:walker-walk")
+    with pytest.raises(InvalidValueError, match="noise 'x' must be a number"):
+        expanded("expert+x", "dmc:walker-walk")
+
+
+def test_members_that_a_preset_shares_with_the_rest_of_a_mixture_are_added_up() -> None:
+    mixture = parse_policy(expanded("random:0.5,mixed:0.5", "dmc:walker-walk"))
+    shares = dict(zip((m.label for m in mixture.members), mixture.weights, strict=True))
+    assert shares["random"] == pytest.approx(0.6)
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["random", "ou", "pink", "brown", "mpc"])
@@ -236,7 +255,10 @@ def test_quality_is_a_dial() -> None:
     environment = make_environment("dmc:cartpole-swingup", size=16, max_steps=200)
     worst, best = (
         np.mean(
-            [run_episode(environment, Member("mpc", q), 0, seed).info.episode_return for seed in (100, 101)]
+            [
+                run_episode(environment, Member("mpc", quality=q), 0, seed).info.episode_return
+                for seed in (100, 101)
+            ]
         )
         for q in (0.2, 1.0)
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, replay
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, replay, replay_manifest
 from pvrpipe.rollouts.environments import Restorable, make_environment
+from pvrpipe.rollouts.replay import ReplayShard
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, SimulationError, UnknownNameError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
@@ -107,6 +108,32 @@ def takes_its_actions_again(tmp_path: Path) -> None:
     assert not (tmp_path / "sizes").exists()
 
 
+@pytest.mark.parametrize("environment", ["metaworld:push", "dmc:finger-turn_easy"])
+def test_a_replay_can_be_replayed_though_where_things_lie_depends_on_sizes(
+    environment: str, tmp_path: Path
+) -> None:
+    small = CollectConfig(environment, size=32, episodes=2, max_steps=20, policy="random", variation="ood")
+    collect(small, tmp_path / "source", INLINE)
+    replay(Store.open(tmp_path / "source"), tmp_path / "once", INLINE, variation="camera=0.5")
+    replay(Store.open(tmp_path / "once"), tmp_path / "twice", INLINE, variation="fov=0.5")
+    replay(Store.open(tmp_path / "source"), tmp_path / "directly", INLINE, variation="fov=0.5")
+    for twice, directly in pairs(Store.open(tmp_path / "twice"), Store.open(tmp_path / "directly")):
+        assert all(np.array_equal(twice[name], directly[name]) for name in twice)
+    sizes = (Store.open(tmp_path / name).episodes[column] for name, column in (
+        ("source", "factor_size"), ("twice", "factor_played_size"),
+    ))  # fmt: skip
+    assert np.array_equal(*map(np.array, sizes))
+
+
+def test_a_replay_that_hangs_is_an_error_not_a_loop(source: Store, tmp_path: Path) -> None:
+    """No other seed can take the place of a stored trajectory."""
+    draft = replay_manifest(source, None, 1, "none")
+    with pytest.raises(
+        SimulationError, match="episode 0 was not seen anew in time; give more --episode-timeout"
+    ):
+        list(ReplayShard(tmp_path, draft, source)(draft.plan[0], hung=((0, 0),)))
+
+
 def test_trajectories_that_do_not_come_out_again_are_refused(
     source: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +144,9 @@ def test_trajectories_that_do_not_come_out_again_are_refused(
         return tuple(r.model_copy(update={"seed": r.seed + 1}) for r in records(self, shard))
 
     monkeypatch.setattr(Store, "records", forged)
-    with pytest.raises(SimulationError, match="does not repeat episode 0: at step 0 its state") as caught:
+    with pytest.raises(
+        SimulationError, match="does not repeat episode 0: at step 0 its state 'to_target"
+    ) as caught:
         replay(source, tmp_path / "seen", INLINE, camera=1)
     assert "\n" not in str(caught.value)
 

@@ -14,6 +14,7 @@ from pvrpipe.rollouts.variation import (
     HELD_OUT,
     PLAIN,
     PROTOCOL,
+    Look,
     check_possible,
     columns_of,
     held_out,
@@ -28,6 +29,11 @@ SPLIT = [[7, 8, 9, 19], [3, 6, 9, 15], [5, 9, 14, 19]]
 @pytest.fixture(scope="module")
 def walker() -> Environment:
     return make_environment("dmc:walker-walk", size=64)
+
+
+@pytest.fixture(scope="module")
+def pendulum() -> Environment:
+    return make_environment("dmc:pendulum-swingup", size=64)
 
 
 def shown(environment: Environment, text: str, seed: int = 5) -> list[dict]:
@@ -95,6 +101,33 @@ def test_a_picture_changes_and_the_physics_does_not(walker: Environment, factor:
         assert np.array_equal(a["state"], b["state"])
         assert a["reward"] == b["reward"]
         assert np.abs(a["frame"].astype(int) - b["frame"]).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "name", [name for values in FACTORS.values() for name, _, _ in values if "_hue" not in name]
+)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_every_value_is_seen_by_itself(pendulum: Environment, name: str, sign: int) -> None:
+    """Also under a lamp that hangs straight above, which a turn about the vertical would leave where it is."""
+    most = {name: most for values in FACTORS.values() for name, most, _ in values}[name]
+    if sign < 0 and name not in ("size", "camera_azimuth", "fov", "light_intensity", "light_tilt"):
+        return  # is never below 0
+    plain = pendulum.reset(5)["frame"].astype(int)
+    assert np.abs(plain - pendulum.reset(5, Look({name: sign * most}, seed=1))["frame"]).mean() > 0.5
+
+
+@pytest.mark.parametrize("text", ["camera=1", "lighting=1", "distractors=1", "camera=0.5+lighting=0.5"])
+def test_what_follows_a_body_goes_on_following_it_in_any_look(walker: Environment, text: str) -> None:
+    """A walker that has walked 30 m is seen from where it was seen when it began, and as bright."""
+    look = parse_variation(text).members[0].draw(5, FACTORS)
+    first = walker.reset(5, Look({**look.values, "object_tint": 1.0}, look.seed))  # red; the floor is not
+    far = first["physics"].copy()
+    far[2] += 30  # time, height, how far
+    walker.restore(far, row=1)  # type: ignore[attr-defined]
+    near_by, far_off = (frame.astype(int) for frame in (first["frame"], walker.observe()["frame"]))  # type: ignore[attr-defined]
+    seen = near_by[..., 0] > 2 * near_by[..., 2] + 30
+    assert 30 < seen.sum() < seen.size / 2
+    assert np.abs(near_by - far_off)[seen].mean() < 3
 
 
 def test_sizes_change_what_moves_and_go_back(walker: Environment) -> None:
