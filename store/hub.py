@@ -67,7 +67,7 @@ def push_to_hub(
     batches = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
     for number, batch in enumerate(batches or ([[]] if stale else []), start=1):
         removed = stale if number >= len(batches) else []
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(prefix + name, folder / name) for name in batch),
             *(CommitOperationDelete(prefix + name) for name in removed),
         ]
