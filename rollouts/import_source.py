@@ -244,6 +244,8 @@ def opened_hdf5(path: Path) -> Any:
         MissingExtraError: h5py is not installed.
         SourceError: it is no whole HDF5 file.
     """
+    if path.is_dir():
+        raise SourceError(f"{path} is a folder; give the HDF5 file in it")
     h5py = required("h5py", "reading HDF5", "convert")
     with reading(path):
         return h5py.File(path, "r")
