@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pvrpipe.schemas.addresses import ray_arguments
-from pvrpipe.schemas.quiet import quiet_start
+from pvrpipe.schemas.clusters import ray_cluster
 
 
 @contextmanager
@@ -15,11 +14,5 @@ def shared_ray(engine: str, address: str | None = None) -> Iterator[None]:
     if engine != "ray":
         yield
         return
-    import ray
-
-    with quiet_start():
-        ray.init(**ray_arguments(address))
-    try:
+    with ray_cluster(address):
         yield
-    finally:
-        ray.shutdown()

@@ -16,10 +16,9 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
-from pvrpipe.schemas.addresses import ray_arguments
+from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import ClusterError, EncodingError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress
-from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.files import left_behind, marked
 from pvrpipe.store.layout import shard_file
 from pvrpipe.store.places import Place, place_of
@@ -142,21 +141,15 @@ def _telling(work: Callable[..., R], told: Any) -> R:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """Ray for as long as it is needed, on this machine or at an address."""
-    started = not ray.is_initialized()
     try:
-        if started:
-            with quiet_start():
-                ray.init(**ray_arguments(address))
-        yield
+        with ray_cluster(address):
+            yield
     except (RayError, ConnectionError) as error:
         if isinstance(error, RayTaskError):
             raise  # a bug in a worker: show where
         raise ClusterError(
             f"Ray failed ({one_line(error)[:200]}); run the same command again to go on, or with --engine inline"
         ) from error
-    finally:
-        if started and ray.is_initialized():
-            ray.shutdown()
 
 
 def _pass(

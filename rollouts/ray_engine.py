@@ -21,10 +21,9 @@ from ray.exceptions import (
 )
 
 from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Lost, Trying
-from pvrpipe.schemas.addresses import ray_arguments
+from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
-from pvrpipe.schemas.quiet import quiet_start
 
 DEATHS = 3  # of workers, until the episode they were in has failed; outside of any, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
@@ -217,42 +216,22 @@ def worker_pool(
         patience: seconds that one try of an episode may take; None waits for ever.
 
     Raises:
+        ClusterError: nobody answers at the address, or Ray does not start.
         SimulationError: workers keep dying, or Ray itself fails.
     """
     environ = {name: os.environ[name] for name in RENDERING if name in os.environ}
-    started = _start_ray(address, workers)
     try:
-        shared = ray.put(make)
-        pool = Pool(lambda actor: actor.start.remote(environ, shared), workers, shards, patience)
-        try:
-            pool.wait_for_one()
-            yield pool.collect
-        finally:
-            pool.close()
+        with ray_cluster(address, workers):
+            shared = ray.put(make)
+            pool = Pool(lambda actor: actor.start.remote(environ, shared), workers, shards, patience)
+            try:
+                pool.wait_for_one()
+                yield pool.collect
+            finally:
+                pool.close()
     except RayError as error:
         if isinstance(error, RayTaskError):
             raise  # a bug in a worker: show where
         raise SimulationError(
             f"Ray failed ({one_line(error)[:200]}); run the same command again, or with --engine inline"
         ) from error
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _start_ray(address: str | None, workers: int | None) -> bool:
-    """Connect to Ray, starting it if need be; whether this call did so, and must leave it again."""
-    if ray.is_initialized():
-        return False
-    arguments = ray_arguments(address)
-    if arguments["address"] == "local":
-        arguments["num_cpus"] = workers  # a running cluster has its own
-    try:
-        with quiet_start():
-            ray.init(**arguments, ignore_reinit_error=True)
-    except Exception as error:  # Ray raises bare ones, too, e.g. where a busy machine starts it too slowly
-        raise SimulationError(
-            f"Ray does not start ({one_line(error)[:200]}); "
-            "check --address and `pvrpipe doctor`, or use --engine inline"
-        ) from error
-    return True

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from pvrpipe.schemas.addresses import ray_arguments
+from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import ClusterError, InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
@@ -185,16 +184,10 @@ def _result(reference: Any) -> Any:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """Ray for as long as it is needed, on this machine or at an address."""
-    started = not ray.is_initialized()
     try:
-        if started:
-            with quiet_start():
-                ray.init(**ray_arguments(address))
-        yield
+        with ray_cluster(address):
+            yield
     except (RayError, ConnectionError) as error:
         raise ClusterError(
             f"Ray failed ({one_line(error)[:200]}); run the same command again to go on, or with --engine inline"
         ) from error
-    finally:
-        if started:
-            ray.shutdown()
