@@ -98,7 +98,10 @@ class Pool:
             while todo and self._idle:
                 actor, plan = self._idle.pop(), todo.popleft()
                 lost = self._lost.get(plan.shard, {})
-                stream = actor.collect.options(num_returns="streaming").remote(plan, lost)
+                # Paused until each event is taken: what a worker was trying is known, however soon it dies of it.
+                stream = actor.collect.options(
+                    num_returns="streaming", _generator_backpressure_num_objects=1
+                ).remote(plan, lost)
                 self._busy[stream] = Job(actor, plan)
             told = self._next()
             if isinstance(told, ShardPlan):

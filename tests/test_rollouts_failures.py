@@ -113,7 +113,7 @@ def test_an_environment_that_always_fails_ends(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_a_hang_is_ended_and_counts_as_a_failure(tmp_path: Path) -> None:
     """The same store as one whose environment raises there, but for the reasons."""
-    hung = collect(config("hang"), tmp_path / "hung", Engine(workers=2, max_failures=9, episode_timeout=2))
+    hung = collect(config("hang"), tmp_path / "hung", Engine(workers=2, max_failures=9, episode_timeout=8))
     store = Store.open(tmp_path / "hung")
     raised = collect(config("raise"), tmp_path / "raised", Engine("inline", max_failures=9))
     other = Store.open(tmp_path / "raised")
