@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pvrpipe.schemas.errors import InvalidValueError
 
-SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*:/")  # pathlib makes one slash of two
+SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):/+")  # pathlib makes one slash of two
 
 
 def refuse_url(output: Path) -> None:
@@ -17,4 +17,5 @@ def refuse_url(output: Path) -> None:
         InvalidValueError: it is one.
     """
     if SCHEME.match(str(output)):
-        raise InvalidValueError(f"{output} is a URL; write to a local folder, then `pvrpipe push` it there")
+        url = SCHEME.sub(r"\1://", str(output))
+        raise InvalidValueError(f"{url} is a URL; write to a local folder, then `pvrpipe push` it there")
