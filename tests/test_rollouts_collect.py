@@ -21,7 +21,14 @@ from pvrpipe.rollouts.environments import make_environment
 from pvrpipe.rollouts.episodes import CollectShard, episode_seed, run_episode
 from pvrpipe.rollouts.policies import Member
 from pvrpipe.rollouts.ray_engine import worker_pool
-from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, SimulationError, UnknownNameError
+from pvrpipe.schemas.clusters import ray_cluster
+from pvrpipe.schemas.errors import (
+    ClusterError,
+    InvalidValueError,
+    OutputExistsError,
+    SimulationError,
+    UnknownNameError,
+)
 from pvrpipe.schemas.manifest import ShardCommit
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.reading import Store
@@ -297,3 +304,18 @@ collect(CollectConfig(size=32), sys.argv[1], Engine(address="127.0.0.1:1"))
     last_line = done.stderr.strip().splitlines()[-1]
     assert "ClusterError: no Ray cluster answers at 127.0.0.1:1" in last_line
     assert "--address" in last_line
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises bare exceptions where a busy machine starts it too slowly."""
+
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nSee its logs")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ClusterError, match=r"does not start \(The current node .*--engine inline$"),
+        ray_cluster(None),
+    ):
+        pass

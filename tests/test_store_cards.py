@@ -126,5 +126,5 @@ def test_cards_are_published_and_a_store_that_grows_drops_the_old_one(
 
 
 def test_a_card_is_written_on_this_machine_only() -> None:
-    with pytest.raises(InvalidValueError, match="//.* is a URL"):
+    with pytest.raises(InvalidValueError, match=r"//.* is a URL"):
         write_cards(Path("s3://bucket/store"))
