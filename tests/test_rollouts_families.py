@@ -20,6 +20,7 @@ from pvrpipe.rollouts.environments import (
     make_environment,
     missing_families,
 )
+from pvrpipe.rollouts.variation import Look
 from pvrpipe.schemas.errors import InvalidValueError, MissingExtraError, SimulationError, UnknownNameError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
@@ -251,6 +252,28 @@ def take_turns(names: tuple[str, ...]) -> None:
     together = zip(*(seen_on_the_way(world) for world in worlds), strict=True)
     for row, frames in zip(together, zip(*alone, strict=True), strict=True):
         assert all(np.array_equal(now, before) for now, before in zip(row, frames, strict=True))
+
+
+def test_looks_of_miniworld_turn_camera_and_light_and_no_physics() -> None:
+    assert not run_killed(take_looks, "miniworld:PickupObjects")
+
+
+def take_looks(name: str) -> None:
+    world = make_environment(name, size=32)
+    plain = world.reset(3)
+
+    def seen(**changed: float) -> np.ndarray:
+        row = world.reset(3, Look(changed))
+        assert np.array_equal(row["state"], plain["state"])
+        return row["frame"].astype(int)
+
+    wide, left, right = plain["frame"].astype(int), seen(camera_azimuth=25.0), seen(camera_azimuth=-25.0)
+    assert np.abs(left - wide).mean() > 2
+    assert np.abs(left[:, 12:] - right[:, 12:]).mean() > 2
+    lit = [np.abs(seen(light_tilt=degrees) - wide).mean() for degrees in (0.0, 20.0, 60.0)]
+    assert lit[0] == 0
+    assert 0 < lit[1] < lit[2]  # graded, where a little used to be as much as a lot
+    assert np.array_equal(world.reset(3)["frame"], plain["frame"])
 
 
 def seen_on_the_way(environment: Environment) -> Iterator[np.ndarray]:
