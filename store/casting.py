@@ -1,4 +1,4 @@
-"""Embeddings in another precision: what does not fit is refused, nothing overflows in silence."""
+"""Numbers that can be stored: what is not finite, or does not fit a precision, is refused, never in silence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import numpy as np
 
 from pvrpipe.schemas.errors import EncodingError
 from pvrpipe.store.shards import Rows
+
+
+def is_finite(array: Rows) -> bool:
+    """Whether no element is NaN or infinite; of float16, where NumPy is slow, by the bits of the exponent."""
+    if array.dtype == np.float16:
+        return bool(((array.view(np.uint16) & 0x7C00) != 0x7C00).all())
+    return bool(np.isfinite(array).all())
 
 
 def cast_embedding(embedding: Rows, dtype: str, rows: Mapping[str, Rows], source: str, cure: str) -> Rows:
@@ -25,9 +32,9 @@ def cast_embedding(embedding: Rows, dtype: str, rows: Mapping[str, Rows], source
     """
     with np.errstate(over="ignore"):
         stored: Rows = embedding.astype(dtype)
-    bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
-    if not bad.any():
+    if is_finite(stored):
         return stored
+    bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     row = int(np.argmax(bad))
     where = f"episode {rows['episode'][row]}, step {rows['step'][row]}"
     if not np.isfinite(embedding[row]).all():

@@ -12,6 +12,7 @@ from pvrpipe.schemas.errors import CorruptStoreError, PvrpipeError, one_line
 from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, store_id
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.cache import Cache
+from pvrpipe.store.casting import is_finite
 from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.files import sha256_of
 from pvrpipe.store.golden import read_golden
@@ -206,7 +207,7 @@ def _episode(shard: Shard, manifest: Manifest, record: EpisodeRecord) -> Iterato
     }
     means = {"reward": "the first is not 0, or they do not sum to the return", "action": "the last is not 0"}
     for column, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not is_finite(array):
             yield column, "has a value that is not finite"
         elif column in holds and not holds[column](array):
             yield column, means.get(column, "does not follow the episode's bounds")

@@ -23,6 +23,7 @@ from pvrpipe.schemas.manifest import (
     canonical_json,
 )
 from pvrpipe.schemas.records import Episode, EpisodeInfo
+from pvrpipe.store.casting import is_finite
 from pvrpipe.store.columns import check_fits
 from pvrpipe.store.files import disk_errors, settle, sha256_of, temporary_beside, write_whole
 from pvrpipe.store.layout import commit_file, shard_file
@@ -196,7 +197,7 @@ class ShardWriter:
 def check_finite(column: Column, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Refuse NaN and infinity, naming the first row that has one."""
     array = arrays[column.name]
-    if array.dtype.kind != "f" or np.isfinite(array).all():
+    if array.dtype.kind != "f" or is_finite(array):
         return
     row = int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(axis=1)))
     where = f"episode {arrays['episode'][row]}, step {arrays['step'][row]}"
