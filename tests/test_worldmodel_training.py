@@ -5,6 +5,7 @@ The toy environment: the action alone decides the next observation and the rewar
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
+    DivergedError,
     InvalidValueError,
     OutputExistsError,
     RunError,
@@ -30,8 +32,9 @@ from pvrpipe.schemas.errors import (
 )
 from pvrpipe.store.files import locked
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel import checkpoints, probe_episodes, runs
+from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.batches import Batches
+from pvrpipe.worldmodel.compiling import Losses
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.probe import probe
@@ -261,7 +264,9 @@ def test_a_finished_run_is_returned_at_once_and_another_configuration_refused(
     assert first.updates == 6
     assert first.updates_per_second > 0
     assert 0 <= first.data_wait_fraction < 1
-    assert set(first.train) == set(first.val) >= {"loss", "reconstruction", "reward", "kl"}
+    assert (
+        set(first.train) - {"gradient_norm"} == set(first.val) >= {"loss", "reconstruction", "reward", "kl"}
+    )
     stamp = (run / checkpoints.CHECKPOINT).stat().st_mtime_ns
     assert train(short(), store, run) == first
     with pytest.raises(OutputExistsError, match=r"seed: 0, now 1.*--overwrite"):
@@ -308,6 +313,48 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
         train(config, store, run, progress=poison)
     assert (run / checkpoints.CHECKPOINT).read_bytes() == seen["bytes"]
     assert train(config, store, run).updates == 40
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gradient_that_is_not_finite_names_the_batch_that_had_it(
+    model: str, write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of update 5 is a number, its gradient is none: the batch to look at is that of 5, not of 6."""
+    store, run = write_embeddings(), tmp_path / "run"
+    updates = itertools.count(1)
+
+    def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:
+        def losses(batch: Any, drawn: Any) -> Any:
+            loss, terms = model.losses(batch, drawn)
+            nothing = 0 * next(p for p in model.parameters() if p.requires_grad).sum()
+            return (loss + nothing.sqrt() if next(updates) == 5 else loss), terms
+
+        return losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "losses_of", losses_of)
+        with pytest.raises(
+            DivergedError, match=r"gradient's norm of update 5 is nan, on windows of episodes \d"
+        ):
+            train(short(model), store, run)
+    assert runs.updates_done(run) == 4
+    tensors = load_file(run / checkpoints.CHECKPOINT)
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+    assert train(short(model), store, run).train["gradient_norm"] > 0
+
+
+def test_held_out_rows_that_give_no_number_are_said_to_be_held_out(
+    write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Batches.first
+    monkeypatch.setattr(Batches, "first", lambda self, count: map(_nan, first(self, count)))
+    with pytest.raises(DivergedError, match="validation loss after update 2 is nan, on held-out windows"):
+        train(short(), write_embeddings(), tmp_path / "run")
+    assert not (tmp_path / "run" / checkpoints.CHECKPOINT).exists()
+    with pytest.raises(
+        RunError, match="has no checkpoint yet; the `pvrpipe train-model` command that began it"
+    ):
+        probe(tmp_path / "run")
 
 
 def test_training_stops_once_validation_no_longer_falls(

@@ -227,9 +227,9 @@ def train(
             batch = data(k)
             with computing(config.precision, device):
                 loss, terms = losses(batch, model.draw(batch, chance(config.seed, k)))
-            updater.update(loss)
+            norm = updater.update(loss)
             # copies: a CUDA graph writes its next terms where these are
-            unlogged.append({name: term.detach().clone() for name, term in terms.items()})
+            unlogged.append({n: t.detach().clone() for n, t in (terms | {"gradient_norm": norm}).items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
                 log.write(k, "train", _means(unlogged, k, data))
@@ -237,8 +237,7 @@ def train(
             if k % config.save_every == 0 or last:
                 with computing(config.precision, device):
                     judged = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
-                # an update whose gradient was not finite leaves weights that are not
-                check_finite(judged["loss"], k, data)
+                check_finite("validation loss after", judged["loss"], k, "held-out windows")
                 log.write(k, "val", judged)
                 if first:
                     checkpoints.save(folder, k, model, updater)
@@ -281,20 +280,24 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_finite(loss: float, update: int, data: Batches) -> None:
-    """Raise DivergedError, naming the update and its windows, unless a loss is a number."""
-    if not math.isfinite(loss):
+def check_finite(what: str, value: float, update: int, windows: str) -> None:
+    """Raise DivergedError, naming the update and its windows, unless what came of it is a number."""
+    if not math.isfinite(value):
         raise DivergedError(
-            f"the loss of update {update} is {loss}, on windows of {data.origin(update)}; the last checkpoint is "
+            f"the {what} update {update} is {value}, on {windows}; the last checkpoint is "
             "kept: try a smaller learning rate, or look at the store with `pvrpipe verify`"
         )
 
 
 def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str, float]:
-    """Mean of each term over the updates up to k; a loss that is not finite ends the run here."""
-    losses = averaged(torch.stack([terms["loss"] for terms in unlogged])).tolist()
-    for update, loss in enumerate(losses, start=k - len(losses) + 1):
-        check_finite(loss, update, data)
+    """Mean of each term over the updates up to k; a loss or a gradient that is not finite ends the run here."""
+    judged = ("loss", "gradient_norm")
+    values = averaged(torch.stack([torch.stack([terms[name] for name in judged]) for terms in unlogged]))
+    for update, (loss, norm) in enumerate(values.tolist(), start=k - len(unlogged) + 1):
+        if not math.isfinite(loss + norm):
+            windows = f"windows of {data.origin(update)}"
+            check_finite("loss of", loss, update, windows)
+            check_finite("gradient's norm of", norm, update, windows)
     return {name: float(averaged(torch.stack([t[name] for t in unlogged]).mean())) for name in unlogged[0]}
 
 
