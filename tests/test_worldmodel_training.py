@@ -40,6 +40,7 @@ from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
+from pvrpipe.worldmodel.sharing import verify_run
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .planted import write_planted
@@ -443,6 +444,39 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="pvrpipe train-model"):
         probe(tmp_path / "nothing")
+
+
+def test_a_training_that_does_not_fit_leaves_the_folder_to_one_that_does(
+    write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store, run = write_embeddings(), tmp_path / "run"
+    with pytest.raises(InvalidValueError, match=r"GiB of cpu's memory .*give --batch \d+ or less"):
+        train(short(batch=10**9), store, run)
+    assert train(short(), store, run).updates == 6
+    with pytest.raises(InvalidValueError, match="memory"):
+        train(short(batch=10**9), store, run, overwrite=True)
+    assert runs.read_run(run).state == "finished"
+
+
+def test_a_run_of_another_version_is_one_line(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(short(), write_embeddings(), run)
+    record = json.loads((run / runs.RECORD).read_text())
+    for change, says in (
+        ({"format_version": 9}, r"is of format 9, which another pvrpipe wrote: take that, or train again"),
+        (
+            {"state": "asleep"},
+            r"cannot be read \(state: .*\): fetch it again, or train again with --overwrite",
+        ),
+        ({"config": {**record["config"], "mood": "good"}}, r"another pvrpipe, .*'mood'.*train again"),
+        ({"config": {**record["config"], "updates": "many"}}, "another pvrpipe, .*train again"),
+        ({"config": {**record["config"], "size": "13m"}}, "another pvrpipe, .*unknown dreamerv3 size"),
+    ):
+        (run / runs.RECORD).write_text(json.dumps(record | change))
+        for work in (probe, verify_run):
+            with pytest.raises(RunError, match=says) as caught:
+                work(run)
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model", ["dreamerv3", "tdmpc2"])

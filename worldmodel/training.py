@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvrpipe.schemas.errors import DivergedError, InvalidValueError
+from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, RunError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
@@ -104,11 +104,10 @@ class TrainConfig:
             if value != usual and self.model != owner:
                 raise InvalidValueError(f"{name} is {value}, but {self.model} has none; only {owner} does")
         for name in ("learning_rate", "backbone_learning_rate"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
                 option = f"--{name.replace('_', '-')}"
-                raise InvalidValueError(
-                    f"{option} is {getattr(self, name)}; give a positive number, e.g. 1e-4"
-                )
+                raise InvalidValueError(f"{option} is {rate}; give a positive number, e.g. 1e-4")
         if self.rows < 2:
             raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
         if self.save_every % self.log_every:
@@ -206,6 +205,11 @@ def train(
         for split in ("train", "val")
     )
     draft = _record(config, store, setting, model, device, backbone)
+    if overwrite or not runs.has_ended(
+        folder
+    ):  # before the folder is anyone's: the cure is another configuration
+        with suitable_threads(model, device), computing(config.precision, device):
+            check_room(model, setting, length, config.windows // ranks().ranks, device)
     begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
     with suitable_threads(model, device), begin as record:
         record = told_by_first(record)
@@ -216,8 +220,6 @@ def train(
         if config.normalize and not resumed:
             progress(0, config.updates, "looking at training rows")
             standardise(model, store)
-        with computing(config.precision, device):
-            check_room(model, setting, length, config.windows // ranks().ranks, device)
         log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
@@ -301,6 +303,17 @@ def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str
     return {name: float(averaged(torch.stack([t[name] for t in unlogged]).mean())) for name in unlogged[0]}
 
 
+def config_of(record: runs.RunRecord) -> TrainConfig:
+    """What a run was asked to be; RunError where that is nothing this pvrpipe knows."""
+    try:
+        return TrainConfig(**record.config)
+    except (TypeError, PvrpipeError) as error:
+        raise RunError(
+            f"the run's configuration is of another pvrpipe, {record.versions.get('pvrpipe')} ({error}); take that, or "
+            "train again with --overwrite"
+        ) from None
+
+
 def model_of(
     config: TrainConfig, setting: Setting, device: torch.device, backbone: torch.nn.Module | None = None
 ) -> Any:
@@ -379,6 +392,6 @@ def load_model(
     """
     record = runs.read_run(folder)
     check_backbone(record, backbone)
-    model = model_of(TrainConfig(**record.config), record.setting, device, backbone)
+    model = model_of(config_of(record), record.setting, device, backbone)
     checkpoints.load(folder, model)
     return model, record
