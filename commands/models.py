@@ -95,7 +95,7 @@ def train_model(
             result = train_together(
                 config,
                 store,
-                run.absolute(),
+                run,
                 workers=workers or 1,
                 device=pick_device(device),
                 address=address,
