@@ -25,12 +25,14 @@ from pvrpipe.schemas.errors import (
     CorruptStoreError,
     DivergedError,
     InvalidValueError,
+    NotAStoreError,
     OutputExistsError,
     RunError,
     StoreBusyError,
     UnknownNameError,
 )
 from pvrpipe.store.files import locked
+from pvrpipe.store.layout import MANIFEST
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.batches import Batches
@@ -444,6 +446,23 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="pvrpipe train-model"):
         probe(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("lacking", [("reward",), ("action", "reward")])
+def test_a_store_without_what_a_model_learns_from_names_it(
+    lacking: tuple[str, ...], write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store = write_embeddings()
+    manifest = json.loads((store / MANIFEST).read_text())
+    manifest["columns"] = [c for c in manifest["columns"] if c["name"] not in lacking]
+    for name in lacking:
+        manifest["statistics"].pop(name, None)
+    (store / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        NotAStoreError, match=f"has no column {' and no '.join(lacking)}, which a world model"
+    ):
+        train(short(), store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_that_does_not_fit_leaves_the_folder_to_one_that_does(
