@@ -18,13 +18,13 @@ from pvrpipe.commands.options import (
     ReadoutOptions,
     Root,
     Seed,
-    Workers,
     pick_device,
     sharing,
     took,
 )
 from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, mean_sem, note, tell, watching
 from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions, backbone_of
+from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.progress import silent
 
 VIEWS = ("source", "replay", "shift")  # of a pair of stores
@@ -49,7 +49,10 @@ def train_model(
         typer.Option(help="This process, or those torchrun starts; or with ray so many --workers."),
     ] = "inline",
     address: Address = None,
-    workers: Workers = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of --engine ray, which must divide the batch; default: one."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -61,6 +64,11 @@ def train_model(
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
+    if engine == "inline" and (workers, address) != (None, None):
+        raise InvalidValueError(
+            "--workers and --address are of --engine ray, and this is one process; give --engine ray too, or neither"
+        )
+
     from pvrpipe.store.workspace import Workspace
 
     workspace = Workspace(root)
@@ -87,7 +95,7 @@ def train_model(
             result = train_together(
                 config,
                 store,
-                run.absolute(),
+                run,
                 workers=workers or 1,
                 device=pick_device(device),
                 address=address,

@@ -44,6 +44,7 @@ VC1 = PVRS["vc1"]
         (lambda: TrainConfig("dinowm", symlog_inputs=False), InvalidValueError, "only dreamerv3 does"),
         (lambda: TrainConfig("tdmpc2", warmup=5), InvalidValueError, "warmup is 5"),
         (lambda: TrainConfig(learning_rate=float("inf")), InvalidValueError, "--learning-rate is inf"),
+        (lambda: TrainConfig(learning_rate=0.0), InvalidValueError, "--learning-rate is 0.0; give a positive"),
         (lambda: TrainConfig("tdmpc"), UnknownNameError, "nearest: tdmpc2, dreamerv3, dinowm"),
         (lambda: make_environment(action_repeat=99999999999), InvalidValueError, "give 1 to 1,000"),
         (lambda: make_environment(max_steps=10**9), InvalidValueError, "give 1 to 1,000,000"),
@@ -150,6 +151,13 @@ def test_an_empty_policy_is_not_the_usual_one(tmp_path: Path) -> None:
     )
     assert "unknown policy ''" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--workers", "2"), ("--address", "auto")])
+def test_workers_are_not_ignored_where_one_process_trains(option: tuple[str, str]) -> None:
+    result = CliRunner().invoke(app, ["train-model", "nowhere", *option])
+    assert isinstance(result.exception, InvalidValueError)
+    assert "give --engine ray too" in str(result.exception)
 
 
 def test_a_place_where_an_environment_belongs() -> None:

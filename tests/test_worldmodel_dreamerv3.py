@@ -286,6 +286,21 @@ def test_parameter_counts(size: str, three_layers: int, rssm: int | None) -> Non
         assert sum(p.numel() for p in model.rssm.parameters()) == rssm
 
 
+def test_parameter_counts_are_those_of_torchrls_walker() -> None:
+    """TorchRL #4133: 640,867 at size 1m, of which policy and value have 50,316 and 66,111."""
+    with torch.device("meta"):
+        model = DreamerV3("1m", vector(24), 6, encoder="mlp")
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert {name: count for name, count in counts.items() if count} == {
+        "encoder": 10_112,
+        "rssm": 364_416,
+        "decoder": 51_096,
+        "reward": 57_663,
+        "continues": 41_153,
+    }
+    assert sum(counts.values()) == 640_867 - 50_316 - 66_111
+
+
 def test_initialisation_counts_the_fan_in_of_all_blocks() -> None:
     model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
     for part, fan_in in (

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,11 +106,14 @@ def test_what_a_process_draws_is_its_part_of_what_one_would(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_ray_train_does_what_one_process_does_and_raises_what_it_raises(store: Path, tmp_path: Path) -> None:
+def test_ray_train_does_what_one_process_does_and_raises_what_it_raises(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pvrpipe.worldmodel.ray_engine import train_together
 
     config = CONFIGS["dinowm"]
-    result = train_together(config, str(store), tmp_path / "together", workers=2)
+    monkeypatch.chdir(store.parent)  # a relative path, as in the default workspace
+    result = train_together(config, store.name, tmp_path / "together", workers=2)
     assert result.updates == config.updates
     train(config, store, tmp_path / "alone")
     assert_same_training(tmp_path / "together", tmp_path / "alone")
@@ -118,3 +122,24 @@ def test_ray_train_does_what_one_process_does_and_raises_what_it_raises(store: P
         train_together(replace(config, batch=5), str(store), tmp_path / "five", workers=2)
     with pytest.raises(InvalidValueError, match="--workers is 999, but the cluster has"):
         train_together(config, str(store), tmp_path / "many", workers=999)
+
+
+def test_paths_reach_the_workers_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train gives its workers a working folder of their own, where ``data/…`` is nothing."""
+    import ray.train.torch
+
+    from pvrpipe.worldmodel import ray_engine
+
+    given: dict[str, Any] = {}
+
+    class Trainer:
+        def __init__(self, *_: Any, train_loop_config: dict[str, Any], **__: Any) -> None:
+            given.update(train_loop_config)
+            raise InterruptedError
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    monkeypatch.chdir(tmp_path)
+    for store, whole in (("data/store", str(tmp_path / "data/store")), ("s3://lab/store", "s3://lab/store")):
+        with pytest.raises(InterruptedError):
+            ray_engine.train_together(CONFIGS["dinowm"], store, Path("data/run"), workers=2)
+        assert given["arguments"][1:] == (whole, tmp_path / "data/run")

@@ -12,7 +12,7 @@ from pvrpipe.schemas.errors import UnknownNameError
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import LaProp, Updater
-from pvrpipe.worldmodel.tdmpc2 import TDMPC2
+from pvrpipe.worldmodel.tdmpc2 import SIZES, TDMPC2
 from pvrpipe.worldmodel.tdmpc2_encoders import SimNorm, stacked
 
 from .settings import setting
@@ -97,6 +97,25 @@ def test_parameter_counts_of_the_published_5m(width: int, encoder: int | None) -
     assert counts["encoder"] == 139_520 + (3 * width - 24) * 256
     if encoder is not None:
         assert counts["encoder"] == encoder
+
+
+@pytest.mark.parametrize(
+    ("width", "total"), [(8, 4_960_618), (768, 5_544_298), (1024, 5_740_906), (1536, 6_134_122)]
+)
+def test_a_wider_embedding_makes_the_5m_so_much_larger(width: int, total: int) -> None:
+    with torch.device("meta"):
+        model = TDMPC2("5m", vector(width), 6)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == total
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_every_size_has_the_parameters_that_it_is_named_after(size: str) -> None:
+    """The published ones see MT80's 39 numbers of state, for the 24 here, and a task's 96 before each network."""
+    with torch.device("meta"):
+        model = TDMPC2(size, vector(8), 6)
+    widths, own = SIZES[size], [p for p in model.parameters() if p.requires_grad]
+    of_tasks = (39 - 24 + 96) * widths.encoder + 96 * widths.hidden * (3 + widths.values)
+    assert sum(p.numel() for p in own) + of_tasks == pytest.approx(1e6 * int(size.removesuffix("m")), abs=1e6)
 
 
 def test_predictions_follow_the_actions_one_by_one() -> None:

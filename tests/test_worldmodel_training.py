@@ -5,6 +5,7 @@ The toy environment: the action alone decides the next observation and the rewar
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,21 +23,26 @@ from safetensors.torch import load_file, save_file
 
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
+    DivergedError,
     InvalidValueError,
+    NotAStoreError,
     OutputExistsError,
     RunError,
     StoreBusyError,
     UnknownNameError,
 )
 from pvrpipe.store.files import locked
+from pvrpipe.store.layout import MANIFEST
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel import checkpoints, probe_episodes, runs
+from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.batches import Batches
+from pvrpipe.worldmodel.compiling import Losses
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
+from pvrpipe.worldmodel.sharing import verify_run
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .planted import write_planted
@@ -261,7 +267,9 @@ def test_a_finished_run_is_returned_at_once_and_another_configuration_refused(
     assert first.updates == 6
     assert first.updates_per_second > 0
     assert 0 <= first.data_wait_fraction < 1
-    assert set(first.train) == set(first.val) >= {"loss", "reconstruction", "reward", "kl"}
+    assert (
+        set(first.train) - {"gradient_norm"} == set(first.val) >= {"loss", "reconstruction", "reward", "kl"}
+    )
     stamp = (run / checkpoints.CHECKPOINT).stat().st_mtime_ns
     assert train(short(), store, run) == first
     with pytest.raises(OutputExistsError, match=r"seed: 0, now 1.*--overwrite"):
@@ -308,6 +316,48 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
         train(config, store, run, progress=poison)
     assert (run / checkpoints.CHECKPOINT).read_bytes() == seen["bytes"]
     assert train(config, store, run).updates == 40
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gradient_that_is_not_finite_names_the_batch_that_had_it(
+    model: str, write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of update 5 is a number, its gradient is none: the batch to look at is that of 5, not of 6."""
+    store, run = write_embeddings(), tmp_path / "run"
+    updates = itertools.count(1)
+
+    def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:
+        def losses(batch: Any, drawn: Any) -> Any:
+            loss, terms = model.losses(batch, drawn)
+            nothing = 0 * next(p for p in model.parameters() if p.requires_grad).sum()
+            return (loss + nothing.sqrt() if next(updates) == 5 else loss), terms
+
+        return losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "losses_of", losses_of)
+        with pytest.raises(
+            DivergedError, match=r"gradient's norm of update 5 is nan, on windows of episodes \d"
+        ):
+            train(short(model), store, run)
+    assert runs.updates_done(run) == 4
+    tensors = load_file(run / checkpoints.CHECKPOINT)
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+    assert train(short(model), store, run).train["gradient_norm"] > 0
+
+
+def test_held_out_rows_that_give_no_number_are_said_to_be_held_out(
+    write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Batches.first
+    monkeypatch.setattr(Batches, "first", lambda self, count: map(_nan, first(self, count)))
+    with pytest.raises(DivergedError, match="validation loss after update 2 is nan, on held-out windows"):
+        train(short(), write_embeddings(), tmp_path / "run")
+    assert not (tmp_path / "run" / checkpoints.CHECKPOINT).exists()
+    with pytest.raises(
+        RunError, match="has no checkpoint yet; the `pvrpipe train-model` command that began it"
+    ):
+        probe(tmp_path / "run")
 
 
 def test_training_stops_once_validation_no_longer_falls(
@@ -396,6 +446,56 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="pvrpipe train-model"):
         probe(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("lacking", [("reward",), ("action", "reward")])
+def test_a_store_without_what_a_model_learns_from_names_it(
+    lacking: tuple[str, ...], write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store = write_embeddings()
+    manifest = json.loads((store / MANIFEST).read_text())
+    manifest["columns"] = [c for c in manifest["columns"] if c["name"] not in lacking]
+    for name in lacking:
+        manifest["statistics"].pop(name, None)
+    (store / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        NotAStoreError, match=f"has no column {' and no '.join(lacking)}, which a world model"
+    ):
+        train(short(), store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_does_not_fit_leaves_the_folder_to_one_that_does(
+    write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store, run = write_embeddings(), tmp_path / "run"
+    with pytest.raises(InvalidValueError, match=r"GiB of cpu's memory .*give --batch \d+ or less"):
+        train(short(batch=10**9), store, run)
+    assert train(short(), store, run).updates == 6
+    with pytest.raises(InvalidValueError, match="memory"):
+        train(short(batch=10**9), store, run, overwrite=True)
+    assert runs.read_run(run).state == "finished"
+
+
+def test_a_run_of_another_version_is_one_line(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(short(), write_embeddings(), run)
+    record = json.loads((run / runs.RECORD).read_text())
+    for change, says in (
+        ({"format_version": 9}, r"is of format 9, which another pvrpipe wrote: take that, or train again"),
+        (
+            {"state": "asleep"},
+            r"cannot be read \(state: .*\): fetch it again, or train again with --overwrite",
+        ),
+        ({"config": {**record["config"], "mood": "good"}}, r"another pvrpipe, .*'mood'.*train again"),
+        ({"config": {**record["config"], "updates": "many"}}, "another pvrpipe, .*train again"),
+        ({"config": {**record["config"], "size": "13m"}}, "another pvrpipe, .*unknown dreamerv3 size"),
+    ):
+        (run / runs.RECORD).write_text(json.dumps(record | change))
+        for work in (probe, verify_run):
+            with pytest.raises(RunError, match=says) as caught:
+                work(run)
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model", ["dreamerv3", "tdmpc2"])

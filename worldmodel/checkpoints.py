@@ -68,6 +68,10 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, back
             names = [name for name in file.keys() if updater is not None or name.startswith(MODEL)]  # noqa: SIM118
             names = [name for name in names if backbone or not name.startswith(MODEL + BACKBONE)]
             found = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder} has no checkpoint yet; the `pvrpipe train-model` command that began it goes on with it"
+        ) from None
     except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise RunError(
             f"{path} is no checkpoint of pvrpipe ({error}); train again with --overwrite"

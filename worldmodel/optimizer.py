@@ -157,18 +157,21 @@ class Updater:
         adam = _ready(torch.optim.Adam(groups, lr=rate, fused=True))
         return cls(model, adam, ([*encoder, *others, *tuned], policy), (targets, values))
 
-    def update(self, loss: Tensor) -> None:
-        """One update along the gradient of a loss."""
+    def update(self, loss: Tensor) -> Tensor:
+        """One update along the gradient of a loss, whose norm, before anything is clipped, is returned: ()."""
         self.optimizer.zero_grad()
         loss.backward()
         average_gradients(self.model)
-        for parameters in self.clipped:
-            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        norms = [nn.utils.clip_grad_norm_(parameters, MAX_NORM) for parameters in self.clipped]
+        norms = norms or [
+            nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        ]
         self.optimizer.step()
         following, followed = self.targets
         if following:
             with torch.no_grad():
                 torch._foreach_lerp_(following, followed, TAU)
+        return torch.stack(norms).square().sum().sqrt()
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by parameter: ``momentum.encoder.weight`` and so on."""

@@ -16,6 +16,11 @@ from ray.exceptions import RayError
 from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import ClusterError, InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress, silent
+<<<<<<< HEAD
+=======
+from pvrpipe.schemas.quiet import quiet_start
+from pvrpipe.store.places import is_url
+>>>>>>> adv6
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
@@ -83,7 +88,7 @@ def train_together(
 
     Args:
         config: what and how, as of :func:`pvrpipe.worldmodel.training.train`.
-        store: which all workers reach under the same path.
+        store: which all workers reach under the same path; Ray Train gives them a working folder of their own.
         run: likewise.
         workers: processes; their number must divide the batch.
         device: ``cpu``, or ``cuda`` for a GPU each.
@@ -102,6 +107,7 @@ def train_together(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
+    run, store = run.absolute(), store if is_url(store) else str(Path(store).absolute())
     if overwrite:  # here, for workers that begin again are not to
         runs.remove(run)
     scratch = run.parent / f".{run.name}-ray"

@@ -121,9 +121,20 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord.model_validate_json((folder / RECORD).read_bytes())
     except FileNotFoundError:
         raise RunError(f"{folder} holds no run; first run `pvrpipe train-model`") from None
-    except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{folder / RECORD} cannot be read ({reason}); train again with --overwrite") from None
+    except OSError as error:
+        problem = f"cannot be read ({error}): mend that"
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        problem = f"cannot be read ({where}: {wrong['msg']}): fetch it again"
+        if where == "format_version":
+            problem = f"is of format {wrong['input']}, which another pvrpipe wrote: take that"
+    raise RunError(f"{folder / RECORD} {problem}, or train again with --overwrite")
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether there is a run of which nothing is left to train."""
+    return (folder / RECORD).exists() and read_run(folder).state == "finished"
 
 
 def finish(folder: Path, record: RunRecord, result: dict[str, Any]) -> None:

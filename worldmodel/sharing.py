@@ -25,7 +25,7 @@ from pvrpipe.store.remote import Source, problem_of
 from pvrpipe.store.verifying import Failure
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
-from pvrpipe.worldmodel.training import TrainConfig, model_of
+from pvrpipe.worldmodel.training import config_of, model_of
 
 PROBED = (runs.PROBE, runs.PROBE_TABLE)  # what a probe found, where there was one
 
@@ -65,7 +65,7 @@ def verify_run(folder: Path) -> list[Failure]:
 
 def _of_weights(folder: Path, record: runs.RunRecord) -> list[Failure]:
     """What was trained, as far as it can be loaded without the backbone; of one, its tensors by themselves."""
-    model = model_of(TrainConfig(**record.config), record.setting, torch.device("cpu"))
+    model = model_of(config_of(record), record.setting, torch.device("cpu"))
     try:
         checkpoints.load(folder, model, backbone=False)
     except RunError as error:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvrpipe.schemas.errors import DivergedError, InvalidValueError
+from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, RunError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
@@ -104,11 +104,10 @@ class TrainConfig:
             if value != usual and self.model != owner:
                 raise InvalidValueError(f"{name} is {value}, but {self.model} has none; only {owner} does")
         for name in ("learning_rate", "backbone_learning_rate"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
                 option = f"--{name.replace('_', '-')}"
-                raise InvalidValueError(
-                    f"{option} is {getattr(self, name)}; give a positive number, e.g. 1e-4"
-                )
+                raise InvalidValueError(f"{option} is {rate}; give a positive number, e.g. 1e-4")
         if self.rows < 2:
             raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
         if self.save_every % self.log_every:
@@ -206,6 +205,11 @@ def train(
         for split in ("train", "val")
     )
     draft = _record(config, store, setting, model, device, backbone)
+    if overwrite or not runs.has_ended(
+        folder
+    ):  # before the folder is anyone's: the cure is another configuration
+        with suitable_threads(model, device), computing(config.precision, device):
+            check_room(model, setting, length, config.windows // ranks().ranks, device)
     begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
     with suitable_threads(model, device), begin as record:
         record = told_by_first(record)
@@ -216,8 +220,6 @@ def train(
         if config.normalize and not resumed:
             progress(0, config.updates, "looking at training rows")
             standardise(model, store)
-        with computing(config.precision, device):
-            check_room(model, setting, length, config.windows // ranks().ranks, device)
         log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
@@ -227,9 +229,9 @@ def train(
             batch = data(k)
             with computing(config.precision, device):
                 loss, terms = losses(batch, model.draw(batch, chance(config.seed, k)))
-            updater.update(loss)
+            norm = updater.update(loss)
             # copies: a CUDA graph writes its next terms where these are
-            unlogged.append({name: term.detach().clone() for name, term in terms.items()})
+            unlogged.append({n: t.detach().clone() for n, t in (terms | {"gradient_norm": norm}).items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
                 log.write(k, "train", _means(unlogged, k, data))
@@ -237,8 +239,7 @@ def train(
             if k % config.save_every == 0 or last:
                 with computing(config.precision, device):
                     judged = validate(model, held_out.first(VALIDATION_BATCHES), config.seed)
-                # an update whose gradient was not finite leaves weights that are not
-                check_finite(judged["loss"], k, data)
+                check_finite("validation loss after", judged["loss"], k, "held-out windows")
                 log.write(k, "val", judged)
                 if first:
                     checkpoints.save(folder, k, model, updater)
@@ -281,21 +282,36 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_finite(loss: float, update: int, data: Batches) -> None:
-    """Raise DivergedError, naming the update and its windows, unless a loss is a number."""
-    if not math.isfinite(loss):
+def check_finite(what: str, value: float, update: int, windows: str) -> None:
+    """Raise DivergedError, naming the update and its windows, unless what came of it is a number."""
+    if not math.isfinite(value):
         raise DivergedError(
-            f"the loss of update {update} is {loss}, on windows of {data.origin(update)}; the last checkpoint is "
+            f"the {what} update {update} is {value}, on {windows}; the last checkpoint is "
             "kept: try a smaller learning rate, or look at the store with `pvrpipe verify`"
         )
 
 
 def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str, float]:
-    """Mean of each term over the updates up to k; a loss that is not finite ends the run here."""
-    losses = averaged(torch.stack([terms["loss"] for terms in unlogged])).tolist()
-    for update, loss in enumerate(losses, start=k - len(losses) + 1):
-        check_finite(loss, update, data)
+    """Mean of each term over the updates up to k; a loss or a gradient that is not finite ends the run here."""
+    judged = ("loss", "gradient_norm")
+    values = averaged(torch.stack([torch.stack([terms[name] for name in judged]) for terms in unlogged]))
+    for update, (loss, norm) in enumerate(values.tolist(), start=k - len(unlogged) + 1):
+        if not math.isfinite(loss + norm):
+            windows = f"windows of {data.origin(update)}"
+            check_finite("loss of", loss, update, windows)
+            check_finite("gradient's norm of", norm, update, windows)
     return {name: float(averaged(torch.stack([t[name] for t in unlogged]).mean())) for name in unlogged[0]}
+
+
+def config_of(record: runs.RunRecord) -> TrainConfig:
+    """What a run was asked to be; RunError where that is nothing this pvrpipe knows."""
+    try:
+        return TrainConfig(**record.config)
+    except (TypeError, PvrpipeError) as error:
+        raise RunError(
+            f"the run's configuration is of another pvrpipe, {record.versions.get('pvrpipe')} ({error}); take that, or "
+            "train again with --overwrite"
+        ) from None
 
 
 def model_of(
@@ -376,6 +392,6 @@ def load_model(
     """
     record = runs.read_run(folder)
     check_backbone(record, backbone)
-    model = model_of(TrainConfig(**record.config), record.setting, device, backbone)
+    model = model_of(config_of(record), record.setting, device, backbone)
     checkpoints.load(folder, model)
     return model, record
