@@ -19,6 +19,7 @@ from pvrpipe.worldmodel.report import Report, build_report
 from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
 from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
+from pvrpipe.worldmodel.training import TrainConfig
 
 from .commands import run
 from .planted_study import FLOOR, Planted, write_study
@@ -271,6 +272,39 @@ def test_compare_prints_runs_side_by_side(study: Path, tmp_path: Path) -> None:
     assert "they have 1, 8, 33, 500" in refused.stderr
 
 
+def test_compare_takes_studies_counts_a_run_once_and_leaves_out_what_has_no_numbers(tmp_path: Path) -> None:
+    planted = Planted({"from scratch": 1.0, "vc1": 0.8}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    study = write_study(tmp_path, planted)
+    one, two, three = sorted((tmp_path / "runs").glob("one-vc1-*"))
+    table = pl.read_parquet(two / "probe.parquet")
+    table.with_columns(accumulated=pl.lit(float("nan"))).write_parquet(two / "probe.parquet")
+    (three / "probe.parquet").unlink()
+    told = run("compare", str(study), str(one), str(two), str(three), str(one), "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.splitlines()[-1])
+    own = {(row["representation"], row["runs"]) for row in found["rows"] if row["look"] == "own"}
+    assert own == {("from scratch", 3), ("vc1", 1)}
+    assert {Path(each["what"]).name: each["state"] for each in found["left_out"]} == {
+        two.name: "diverged",
+        three.name: "failed",
+    }
+    assert len(told.stderr.splitlines()) == 2
+    refused = run("compare", str(two), str(three), cwd=tmp_path)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+    assert "not finite" in refused.stderr
+
+
+def test_runs_that_were_not_trained_alike_are_no_repeats(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2)
+    write_study(tmp_path, planted)
+    one, two = sorted((tmp_path / "runs").iterdir())
+    record = json.loads((two / "run.json").read_text())
+    record["config"]["updates"] = 7
+    (two / "run.json").write_text(json.dumps(record))
+    arms = evidence_of_runs([one, two]).runs["arm"].to_list()
+    assert arms == [f"vc1, updates {TrainConfig().updates}", "vc1, updates 7"]
+
+
 def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
     for arguments in (("report", "--root", "."), ("report", "."), ("compare", ".")):
         done = run(*arguments, cwd=tmp_path)
@@ -282,7 +316,7 @@ def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
     waiting = tuple(job.model_copy(update={"state": "waiting"}) for job in record.jobs)
     content: StudyRecord = record.model_copy(update={"jobs": waiting})
     (folder / "study.json").write_text(content.model_dump_json())
-    with pytest.raises(NotAStudyError, match="go on with `pvrpipe study`"):
+    with pytest.raises(NotAStudyError, match=r"has numbers yet \(1 waiting\); go on with `pvrpipe study`"):
         build_report([folder], folder / "report")
 
 

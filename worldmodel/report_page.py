@@ -16,7 +16,15 @@ from pvrpipe.worldmodel.report_charts import Charts
 from pvrpipe.worldmodel.report_findings import ALPHA, Findings
 from pvrpipe.worldmodel.report_sources import Evidence
 from pvrpipe.worldmodel.report_tables import short
-from pvrpipe.worldmodel.report_words import NAMES, about_of, grouped, sentences_of, summary_of, title_of
+from pvrpipe.worldmodel.report_words import (
+    NAMES,
+    about_of,
+    grouped,
+    legible,
+    sentences_of,
+    summary_of,
+    title_of,
+)
 
 
 def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict[str, pl.DataFrame]) -> str:
@@ -115,7 +123,9 @@ def _standings(findings: Findings) -> str:
     for about, standings in groups:
         values = {s.pvr: s.relative.value for s in standings}
         cells = [
-            f"{values[arm]:.2f}{marks.get(verdicts.get((*about, arm), ''), '')}" if arm in values else "–"
+            f"{legible(values[arm])}{marks.get(verdicts.get((*about, arm), ''), '')}"
+            if arm in values
+            else "–"
             for arm in arms
         ]
         model, size, error, horizon = about
