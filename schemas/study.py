@@ -104,7 +104,7 @@ class Trained(Windows):
 class Probing(Part):
     """What ``pvrpipe probe`` is asked of every run."""
 
-    horizons: Annotated[tuple[Positive, ...], Field(min_length=1)] = (33, 500)
+    horizons: Annotated[tuple[Annotated[Positive, Field(lt=2**31)], ...], Field(min_length=1)] = (33, 500)
     context: Positive = 1
     splits: Annotated[tuple[Literal["val", "train"], ...], Field(min_length=1)] = ("val",)
 

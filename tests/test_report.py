@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from pvrpipe.schemas.errors import NotAStudyError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
 from pvrpipe.schemas.study_record import StudyRecord, read_record
 from pvrpipe.worldmodel.report import Report, build_report
 from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
@@ -210,6 +210,67 @@ def test_returns_that_were_given_are_correlated_with_errors(study: Path, tmp_pat
         assert found is not None
         assert float(found[1]) < -0.95
         assert len(panel["points"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a,b\n1,2", "no column pvr, model, return"),
+        ("pvr,model,return\nvc1,tdmpc2,much", "not a number"),
+        ("pvr,model,return\nvc1,tdmpc2,", "not a number"),
+        ("pvr,model,return\nvc2,tdmpc2,1", "pvr 'vc2' was not compared; there is"),
+        ("pvr,model,return\n", "no rows"),
+        ("", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_returns_that_are_none_are_one_line(
+    content: str | None, told: str, study: Path, tmp_path: Path
+) -> None:
+    returns = tmp_path / "returns.csv"
+    if content is not None:
+        returns.write_text(content)
+    with pytest.raises(InvalidValueError, match=re.escape(told)) as refused:
+        build_report([study], tmp_path / "report", returns=returns, figures=False)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_returns_of_some_representations_are_correlated_for_these_alone(study: Path, tmp_path: Path) -> None:
+    returns = tmp_path / "returns.csv"
+    returns.write_text("pvr,model,return\nvc1,tdmpc2,3\nautoencoder,tdmpc2,2\nrandom,tdmpc2,1\n")
+    build_report([study], tmp_path / "report", returns=returns, figures=False)
+    found = pl.read_parquet(tmp_path / "report" / "tables" / "correlations.parquet")
+    assert set(found["model"]) == {"tdmpc2"}
+    assert (found["points"] == 3 * 2).all()
+    assert found.filter(measure="reward_error")["spearman"].max() < -0.8  # type: ignore[operator]
+    said = json.loads((tmp_path / "report" / "report.json").read_text())["correlations"]
+    assert [row["pearson"] for row in said] == pytest.approx(found["pearson"].to_list())
+
+
+def test_a_look_of_several_factors_is_a_point_beside_the_look_that_was_trained_on(tmp_path: Path) -> None:
+    looks = {"ood": 1.5, "camera=0.3+lighting=0.5": 1.3, "id:0.5,ood:0.5": 1.2, "camera=0.3": 1.1}
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, shifts=looks)
+    report = build_report([write_study(tmp_path, planted)], tmp_path / "report", figures=False)
+    charts = {chart["id"]: chart["panels"] for chart in _data_of(report.page)["charts"]}
+    assert {panel["keys"]["look"] for panel in charts["ood"]} == {
+        "ood",
+        "camera-0.3+lighting-0.5",
+        "id-0.5-ood-0.5",
+    }
+    assert {panel["keys"]["factor"] for panel in charts["severity"]} == {"camera"}
+
+
+def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    study = write_study(tmp_path, planted)
+    asked = {"store_id": "0" * 64, "context": 1, "dynamics_error": {"33": {}, "500": {}}}
+    changes = [{}, {"store_id": "2" * 64}, {"context": 9}]
+    for folder, change in zip(sorted((tmp_path / "runs").iterdir()), changes, strict=True):
+        (folder / "metrics.json").write_text(json.dumps(asked | change))
+    found = evidence_of([study]).runs
+    assert found["state"].to_list() == ["finished", "waiting", "waiting"]
+    assert "probes it again" in found["failure"][1]
 
 
 def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Path) -> None:

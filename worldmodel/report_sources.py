@@ -6,6 +6,7 @@ everything else is listed as what it is, and averaged into nothing.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import polars as pl
 
 from pvrpipe.schemas.errors import NotAStudyError, PvrpipeError
+from pvrpipe.schemas.study import Probing
 from pvrpipe.schemas.study_record import RECORD, JobRecord, StudyRecord, read_record
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.runs import read_run
@@ -113,7 +115,10 @@ def _of_study(folder: Path, record: StudyRecord) -> Iterator[Part]:
         row = {name: getattr(job, name) for name in (*RUN_KEYS, "store", "state", "failure")}
         row |= {"run": str(root / job.run), "random_weights": random.get(job.store, False)}
         finished = job.state == "finished"
-        yield _part(row, _scores_of(root / job.run, job, record.study.probe.splits[0]) if finished else {})
+        ids = {store.folder: store.id for store in record.stores}
+        yield _part(
+            row, _scores_of(root / job.run, job, record.study.probe, ids.get(job.store)) if finished else {}
+        )
 
 
 def _of_run(folder: Path) -> Part:
@@ -208,18 +213,34 @@ def _arm() -> pl.Expr:
     return pl.when(several & (through != "cnn")).then(named).otherwise(pl.col("pvr")).alias("arm")
 
 
-def _scores_of(run: Path, job: JobRecord, split: str) -> pl.DataFrame | dict[str, str]:
+def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> pl.DataFrame | dict[str, str]:
     """Means over a run's held-out episodes in each look it was probed on, or why there are none."""
     tables = []
     try:
         if read_run(run).state != "finished":
             return {"state": "waiting", "failure": "it was begun again since"}
+        if not _as_asked(run, asked, store):
+            told = "it was probed otherwise since; `pvrpipe study` probes it again as the study asks"
+            return {"state": "waiting", "failure": told}
         for name in job.probes:
             label = name.removeprefix("probe").removesuffix(".parquet").removeprefix("-")
-            tables.append(_means(pl.scan_parquet(run / name).filter(split=split), label or OWN))
-    except (PvrpipeError, OSError, pl.exceptions.PolarsError) as error:
+            tables.append(_means(pl.scan_parquet(run / name).filter(split=asked.splits[0]), label or OWN))
+    except (PvrpipeError, OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
         return _unread(error)
     return _finite(pl.concat(tables))
+
+
+def _as_asked(run: Path, asked: Probing, store: str | None) -> bool:
+    """Whether a run's own probe is that of its study, and not one that somebody made of it by hand afterwards."""
+    path = run / runs.PROBE
+    if not path.is_file():
+        return True
+    found = json.loads(path.read_bytes())
+    return (
+        store in (None, found["store_id"])
+        and found["context"] == asked.context
+        and set(map(str, asked.horizons)) == set(found["dynamics_error"])
+    )
 
 
 def _unread(error: Exception) -> dict[str, str]:
