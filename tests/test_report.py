@@ -261,6 +261,27 @@ def test_a_look_of_several_factors_is_a_point_beside_the_look_that_was_trained_o
     assert {panel["keys"]["factor"] for panel in charts["severity"]} == {"camera"}
 
 
+def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_path: Path) -> None:
+    """Of the planted ones, every second is a transformer; random weights, autoencoders and scratch belong to nobody."""
+    factors = {"from scratch": 9.0, "random": 9.0, "a": 0.5, "b": 1.0, "c": 0.7, "autoencoder": 9.0, "d": 0.9}
+    planted = Planted(factors, tasks=("dmc:one",), models=("tdmpc2",), seeds=2, noise=0, shifts={"ood": 3.0})
+    report = build_report([write_study(tmp_path, planted)], tmp_path / "report", figures=False)
+    found = pl.read_parquet(tmp_path / "report" / "tables" / "properties.parquet")
+    assert set(found["property"]) == {"vit"}
+    values = {
+        (row["has"], row["look"]): (row["relative"] * FLOOR, row["pvrs"])
+        for row in found.filter(error="reward_error", horizon=33).iter_rows(named=True)
+    }
+    assert values == {
+        (True, "own"): (pytest.approx(0.7, abs=0.1), 3),
+        (False, "own"): (pytest.approx(1.0, abs=0.1), 1),
+        (True, "ood"): (pytest.approx(2.1, abs=0.3), 3),
+        (False, "ood"): (pytest.approx(3.0, abs=0.3), 1),
+    }
+    charts = {chart["id"]: chart["panels"] for chart in _data_of(report.page)["charts"]}
+    assert charts["ood"][0]["text"].startswith("Over the trivial prediction, all tasks: ViT (3): 0.3")
+
+
 def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_path: Path) -> None:
     planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
     study = write_study(tmp_path, planted)

@@ -101,7 +101,11 @@ def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFr
         "standings": [asdict(standing) for standing in findings.standings],
         "comparisons": [asdict(comparison) for comparison in findings.comparisons],
         "errors": tables["errors"].to_dicts(),
-        **{name: tables[name].to_dicts() for name in ("costs", "correlations") if name in tables},
+        **{
+            name: tables[name].to_dicts()
+            for name in ("properties", "costs", "correlations")
+            if name in tables
+        },
         "unfinished": tables["unfinished"].to_dicts(),
         "studies": [record.model_dump(mode="json") for _, record in evidence.studies],
     }

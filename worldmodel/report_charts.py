@@ -34,7 +34,7 @@ from pvrpipe.worldmodel.report_captions import (
 from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import SINGLE, severities_of, short
-from pvrpipe.worldmodel.report_words import NAMES
+from pvrpipe.worldmodel.report_words import NAMES, legible
 
 UNITS = {
     "reward_error": "accumulated |r̂ − r|",
@@ -97,7 +97,11 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
     made.add(BY_PVR, list(_dots_by(own, "arm")), "No run has an error.")
     made.add(BY_HORIZON, list(_growth(errors.filter(look=OWN))), "Errors were probed at one horizon only.")
     _maps(made, evidence)
-    made.add(OOD, list(_ood(at, evidence)), "No run was probed on a shifted look: the study has no `shifts`.")
+    made.add(
+        OOD,
+        list(_ood(at, evidence, tables["properties"])),
+        "No run was probed on a shifted look: the study has no `shifts`.",
+    )
     made.add(
         SEVERITY,
         list(_severity(at)),
@@ -221,7 +225,7 @@ def _by(table: pl.DataFrame, key: str) -> Iterator[tuple[str, pl.DataFrame]]:
         yield str(value), rows
 
 
-def _ood(table: pl.DataFrame, evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _ood(table: pl.DataFrame, evidence: Evidence, groups: pl.DataFrame) -> Iterator[dict[str, Any]]:
     stores = {store.pvr: store for _, record in evidence.studies for store in record.stores if store.pvr}
     own = table.filter(look=OWN)
     shifted = table.filter((pl.col("look") != OWN) & ~pl.col("look").str.contains(SINGLE))
@@ -245,9 +249,24 @@ def _ood(table: pl.DataFrame, evidence: Evidence) -> Iterator[dict[str, Any]]:
                     "keys": {**about, "property": title},
                     "x": "error as trained",
                     "y": f"error, {about['look']}",
+                    "text": _grouped(groups, rows.row(0, named=True), name, title),
                     "diagonal": True,
                     "points": points,
                 }
+
+
+def _grouped(groups: pl.DataFrame, about: dict[str, Any], name: str, title: str) -> str:
+    """Errors over the trivial ones of those with a property and of the others, as trained and shifted."""
+    keys = {key: about[key] for key in ("model", "size", "horizon")}
+    told = []
+    for has, who in ((True, title), (False, "others")) if len(groups) else ():
+        of = groups.filter(property=name, has=has, error=about["measure"], **keys)
+        values = [of.filter(look=look)["relative"].to_list() for look in (OWN, about["look"])]
+        if all(values):
+            told.append(
+                f"{who} ({of['pvrs'][0]}): {legible(values[0][0])} as trained, {legible(values[1][0])} shifted"
+            )
+    return f"Over the trivial prediction, all tasks: {'; '.join(told)}" if told else ""
 
 
 def _has(store: StoreRecord | None, name: str) -> bool:

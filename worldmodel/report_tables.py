@@ -11,25 +11,28 @@ from typing import Any
 import polars as pl
 
 from pvrpipe.schemas.errors import InvalidValueError, one_line
+from pvrpipe.schemas.study import AUTOENCODER
 from pvrpipe.store.files import make_folder
-from pvrpipe.worldmodel.report_findings import Findings
+from pvrpipe.worldmodel.report_findings import Findings, relative_errors
 from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
-from pvrpipe.worldmodel.statistics import interquartile_mean, pearson, spearman
+from pvrpipe.worldmodel.statistics import aggregate, interquartile_mean, pearson, spearman
 
 COLUMNS = "give a CSV with the columns pvr, model, return and perhaps environment"
 OF_RUNS = ("environment", "variation", "arm", "model", "size")
+PROPERTIES = ("vit", "diverse", "sequential", "language")  # of published representations
 DIGITS = 6  # of a number that is read, not computed with
 SINGLE = r"^([a-z_]+)[=-]([0-9.]+)$"  # a look that varies one factor, as a file's name has it too
 
 
 def tables_of(evidence: Evidence, findings: Findings) -> dict[str, pl.DataFrame]:
-    """By name: ``runs``, ``errors``, ``scores``, ``standings``, ``comparisons``, ``costs``, ``unfinished``."""
+    """By name: runs, errors, scores, standings, comparisons, properties, costs and unfinished."""
     return {
         "runs": evidence.runs,
         "errors": errors_of(evidence),
         "scores": scores_of(evidence, findings),
         "standings": _flat(findings.standings, "relative"),
         "comparisons": _flat(findings.comparisons, "improvement"),
+        "properties": properties_of(evidence, sorted({s.horizon for s in findings.standings})),
         "costs": costs_of(evidence),
         "unfinished": unfinished_of(evidence),
     }
@@ -176,6 +179,40 @@ def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
             )
     means = given.group_by(on, maintain_order=True).agg(pl.col("return").mean())
     return errors.filter(look=OWN).join(means, on=on, how="inner", maintain_order="left")
+
+
+def properties_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
+    """Representations that have a property beside those that have not, in each look that runs were probed on.
+
+    ``relative`` is the interquartile mean over runs and tasks of the error over that of the trivial prediction, with
+    the 95 % interval of a bootstrap stratified over tasks. Learning from scratch, autoencoders and random weights have
+    no part in it, and a property that no representation has is left out.
+    """
+    stores = [
+        store for _, record in evidence.studies for store in record.stores if store.kind == "embeddings"
+    ]
+    published = {s.pvr: s for s in stores if s.pvr not in (None, AUTOENCODER) and not s.random_weights}
+    known = [name for name in PROPERTIES if any(getattr(store, name) for store in published.values())]
+    looks = evidence.scores["look"].unique(maintain_order=True).to_list()
+    rows = []
+    for look in looks:
+        scores = relative_errors(evidence, look).filter(
+            pl.col("horizon").is_in(list(horizons)), pl.col("pvr").is_in(list(published))
+        )
+        for name in known:
+            has = {pvr: bool(getattr(store, name)) for pvr, store in published.items()}
+            marked = scores.with_columns(has=pl.col("pvr").replace_strict(has, return_dtype=pl.Boolean))
+            for about, part in marked.group_by(
+                "model", "size", "measure", "horizon", "has", maintain_order=True
+            ):
+                tasks = part.partition_by("environment", "variation", maintain_order=True)
+                found = aggregate([task["relative"].to_numpy() for task in tasks])
+                keys = dict(zip(("model", "size", "error", "horizon", "has"), about, strict=True))
+                numbers = {"relative": found.value, "low": found.low, "high": found.high, "runs": found.count}
+                rows.append(
+                    {"property": name, "look": look, **keys, "pvrs": part["pvr"].n_unique(), **numbers}
+                )
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def correlations_of(returns: pl.DataFrame, horizons: Sequence[int]) -> pl.DataFrame:
