@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ from pvrpipe.commands.options import (
     pick_device,
     took,
 )
-from pvrpipe.commands.terminal import mean_sem, note, tell
+from pvrpipe.commands.terminal import duration, mean_sem, note, tell
 from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError, one_line
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def study(
         note(f"what was found: {page}")
     if record.state != "finished":
         note(
-            f"{len(record.unfinished)} parts have no result, {out / 'study.json'} says why; run it again to go on"
+            f"without a result: {len(record.unfinished)} of {len(record.stores) + len(record.jobs)} parts, "
+            f"{out / 'study.json'} says why; run it again to go on"
         )
         raise typer.Exit(1)
     return None
@@ -159,13 +161,13 @@ def refused(file: Path, mistakes: list[str]) -> NotAStudyError:
 
 def estimated(plan: Plan, json_: bool) -> None:
     """What a study would take."""
-    from pvrpipe.commands.study_estimate import costs_of
+    from pvrpipe.commands.study_estimate import Cost, costs_of
 
     costs = costs_of(plan)
     hours = [cost.hours for cost in costs if cost.hours is not None]
     total = sum(hours) if len(hours) == len(costs) else None
     if not json_:
-        note("hours are estimates, of one worker; bytes too")
+        note("sizes and times are estimates, times of one worker")
     found = {
         "dry_run": True,
         "study": plan.study.name,
@@ -174,8 +176,17 @@ def estimated(plan: Plan, json_: bool) -> None:
         "hours": total,
         "runs": [str(job.run) for job, _ in plan.jobs],
     }
-    columns = ("stage", "jobs", "left", "bytes", "hours", "rates")
-    tell(json_, found, costs, columns)
+    jobs, left = sum(cost.jobs for cost in costs), sum(cost.left for cost in costs)
+    shown = [*costs, Cost("all", jobs, left, sum(cost.bytes for cost in costs), total, "")]
+    rows = [
+        {
+            **asdict(cost),
+            "size": f"{cost.bytes / 1e6:,.1f} MB",
+            "time": "not known" if cost.hours is None else duration(cost.hours),
+        }
+        for cost in shown
+    ]
+    tell(json_, found, rows, ("stage", "jobs", "left", "size", "time", "rates"))
 
 
 def report(

@@ -80,7 +80,7 @@ def _take(studying: Studying, folder: Path) -> None:
     failures = [] if record.checked == stamp else _failures(folder)
     if failures:
         told = "; ".join(failures[:3])
-        note(f"{folder} does not verify: {told}")
+        note(f"{folder} does not verify: {told}; remove it, and the study makes it anew")
         return studying.update(folder, state="damaged", failure=told, checked=None)
     changes: dict[str, Any] = {"id": manifest.id, "rows": manifest.rows, "bytes": manifest.bytes}
     if manifest.embeddings is not None:
