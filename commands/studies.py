@@ -238,7 +238,7 @@ def compare(
     Example: pvrpipe compare data/runs/*
     """
     from pvrpipe.worldmodel.report_findings import findings_of
-    from pvrpipe.worldmodel.report_sources import evidence_of_runs
+    from pvrpipe.worldmodel.report_sources import OWN, evidence_of_runs
     from pvrpipe.worldmodel.report_tables import errors_of, unfinished_of
     from pvrpipe.worldmodel.report_words import sentences_of
 
@@ -268,16 +268,8 @@ def compare(
         for row in errors.iter_rows(named=True)
         if row["horizon"] in horizon
     ]
-    rows.sort(
-        key=lambda row: (
-            row["environment"],
-            row["model"],
-            row["look"],
-            row["error"],
-            row["horizon"],
-            row["mean"],
-        )
-    )
+    order = ("environment", "model", "error", "horizon", "mean")
+    rows.sort(key=lambda row: (row["look"] != OWN, row["look"], *(row[name] for name in order)))
     sentences = sentences_of(findings)
     found = {
         "rows": rows,

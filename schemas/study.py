@@ -172,26 +172,16 @@ def read_study(path: Path) -> tuple[Study | None, list[str]]:
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        study, mistakes = _right_in(content), [_mistake(each) for each in _own(error)]
-        return study, mistakes + (study.repeated() if study else [])
+        rest, mistakes = _right_in(content), [_mistake(each) for each in _own(error)]
+        return rest, mistakes + (rest.repeated() if rest else [])
     return study, study.repeated()
 
 
 def _own(error: ValidationError) -> list[dict[str, Any]]:
     """Errors without those that follow from others: a list is not too short where what stands in it is wrong."""
-    found = [dict(each) for each in error.errors()]
-    return [
-        each
-        for each in found
-        if each["type"] != "too_short"
-        or not any(len(o["loc"]) > len(each["loc"]) == _shared(o, each) for o in found)
-    ]
-
-
-def _shared(one: dict[str, Any], other: dict[str, Any]) -> int:
-    """How far two errors lie on one way into the file."""
-    equal = [a == b for a, b in zip(one["loc"], other["loc"], strict=False)]
-    return equal.index(False) if False in equal else len(equal)
+    found = error.errors()
+    inside = {other["loc"][:depth] for other in found for depth in range(len(other["loc"]))}
+    return [dict(each) for each in found if each["type"] != "too_short" or each["loc"] not in inside]
 
 
 def _right_in(content: dict[str, Any]) -> Study | None:
@@ -202,7 +192,7 @@ def _right_in(content: dict[str, Any]) -> Study | None:
             return Study.model_validate({**STAND_IN, **rest})
         except ValidationError as error:
             places = sorted((each["loc"] for each in error.errors()), key=_order, reverse=True)
-            for where in places:  # the last of a list first
+            for where in filter(None, places):  # the last of a list first
                 _drop(rest, where)
     return None
 
