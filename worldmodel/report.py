@@ -92,7 +92,7 @@ def build_report(
 
 def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """``report.json``: what the page says, with numbers that are none as null."""
-    content = {
+    content: dict[str, Any] = {
         "format": "pvrpipe report",
         "format_version": 1,
         "title": title_of(evidence),

@@ -325,8 +325,8 @@ def _maps(made: Charts, evidence: Evidence) -> None:
     panels = []
     for keys, folder in _pictured(evidence, runs.MAP):
         table, separation = read_map(folder)
-        rows, least, most = made.rows_of(table), table["reward"].min(), table["reward"].max()
-        colours = f"reward from {least:.3g} (blue) to {most:.3g} (orange)"
+        rows, reward = made.rows_of(table), table["reward"].to_numpy()
+        colours = f"reward from {reward.min():.3g} (blue) to {reward.max():.3g} (orange)"
         for method in ("umap", "pca"):
             place = table.select(f"{method}_x", f"{method}_y").to_numpy()
             low, high = place.min(0), place.max(0)
