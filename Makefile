@@ -45,7 +45,6 @@ demo: setup  ## the whole way on a real environment, in minutes
 
 study: setup  ## studies/quick.yaml, and what it found as a page: data/studies/quick/report/index.html
 	@$(BIN)/pvrpipe study studies/quick.yaml
-	@$(BIN)/pvrpipe report
 
 test: setup  ## everything that is not marked slow, a file at a time on each of two processors
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

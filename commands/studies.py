@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,14 +22,14 @@ from pvrpipe.commands.options import (
     pick_device,
     took,
 )
-from pvrpipe.commands.terminal import note, tell
-from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
+from pvrpipe.commands.terminal import duration, mean_sem, note, tell
+from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError, one_line
 
 if TYPE_CHECKING:
     from pvrpipe.commands.study_plan import Plan
-    from pvrpipe.schemas.study import Study
+    from pvrpipe.schemas.study_record import StudyRecord
 
-STUDIES = "studies"  # of a workspace
+STUDIES, REPORT = "studies", "report"  # folders of a workspace, and of a study
 
 
 def study(
@@ -63,7 +64,9 @@ def study(
     make_folder(out)
     with locked(out):
         how = How(stage.Engine(engine, address, workers), pick_device(device))
+        before = states_in(out)
         record = conduct(plan, out, how, shlex.join(["pvrpipe", *sys.argv[1:]]))
+        page = reported(out, record, before)
     rows = [
         {"of": kind, "done": done, "of all": len(parts), "not done": ", ".join(sorted(others)) or "-"}
         for kind, parts in (("stores", record.stores), ("runs", record.jobs))
@@ -76,15 +79,52 @@ def study(
         "state": record.state,
         "stores": len(record.stores),
         "runs": len(record.jobs),
-        "unfinished": record.unfinished,
+        "unfinished": [part.model_dump() for part in record.unfinished],
+        "report": page,
     }
-    tell(json_, {**found, "unfinished": [p.model_dump() for p in record.unfinished]}, rows, tuple(rows[0]))
+    tell(json_, found, rows, tuple(rows[0]))
+    if page is not None:
+        note(f"what was found: {page}")
     if record.state != "finished":
         note(
-            f"{len(record.unfinished)} parts have no result, {out / 'study.json'} says why; run it again to go on"
+            f"without a result: {len(record.unfinished)} of {len(record.stores) + len(record.jobs)} parts, "
+            f"{out / 'study.json'} says why; run it again to go on"
         )
         raise typer.Exit(1)
     return None
+
+
+def states_in(folder: Path) -> dict[str, str]:
+    """What had become of every part of a study when its record was written last."""
+    from pvrpipe.schemas.study_record import read_record
+
+    try:
+        record = read_record(folder)
+    except NotAStudyError:
+        return {}
+    return states_of(record)
+
+
+def states_of(record: StudyRecord) -> dict[str, str]:
+    """State of every store and run by its folder."""
+    runs = {job.run: f"{job.state} {job.failure}" for job in record.jobs}
+    return runs | {store.folder: f"{store.state} {store.failure} {store.id}" for store in record.stores}
+
+
+def reported(out: Path, record: StudyRecord, before: dict[str, str]) -> Path | None:
+    """The page of a study, written unless it is there and nothing has changed since; None without any numbers."""
+    from pvrpipe.worldmodel.report import PAGE, build_report
+
+    page = out / REPORT / PAGE
+    tables = [out / record.root / job.run / name for job in record.jobs for name in job.probes]
+    probed = [table.stat().st_mtime_ns for table in tables if table.is_file()]
+    if page.is_file() and states_of(record) == before and max(probed, default=0) <= page.stat().st_mtime_ns:
+        return page
+    try:
+        return build_report([out], page.parent).page
+    except NotAStudyError as error:
+        note(one_line(error))
+        return None
 
 
 def planned(file: Path, root: Path, device: str, *, fetch: bool) -> Plan:
@@ -96,23 +136,16 @@ def planned(file: Path, root: Path, device: str, *, fetch: bool) -> Plan:
     from pvrpipe.schemas.study import read_study
 
     wanted, mistakes = read_study(file)
-    if wanted is not None:
-        from pvrpipe.commands.study_checks import mistakes_of  # torch: after the mistakes in its form
-
-        mistakes += mistakes_of(wanted)
-    if wanted is None or mistakes:
+    if wanted is None:
         raise refused(file, mistakes)
-    return checked(file, wanted, root, device, fetch)
-
-
-def checked(file: Path, wanted: Study, root: Path, device: str, fetch: bool) -> Plan:
-    """A plan whose environments exist and whose weights are to be had."""
-    from pvrpipe.commands.study_checks import mistakes_of_plan, unfetched
+    from pvrpipe.commands.study_checks import mistakes_of, mistakes_of_plan, right_in, unfetched
     from pvrpipe.commands.study_plan import plan_of
 
-    plan = plan_of(wanted, root, pick_device(device))
-    if mistakes := mistakes_of_plan(plan, fetch):
-        raise refused(file, mistakes)
+    mistakes += mistakes_of(wanted)
+    plan = plan_of(right_in(wanted) if mistakes else wanted, root, pick_device(device))
+    mistakes += mistakes_of_plan(plan, fetch and not mistakes)
+    if mistakes:
+        raise refused(file, list(dict.fromkeys(mistakes)))
     for name in [] if fetch else unfetched(plan):
         note(f"the weights of {name} are not on this machine yet")
     return plan
@@ -128,13 +161,13 @@ def refused(file: Path, mistakes: list[str]) -> NotAStudyError:
 
 def estimated(plan: Plan, json_: bool) -> None:
     """What a study would take."""
-    from pvrpipe.commands.study_estimate import costs_of
+    from pvrpipe.commands.study_estimate import Cost, costs_of
 
     costs = costs_of(plan)
     hours = [cost.hours for cost in costs if cost.hours is not None]
     total = sum(hours) if len(hours) == len(costs) else None
     if not json_:
-        note("hours are estimates, of one worker; bytes too")
+        note("sizes and times are estimates, times of one worker")
     found = {
         "dry_run": True,
         "study": plan.study.name,
@@ -143,8 +176,17 @@ def estimated(plan: Plan, json_: bool) -> None:
         "hours": total,
         "runs": [str(job.run) for job, _ in plan.jobs],
     }
-    columns = ("stage", "jobs", "left", "bytes", "hours", "rates")
-    tell(json_, found, costs, columns)
+    jobs, left = sum(cost.jobs for cost in costs), sum(cost.left for cost in costs)
+    shown = [*costs, Cost("all", jobs, left, sum(cost.bytes for cost in costs), total, "")]
+    rows = [
+        {
+            **asdict(cost),
+            "size": f"{cost.bytes / 1e6:,.1f} MB",
+            "time": "not known" if cost.hours is None else duration(cost.hours),
+        }
+        for cost in shown
+    ]
+    tell(json_, found, rows, ("stage", "jobs", "left", "size", "time", "rates"))
 
 
 def report(
@@ -175,12 +217,13 @@ def report(
                 f"there is no study in {root / STUDIES}; make one with `pvrpipe study studies/quick.yaml`"
             )
         studies = [took("study", newest)]
-    made = build_report(studies, out or studies[0] / "report", returns=returns, figures=figures)
+    made = build_report(studies, out or studies[0] / REPORT, returns=returns, figures=figures)
     if json_:
         return tell(True, made, [], ())
     for sentence in made.findings:
         print(sentence)
-    note(f"{made.page}, {made.runs} runs, {made.bytes / 1e6:.1f} MB")
+    lacking = f", {made.unfinished} more parts without numbers" if made.unfinished else ""
+    note(f"{made.page}, {made.runs} runs{lacking}, {made.bytes / 1e6:.1f} MB")
     return None
 
 
@@ -195,11 +238,14 @@ def compare(
     Example: pvrpipe compare data/runs/*
     """
     from pvrpipe.worldmodel.report_findings import findings_of
-    from pvrpipe.worldmodel.report_sources import evidence_of_runs
-    from pvrpipe.worldmodel.report_tables import errors_of
+    from pvrpipe.worldmodel.report_sources import OWN, evidence_of_runs
+    from pvrpipe.worldmodel.report_tables import errors_of, unfinished_of
     from pvrpipe.worldmodel.report_words import sentences_of
 
     evidence = evidence_of_runs(runs)
+    silent = unfinished_of(evidence)
+    for what, state, why in silent.rows():
+        note(f"{what} is left out ({state}): {why or 'it has no numbers'}")
     errors = errors_of(evidence)
     known = sorted(set(errors["horizon"].to_list()))
     if missing := [each for each in horizon if each not in known]:
@@ -212,6 +258,7 @@ def compare(
             "representation": row["arm"] + (" (RANDOM WEIGHTS)" if row["random_weights"] else ""),
             "model": f"{row['model']} {row['size']}",
             "environment": row["environment"],
+            "look": row["look"],
             "error": row["measure"],
             "horizon": row["horizon"],
             "mean": row["mean"],
@@ -221,14 +268,17 @@ def compare(
         for row in errors.iter_rows(named=True)
         if row["horizon"] in horizon
     ]
-    rows.sort(key=lambda row: (row["environment"], row["model"], row["error"], row["horizon"], row["mean"]))
+    order = ("environment", "model", "error", "horizon", "mean")
+    rows.sort(key=lambda row: (row["look"] != OWN, row["look"], *(row[name] for name in order)))
     sentences = sentences_of(findings)
     found = {
         "rows": rows,
         "findings": sentences,
         "standings": findings.standings,
         "comparisons": findings.comparisons,
+        "left_out": silent.to_dicts(),
     }
-    tell(json_, found, rows, tuple(rows[0]))
+    columns = ("representation", "model", "environment", "look", "error", "horizon", "mean ± sem", "runs")
+    tell(json_, found, [{**row, "mean ± sem": mean_sem(row)} for row in rows], columns)
     for sentence in [] if json_ else sentences:
         print(sentence)

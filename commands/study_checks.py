@@ -6,17 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pvrpipe.commands.study_plan import Plan, config_of
 from pvrpipe.pipeline.cached import cached_weights
+from pvrpipe.pipeline.networks import build_network
+from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import find_pvr
-from pvrpipe.rollouts.collect import draft_manifest
+from pvrpipe.rollouts.collect import CollectConfig, draft_manifest
 from pvrpipe.rollouts.variation import parse_variation
 from pvrpipe.schemas.errors import PvrpipeError, one_line
 from pvrpipe.schemas.manifest import Manifest
-from pvrpipe.schemas.study import ALL, AUTOENCODER, RANDOM, SCRATCH, Representation, Study
+from pvrpipe.schemas.study import ALL, AUTOENCODER, RANDOM, SCRATCH, Collecting, Representation, Study
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.worldmodel.models import check_names
 
@@ -29,6 +34,8 @@ def mistakes_of(study: Study) -> list[str]:
     for name in (*study.variations, *study.shifts):
         with _noted(found, f"variation {name}"):
             parse_variation(name)
+    with _noted(found, "collect"):
+        CollectConfig(study.environments[0], **study.collect.model_dump(exclude_none=True))
     for wanted in study.pvrs:
         with _noted(found, f"pvrs: {wanted.pvr}"):
             _check(wanted)
@@ -41,6 +48,23 @@ def mistakes_of(study: Study) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def right_in(study: Study) -> Study:
+    """A study without what :func:`mistakes_of` has something to say about, so that the rest can be looked into."""
+    fields = ("variations", "shifts", "pvrs", "models")
+    nothing: dict[str, Any] = {**dict.fromkeys(fields, ()), "collect": Collecting()}
+    right = {
+        name: tuple(
+            each
+            for each in dict.fromkeys(getattr(study, name))
+            if not mistakes_of(study.model_copy(update={**nothing, name: (each,)}))
+        )
+        for name in fields
+    }
+    collecting = mistakes_of(study.model_copy(update=dict.fromkeys(fields, ())))
+    kept = {"collect": Collecting()} if collecting else {}
+    return study.model_copy(update={**right, **kept, "variations": right["variations"] or ("none",)})
+
+
 def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
     """Environments that cannot be made, or not in these looks; weights that are not to be had, a line each.
 
@@ -50,11 +74,16 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
     """
     found: list[str] = []
     for look in plan.looks:
-        if sealed(look.folder) is None:
-            with _noted(found, f"environments: {look.environment} {look.variation}"):
-                draft_manifest(replace(look.config, variation=look.variation))
+        if sealed(look.folder) is None and not any(
+            f"{look.environment} as it is: " in line for line in found
+        ):
+            with _noted(found, f"environments: {look.environment} as it is"):
+                draft_manifest(replace(look.config, variation="none"))
+                with _noted(found, f"environments: {look.environment} {look.variation}"):
+                    draft_manifest(replace(look.config, variation=look.variation))
     for name, weights in sorted(_weights_of(plan)):
-        if fetch or (weights == "auto" and not find_pvr(name).source.repo and not find_pvr(name).source.url):
+        source = find_pvr(name).source
+        if fetch or weights != "auto" or not (source.repo or source.url):
             with _noted(found, f"pvrs: {name}"):
                 find_weights(find_pvr(name), weights, name)
     return list(dict.fromkeys(found))
@@ -90,8 +119,24 @@ def _check(wanted: Representation) -> None:
     if wanted.pvr in (*OWN, RANDOM):
         return
     pvr = find_pvr(wanted.pvr)
-    for blocks in wanted.blocks:
-        read_out(pvr, Readout(wanted.layer, None if blocks == ALL else blocks, None, wanted.pool))
+    readouts = [
+        Readout(wanted.layer, None if blocks == ALL else blocks, None, wanted.pool)
+        for blocks in wanted.blocks
+    ]
+    asked = [read_out(pvr, readout) for readout in readouts if readout != Readout()]
+    with torch.device("meta"):  # layers and blocks as the network has them, without its numbers
+        if asked and _can_be_built(pvr):
+            for each in asked:
+                build_network(each, 0)
+
+
+def _can_be_built(pvr: Pvr) -> bool:
+    """Whether the network can be had without numbers, as its authors read it out."""
+    try:
+        build_network(pvr, 0)
+    except PvrpipeError:
+        return False
+    return True
 
 
 @contextmanager

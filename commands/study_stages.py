@@ -13,7 +13,7 @@ from typing import Any
 
 from pvrpipe.commands.shared_ray import shared_ray
 from pvrpipe.commands.study_checks import sealed
-from pvrpipe.commands.study_plan import Encoded, Look, Plan
+from pvrpipe.commands.study_plan import Encoded, Look, Plan, digest
 from pvrpipe.commands.study_state import Studying
 from pvrpipe.commands.terminal import note, watching
 from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
@@ -80,7 +80,7 @@ def _take(studying: Studying, folder: Path) -> None:
     failures = [] if record.checked == stamp else _failures(folder)
     if failures:
         told = "; ".join(failures[:3])
-        note(f"{folder} does not verify: {told}")
+        note(f"{folder} does not verify: {told}; remove it, and the study makes it anew")
         return studying.update(folder, state="damaged", failure=told, checked=None)
     changes: dict[str, Any] = {"id": manifest.id, "rows": manifest.rows, "bytes": manifest.bytes}
     if manifest.embeddings is not None:
@@ -100,9 +100,9 @@ def _failures(folder: Path) -> list[str]:
 
 
 def stamp_of(folder: Path) -> str:
-    """Size and last change of a folder's files; while it stays, what was verified holds."""
-    files = [path.stat() for path in sorted(folder.rglob("*")) if path.is_file()]
-    return f"{sum(s.st_size for s in files)} bytes in {len(files)}, {max(s.st_mtime_ns for s in files)}"
+    """Name, size and last change of each of a folder's files; while it stays, what was verified holds."""
+    files = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return digest({name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()})
 
 
 def _is_of(each: Encoded, rollouts: Any) -> bool:

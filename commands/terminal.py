@@ -97,7 +97,10 @@ def show(rows: Iterable[Any], columns: Sequence[str], title: str | None = None) 
     from rich.table import Table
 
     lines = [
-        [f"{c:,.3f}" if isinstance(c := cells[name], float) else str(c) for name in columns]
+        [
+            "–" if (c := cells[name]) is None else f"{c:,.3f}" if isinstance(c, float) else str(c)
+            for name in columns
+        ]
         for cells in map(plain, rows)
     ]
     table = Table(title=title)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,14 @@ from pvrpipe.schemas.errors import NotAStudyError
 SCRATCH, AUTOENCODER, RANDOM = "scratch", "autoencoder", "random"
 ALL = "all"  # blocks of a transformer
 CONTROL = "resnet18"  # what `random` is short for, with weights random:0
+#: In place of what a study must have, where that is wrong, so that the rest can be read.
+STAND_IN = {
+    "name": "study",
+    "environments": ["dmc:pendulum-swingup"],
+    "pvrs": [SCRATCH],
+    "models": [{"model": "dreamerv3"}],
+}
+DEPTH = 6  # of a study's fields; nothing that is wrong takes more steps to take out
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -94,7 +104,7 @@ class Trained(Windows):
 class Probing(Part):
     """What ``pvrpipe probe`` is asked of every run."""
 
-    horizons: Annotated[tuple[Positive, ...], Field(min_length=1)] = (33, 500)
+    horizons: Annotated[tuple[Annotated[Positive, Field(lt=2**31)], ...], Field(min_length=1)] = (33, 500)
     context: Positive = 1
     splits: Annotated[tuple[Literal["val", "train"], ...], Field(min_length=1)] = ("val",)
 
@@ -142,7 +152,7 @@ class Study(Part):
 
 
 def read_study(path: Path) -> tuple[Study | None, list[str]]:
-    """A study's file, or None and every mistake in its form, a line each.
+    """A study's file and every mistake in its form, a line each; with mistakes, what is right in it, if anything is.
 
     Raises:
         NotAStudyError: there is no such file, or it is not YAML.
@@ -162,8 +172,51 @@ def read_study(path: Path) -> tuple[Study | None, list[str]]:
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        return None, [_mistake(dict(each)) for each in error.errors()]
+        rest, mistakes = _right_in(content), [_mistake(each) for each in _own(error)]
+        return rest, mistakes + (rest.repeated() if rest else [])
     return study, study.repeated()
+
+
+def _own(error: ValidationError) -> list[dict[str, Any]]:
+    """Errors without those that follow from others: a list is not too short where what stands in it is wrong."""
+    found = error.errors()
+    inside = {other["loc"][:depth] for other in found for depth in range(len(other["loc"]))}
+    return [dict(each) for each in found if each["type"] != "too_short" or each["loc"] not in inside]
+
+
+def _right_in(content: dict[str, Any]) -> Study | None:
+    """A study without its mistakes, so that the names in the rest of it can be looked at too."""
+    rest = copy.deepcopy(content)
+    for _ in range(DEPTH):
+        try:
+            return Study.model_validate({**STAND_IN, **rest})
+        except ValidationError as error:
+            places = sorted((each["loc"] for each in error.errors()), key=_order, reverse=True)
+            for where in filter(None, places):  # the last of a list first
+                _drop(rest, where)
+    return None
+
+
+def _order(where: Sequence[int | str]) -> list[tuple[int, str]]:
+    return [(part, "") if isinstance(part, int) else (0, part) for part in where]
+
+
+def _drop(content: Any, where: Sequence[int | str]) -> None:
+    """Take out what lies there; of what does not, or cannot be walked into, what it would be part of."""
+    holder, key = content, where[0]
+    for part in where[1:]:
+        inner = holder[key] if _has(holder, key) else None
+        if not _has(inner, part):
+            break
+        holder, key = inner, part
+    if _has(holder, key):
+        del holder[key]
+
+
+def _has(holder: Any, key: int | str) -> bool:
+    if isinstance(holder, list):
+        return isinstance(key, int) and key < len(holder)
+    return isinstance(holder, dict) and key in holder
 
 
 def _mistake(error: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ class StoreRecord(Part):
     memory_bytes: int | None = None
     """of the device, while it was embedded"""
     checked: str | None = None
-    """size and time of change of its files when it was last verified"""
+    """digest of the sizes and times of change of its files when it was last verified"""
     command: str = ""
 
 

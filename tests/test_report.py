@@ -13,12 +13,13 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from pvrpipe.schemas.errors import NotAStudyError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
 from pvrpipe.schemas.study_record import StudyRecord, read_record
 from pvrpipe.worldmodel.report import Report, build_report
 from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
 from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
+from pvrpipe.worldmodel.training import TrainConfig
 
 from .commands import run
 from .planted_study import FLOOR, Planted, write_study
@@ -211,6 +212,88 @@ def test_returns_that_were_given_are_correlated_with_errors(study: Path, tmp_pat
         assert len(panel["points"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a,b\n1,2", "no column pvr, model, return"),
+        ("pvr,model,return\nvc1,tdmpc2,much", "not a number"),
+        ("pvr,model,return\nvc1,tdmpc2,", "not a number"),
+        ("pvr,model,return\nvc2,tdmpc2,1", "pvr 'vc2' was not compared; there is"),
+        ("pvr,model,return\n", "no rows"),
+        ("", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_returns_that_are_none_are_one_line(
+    content: str | None, told: str, study: Path, tmp_path: Path
+) -> None:
+    returns = tmp_path / "returns.csv"
+    if content is not None:
+        returns.write_text(content)
+    with pytest.raises(InvalidValueError, match=re.escape(told)) as refused:
+        build_report([study], tmp_path / "report", returns=returns, figures=False)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_returns_of_some_representations_are_correlated_for_these_alone(study: Path, tmp_path: Path) -> None:
+    returns = tmp_path / "returns.csv"
+    returns.write_text("pvr,model,return\nvc1,tdmpc2,3\nautoencoder,tdmpc2,2\nrandom,tdmpc2,1\n")
+    build_report([study], tmp_path / "report", returns=returns, figures=False)
+    found = pl.read_parquet(tmp_path / "report" / "tables" / "correlations.parquet")
+    assert set(found["model"]) == {"tdmpc2"}
+    assert (found["points"] == 3 * 2).all()
+    assert found.filter(measure="reward_error")["spearman"].max() < -0.8  # type: ignore[operator]
+    said = json.loads((tmp_path / "report" / "report.json").read_text())["correlations"]
+    assert [row["pearson"] for row in said] == pytest.approx(found["pearson"].to_list())
+
+
+def test_a_look_of_several_factors_is_a_point_beside_the_look_that_was_trained_on(tmp_path: Path) -> None:
+    looks = {"ood": 1.5, "camera=0.3+lighting=0.5": 1.3, "id:0.5,ood:0.5": 1.2, "camera=0.3": 1.1}
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, shifts=looks)
+    report = build_report([write_study(tmp_path, planted)], tmp_path / "report", figures=False)
+    charts = {chart["id"]: chart["panels"] for chart in _data_of(report.page)["charts"]}
+    assert {panel["keys"]["look"] for panel in charts["ood"]} == {
+        "ood",
+        "camera-0.3+lighting-0.5",
+        "id-0.5-ood-0.5",
+    }
+    assert {panel["keys"]["factor"] for panel in charts["severity"]} == {"camera"}
+
+
+def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_path: Path) -> None:
+    """Of the planted ones, every second is a transformer; random weights, autoencoders and scratch belong to nobody."""
+    factors = {"from scratch": 9.0, "random": 9.0, "a": 0.5, "b": 1.0, "c": 0.7, "autoencoder": 9.0, "d": 0.9}
+    planted = Planted(factors, tasks=("dmc:one",), models=("tdmpc2",), seeds=2, noise=0, shifts={"ood": 3.0})
+    report = build_report([write_study(tmp_path, planted)], tmp_path / "report", figures=False)
+    found = pl.read_parquet(tmp_path / "report" / "tables" / "properties.parquet")
+    assert set(found["property"]) == {"vit"}
+    values = {
+        (row["has"], row["look"]): (row["relative"] * FLOOR, row["pvrs"])
+        for row in found.filter(error="reward_error", horizon=33).iter_rows(named=True)
+    }
+    assert values == {
+        (True, "own"): (pytest.approx(0.7, abs=0.1), 3),
+        (False, "own"): (pytest.approx(1.0, abs=0.1), 1),
+        (True, "ood"): (pytest.approx(2.1, abs=0.3), 3),
+        (False, "ood"): (pytest.approx(3.0, abs=0.3), 1),
+    }
+    charts = {chart["id"]: chart["panels"] for chart in _data_of(report.page)["charts"]}
+    assert charts["ood"][0]["text"].startswith("Over the trivial prediction, all tasks: ViT (3): 0.3")
+
+
+def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    study = write_study(tmp_path, planted)
+    asked = {"store_id": "0" * 64, "context": 1, "dynamics_error": {"33": {}, "500": {}}}
+    changes = [{}, {"store_id": "2" * 64}, {"context": 9}]
+    for folder, change in zip(sorted((tmp_path / "runs").iterdir()), changes, strict=True):
+        (folder / "metrics.json").write_text(json.dumps(asked | change))
+    found = evidence_of([study]).runs
+    assert found["state"].to_list() == ["finished", "waiting", "waiting"]
+    assert "probes it again" in found["failure"][1]
+
+
 def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Path) -> None:
     factors = {"vc1": 1.0, "vc1 blocks 0-5": 1.4, "vc1 blocks 0-2": 2.0}
     planted = Planted(
@@ -271,6 +354,39 @@ def test_compare_prints_runs_side_by_side(study: Path, tmp_path: Path) -> None:
     assert "they have 1, 8, 33, 500" in refused.stderr
 
 
+def test_compare_takes_studies_counts_a_run_once_and_leaves_out_what_has_no_numbers(tmp_path: Path) -> None:
+    planted = Planted({"from scratch": 1.0, "vc1": 0.8}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    study = write_study(tmp_path, planted)
+    one, two, three = sorted((tmp_path / "runs").glob("one-vc1-*"))
+    table = pl.read_parquet(two / "probe.parquet")
+    table.with_columns(accumulated=pl.lit(float("nan"))).write_parquet(two / "probe.parquet")
+    (three / "probe.parquet").unlink()
+    told = run("compare", str(study), str(one), str(two), str(three), str(one), "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.splitlines()[-1])
+    own = {(row["representation"], row["runs"]) for row in found["rows"] if row["look"] == "own"}
+    assert own == {("from scratch", 3), ("vc1", 1)}
+    assert {Path(each["what"]).name: each["state"] for each in found["left_out"]} == {
+        two.name: "diverged",
+        three.name: "failed",
+    }
+    assert len(told.stderr.splitlines()) == 2
+    refused = run("compare", str(two), str(three), cwd=tmp_path)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+    assert "not finite" in refused.stderr
+
+
+def test_runs_that_were_not_trained_alike_are_no_repeats(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2)
+    write_study(tmp_path, planted)
+    one, two = sorted((tmp_path / "runs").iterdir())
+    record = json.loads((two / "run.json").read_text())
+    record["config"]["updates"] = 7
+    (two / "run.json").write_text(json.dumps(record))
+    arms = evidence_of_runs([one, two]).runs["arm"].to_list()
+    assert arms == [f"vc1, updates {TrainConfig().updates}", "vc1, updates 7"]
+
+
 def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
     for arguments in (("report", "--root", "."), ("report", "."), ("compare", ".")):
         done = run(*arguments, cwd=tmp_path)
@@ -282,7 +398,7 @@ def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
     waiting = tuple(job.model_copy(update={"state": "waiting"}) for job in record.jobs)
     content: StudyRecord = record.model_copy(update={"jobs": waiting})
     (folder / "study.json").write_text(content.model_dump_json())
-    with pytest.raises(NotAStudyError, match="go on with `pvrpipe study`"):
+    with pytest.raises(NotAStudyError, match=r"has numbers yet \(1 waiting\); go on with `pvrpipe study`"):
         build_report([folder], folder / "report")
 
 

@@ -113,6 +113,41 @@ def test_all_mistakes_of_a_study_are_told_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tmp_path: Path) -> None:
+    written(
+        tmp_path,
+        name="Not a Name",
+        environments=["dmc:pendulum-swingdown"],
+        variations=["camara=0.3"],
+        collect={"size": -3, "policy": "nonsense"},
+        pvrs=["vc11", {"pvr": "vc1-l", "blocks": ["0-99"]}, {"pvr": "resnet18", "weights": "/nowhere/w.pt"}],
+        models=[{"model": "dreamer"}, {"model": "tdmpc2", "updates": 0}],
+        seeds=[0, 0, -1],
+        horizon=33,
+    )
+    code, _, told = study(tmp_path, "--dry-run")
+    assert code == 1
+    wanted = (
+        "name: string should match",
+        "collect.size: input",
+        "models[1].updates: input",
+        "seeds[2]: input",
+        "horizon: a study has no such field",
+        "seeds: 0 is named 2 times",
+        "'camara'",
+        "'nonsense'",
+        "'vc11'",
+        "vc1-l has blocks 0 to 23",
+        "'dreamer'",
+        "'dmc:pendulum-swingdown'",
+        "no file /nowhere/w.pt",
+    )
+    lines = told.strip().splitlines()
+    assert [sum(each in line for line in lines) for each in wanted] == [1] * len(wanted), told
+    assert len(lines) == len(wanted), told
+    assert "12 mistakes more" in lines[-1]
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])
 def test_what_is_no_study_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(content)
@@ -143,6 +178,7 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
     for job in record.jobs:
         names = {path.name for path in (tmp_path / "data" / job.run).iterdir()}
         assert {*job.probes, "map.parquet", "strip.parquet", "metrics.json", "metrics-ood.json"} <= names
+    assert Path(found["report"]).is_file()
     before, numbers = files_of(tmp_path), measured(tmp_path)
     code, found, told = study(tmp_path)
     assert (code, found["state"]) == (0, "finished")
@@ -191,6 +227,7 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     states = {job.pvr: job.state for job in record_in(tmp_path).jobs}
     assert states == {"autoencoder": "damaged", "from scratch": "finished", "resnet18": "failed"}
     assert {part["state"] for part in found["unfinished"]} == {"failed", "damaged"}
+    assert "does not verify" in Path(found["report"]).read_text()
     done = run("report", "--json", "--no-figures", cwd=tmp_path)
     made = json.loads(done.stdout.splitlines()[-1])
     assert (made["runs"], made["unfinished"]) == (2, 6)

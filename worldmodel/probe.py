@@ -35,6 +35,7 @@ from pvrpipe.worldmodel.probe_reference import beliefs_of, networks_of, referenc
 from pvrpipe.worldmodel.probe_reward import calibration, precision_recall
 from pvrpipe.worldmodel.probe_subject import Subject, subject_of
 from pvrpipe.worldmodel.probe_table import (
+    LONGEST,
     action_sensitivity,
     entries,
     groups,
@@ -213,10 +214,11 @@ def _plain(estimate: Any) -> dict[str, Any]:
 
 
 def check_horizons(horizons: Sequence[int], context: int) -> None:
-    """Refuse horizons and contexts without a row."""
-    if context < 1 or not horizons or min(horizons) < 1:
+    """Refuse horizons and contexts without a row, and horizons that no table holds."""
+    if context < 1 or not horizons or min(horizons) < 1 or max(horizons) > LONGEST:
         raise InvalidValueError(
-            f"--horizon is {list(horizons)} behind a context of {context}; all must be at least 1"
+            f"--horizon is {list(horizons)} behind a context of {context}; all must be at least 1, "
+            f"and a horizon at most {LONGEST}"
         )
 
 

@@ -18,6 +18,7 @@ from pvrpipe.worldmodel.probe_dynamics import CONTROLS, PREDICTIONS, Judged
 Floats = NDArray[np.float64]
 OF_EPISODE = ("episode", "split", "distribution", "variation", "policy", "episode_return")
 VALUES = ("accumulated", "per_step")
+LONGEST = 2**31 - 1  # horizon that the column holds
 STRATA = 3  # of the values of a factor
 
 

@@ -16,11 +16,7 @@ from ray.exceptions import RayError
 from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import ClusterError, InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress, silent
-<<<<<<< HEAD
-=======
-from pvrpipe.schemas.quiet import quiet_start
 from pvrpipe.store.places import is_url
->>>>>>> adv6
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing

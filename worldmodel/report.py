@@ -27,7 +27,7 @@ from pvrpipe.worldmodel.report_figures import draw_figures
 from pvrpipe.worldmodel.report_findings import Findings, findings_of
 from pvrpipe.worldmodel.report_page import page_of
 from pvrpipe.worldmodel.report_sources import Evidence, evidence_of
-from pvrpipe.worldmodel.report_tables import returns_of, tables_of, write_tables
+from pvrpipe.worldmodel.report_tables import correlations_of, returns_of, tables_of, write_tables
 from pvrpipe.worldmodel.report_words import sentences_of, title_of
 
 PAGE, JSON, TABLES, FIGURES = "index.html", "report.json", "tables", "figures"
@@ -65,7 +65,10 @@ def build_report(
     horizons = sorted({h for _, record in evidence.studies for h in record.study.probe.horizons})
     findings = findings_of(evidence, horizons)
     tables = tables_of(evidence, findings)
-    charts = charts_of(evidence, findings, tables, None if returns is None else returns_of(returns))
+    if returns is not None:
+        tables["returns"] = returns_of(returns, tables["errors"])
+        tables["correlations"] = correlations_of(tables["returns"], horizons)
+    charts = charts_of(evidence, findings, tables)
     make_folder(out)
     for name in (TABLES, FIGURES):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -89,7 +92,7 @@ def build_report(
 
 def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """``report.json``: what the page says, with numbers that are none as null."""
-    content = {
+    content: dict[str, Any] = {
         "format": "pvrpipe report",
         "format_version": 1,
         "title": title_of(evidence),
@@ -98,7 +101,11 @@ def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFr
         "standings": [asdict(standing) for standing in findings.standings],
         "comparisons": [asdict(comparison) for comparison in findings.comparisons],
         "errors": tables["errors"].to_dicts(),
-        "costs": tables["costs"].to_dicts(),
+        **{
+            name: tables[name].to_dicts()
+            for name in ("properties", "costs", "correlations")
+            if name in tables
+        },
         "unfinished": tables["unfinished"].to_dicts(),
         "studies": [record.model_dump(mode="json") for _, record in evidence.studies],
     }

@@ -32,7 +32,8 @@ BY_HORIZON = chart_of(
     "horizons",
     "Error by horizon",
     "lines",
-    "Mean over runs of the accumulated error; band: standard error over runs.",
+    "Mean over runs of the accumulated error, by the rows that were summed; an episode that ends before a horizon is "
+    "summed to its end. Band: standard error over runs.",
     "model",
     "error",
 )

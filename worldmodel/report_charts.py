@@ -33,9 +33,8 @@ from pvrpipe.worldmodel.report_captions import (
 )
 from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
-from pvrpipe.worldmodel.report_tables import severities_of, short
-from pvrpipe.worldmodel.report_words import NAMES
-from pvrpipe.worldmodel.statistics import pearson, spearman
+from pvrpipe.worldmodel.report_tables import SINGLE, severities_of, short
+from pvrpipe.worldmodel.report_words import NAMES, legible
 
 UNITS = {
     "reward_error": "accumulated |r̂ − r|",
@@ -88,22 +87,21 @@ class Charts:
         return number
 
 
-def charts_of(
-    evidence: Evidence,
-    findings: Findings,
-    tables: dict[str, pl.DataFrame],
-    returns: pl.DataFrame | None = None,
-) -> Charts:
+def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFrame]) -> Charts:
     """All charts of a page."""
     made, errors = Charts(), tables["errors"]
     horizons = sorted({h for _, record in evidence.studies for h in record.study.probe.horizons})
     at = errors.filter(pl.col("horizon").is_in(horizons)) if horizons else errors
     own = at.filter(look=OWN)
-    made.add(SUMMARY, list(_standing_panels(findings)), "No run has an error to be compared.")
+    made.add(SUMMARY, list(_standing_panels(findings, evidence.runs)), "No run has an error to be compared.")
     made.add(BY_PVR, list(_dots_by(own, "arm")), "No run has an error.")
     made.add(BY_HORIZON, list(_growth(errors.filter(look=OWN))), "Errors were probed at one horizon only.")
     _maps(made, evidence)
-    made.add(OOD, list(_ood(at, evidence)), "No run was probed on a shifted look: the study has no `shifts`.")
+    made.add(
+        OOD,
+        list(_ood(at, evidence, tables["properties"])),
+        "No run was probed on a shifted look: the study has no `shifts`.",
+    )
     made.add(
         SEVERITY,
         list(_severity(at)),
@@ -113,15 +111,17 @@ def charts_of(
     made.add(BLOCKS, list(_ablation(own, "blocks")), "No representation was cut down to some of its blocks.")
     made.add(
         RETURNS,
-        [] if returns is None else list(_correlations(own, returns)),
-        "No returns of agents were given (`pvrpipe report --returns FILE.csv`), so errors are not correlated with any.",
+        list(_correlations(tables["returns"], tables["correlations"])) if "returns" in tables else [],
+        "Errors are not correlated with returns of agents: none were given (`pvrpipe report --returns FILE.csv`), or "
+        "of fewer than three representations and tasks.",
     )
     _strips(made, evidence)
     made.add(COST, list(_cost(tables["costs"])), "No embeddings were made, so none have a cost.")
     return made
 
 
-def _standing_panels(findings: Findings) -> Iterator[dict[str, Any]]:
+def _standing_panels(findings: Findings, runs: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    random = set(runs.filter(pl.col("random_weights"))["arm"])
     table: dict[tuple[Any, ...], list[Any]] = {}
     for s in findings.standings:
         table.setdefault((f"{s.model} {s.size}", s.error, s.horizon), []).append(s)
@@ -136,6 +136,7 @@ def _standing_panels(findings: Findings) -> Iterator[dict[str, Any]]:
                     "value": s.relative.value,
                     "low": s.relative.low,
                     "high": s.relative.high,
+                    "random": s.pvr in random,
                     "note": f"{s.runs} runs, {s.tasks} task{'s' * (s.tasks > 1)}",
                 }
                 for s in standings
@@ -185,11 +186,11 @@ def _dot(row: dict[str, Any], label: str) -> dict[str, Any]:
 
 def _growth(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
     for keys, rows in _panels(table):
-        lines = [_line(arm, part.sort("horizon"), "horizon") for arm, part in _by(rows, "arm")]
+        lines = [_line(arm, part.sort("horizon"), "steps") for arm, part in _by(rows, "arm")]
         if any(len(line["x"]) > 1 for line in lines):
             yield {
                 "keys": keys,
-                "x": "horizon, rows",
+                "x": "rows summed",
                 "y": UNITS[rows["measure"][0]],
                 "log": True,
                 "lines": lines,
@@ -224,10 +225,10 @@ def _by(table: pl.DataFrame, key: str) -> Iterator[tuple[str, pl.DataFrame]]:
         yield str(value), rows
 
 
-def _ood(table: pl.DataFrame, evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _ood(table: pl.DataFrame, evidence: Evidence, groups: pl.DataFrame) -> Iterator[dict[str, Any]]:
     stores = {store.pvr: store for _, record in evidence.studies for store in record.stores if store.pvr}
     own = table.filter(look=OWN)
-    shifted = table.filter(~pl.col("look").is_in([OWN]) & ~pl.col("look").str.contains(r"[=-][0-9.]+$"))
+    shifted = table.filter((pl.col("look") != OWN) & ~pl.col("look").str.contains(SINGLE))
     keys = ["environment", "variation", "arm", "model", "size", "measure", "horizon"]
     joined = shifted.join(own.select(*keys, before="mean", before_sem="sem"), on=keys, maintain_order="left")
     for about, rows in _panels(joined, "horizon", "look"):
@@ -248,9 +249,24 @@ def _ood(table: pl.DataFrame, evidence: Evidence) -> Iterator[dict[str, Any]]:
                     "keys": {**about, "property": title},
                     "x": "error as trained",
                     "y": f"error, {about['look']}",
+                    "text": _grouped(groups, rows.row(0, named=True), name, title),
                     "diagonal": True,
                     "points": points,
                 }
+
+
+def _grouped(groups: pl.DataFrame, about: dict[str, Any], name: str, title: str) -> str:
+    """Errors over the trivial ones of those with a property and of the others, as trained and shifted."""
+    keys = {key: about[key] for key in ("model", "size", "horizon")}
+    told = []
+    for has, who in ((True, title), (False, "others")) if len(groups) else ():
+        of = groups.filter(property=name, has=has, error=about["measure"], **keys)
+        values = [of.filter(look=look)["relative"].to_list() for look in (OWN, about["look"])]
+        if all(values):
+            told.append(
+                f"{who} ({of['pvrs'][0]}): {legible(values[0][0])} as trained, {legible(values[1][0])} shifted"
+            )
+    return f"Over the trivial prediction, all tasks: {'; '.join(told)}" if told else ""
 
 
 def _has(store: StoreRecord | None, name: str) -> bool:
@@ -267,21 +283,24 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
             yield {"keys": {**keys, "representation": name}, "x": UNITS[rows["measure"][0]], "dots": dots}
 
 
-def _correlations(table: pl.DataFrame, returns: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    on = [name for name in ("environment", "pvr", "model") if name in returns.columns]
-    means = returns.group_by(on, maintain_order=True).agg(pl.col("return").mean())
-    for (model, measure, horizon), rows in table.join(means, on=on, maintain_order="left").group_by(
-        "model", "measure", "horizon", maintain_order=True
-    ):
-        if len(rows) < 3:
-            continue
-        linear, ranked = pearson(rows["mean"], rows["return"]), spearman(rows["mean"], rows["return"])
-        p = "" if linear.p is None else f" (p = {linear.p:.2g})"
+def _correlations(table: pl.DataFrame, correlations: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    keys = ("model", "size", "measure", "horizon")
+    for found in correlations.filter(pl.col("points") > 2).iter_rows(named=True):
+        rows = table.filter(**{key: found[key] for key in keys})
+        told = [
+            f"{name.title()} {_number(found[name])}"
+            + (f" (p = {found[f'{name}_p']:.2g})" if found[f"{name}_p"] is not None else "")
+            for name in ("pearson", "spearman")
+        ]
         yield {
-            "keys": {"model": str(model), "error": NAMES[str(measure)], "horizon": str(horizon)},
-            "x": UNITS[str(measure)],
+            "keys": {
+                "model": f"{found['model']} {found['size']}",
+                "error": NAMES[found["measure"]],
+                "horizon": str(found["horizon"]),
+            },
+            "x": UNITS[found["measure"]],
             "y": "return",
-            "text": f"Pearson {linear.value:.2f}{p}, Spearman {ranked.value:.2f}, {linear.count} points",
+            "text": f"{', '.join(told)}, {found['points']} points",
             "points": [
                 {
                     "label": f"{row['arm']}, {short(row['environment'])}",
@@ -306,7 +325,8 @@ def _maps(made: Charts, evidence: Evidence) -> None:
     panels = []
     for keys, folder in _pictured(evidence, runs.MAP):
         table, separation = read_map(folder)
-        rows = made.rows_of(table)
+        rows, reward = made.rows_of(table), table["reward"].to_numpy()
+        colours = f"reward from {reward.min():.3g} (blue) to {reward.max():.3g} (orange)"
         for method in ("umap", "pca"):
             place = table.select(f"{method}_x", f"{method}_y").to_numpy()
             low, high = place.min(0), place.max(0)
@@ -315,7 +335,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
             panels.append(
                 {
                     "keys": {**keys, "map": method.upper()},
-                    "text": f"separation {_number(told)} here, {_number(latent)} in the latent",
+                    "text": f"separation {_number(told)} here, {_number(latent)} in the latent; {colours}",
                     "x": unit[:, 0].tolist(),
                     "y": unit[:, 1].tolist(),
                     "rows": rows,
@@ -370,4 +390,4 @@ def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+    return "undefined" if value is None or value != value else f"{value:.2f}"

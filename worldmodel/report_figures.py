@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "pvrpipe",
 }
+SCIENTIFIC = (-3, 4)  # powers of ten that are written out
 PAPER = {"dynamics_error": "figure-6-dynamics-error", "reward_error": "figure-7-reward-error"}
 
 
@@ -71,6 +72,9 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
             axis.set_title(f"{short(str(environment))}, {model} {size}", loc="left")
             axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
             axis.set_xlim(left=0)
+            axis.margins(y=0.3)
+            axis.ticklabel_format(axis="x", scilimits=SCIENTIFIC)
+            axis.locator_params(axis="x", nbins=5)
 
 
 def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
@@ -89,6 +93,7 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
                     part["arm"], part["mean"], yerr=part["sem"].fill_null(0.0), color=colours, ecolor="black"
                 )
                 axis.tick_params(axis="x", rotation=60 if len(part) > 3 else 0)
+                axis.ticklabel_format(axis="y", scilimits=SCIENTIFIC)
                 axis.set_ylabel(f"{name}, {horizon} rows")
                 if line == 0:
                     axis.set_title(f"{model} {size}")
@@ -109,11 +114,23 @@ def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path)
         for row in drawn.iter_rows(named=True):
             axis = axes[models.index((row["model"], row["size"])), arms.index(row["arm"])]
             points, separation = read_map(Path(row["run"]))
-            axis.scatter(points["umap_x"], points["umap_y"], c=points["reward"], s=2, lw=0, rasterized=True)
+            least, most = points["reward"].min(), points["reward"].max()
+            shown = axis.scatter(
+                points["umap_x"],
+                points["umap_y"],
+                c=points["reward"],
+                vmin=least,
+                vmax=most,
+                s=2,
+                lw=0,
+                rasterized=True,
+            )
             told = separation["latent"]
             axis.set_title(
                 f"{row['arm']}, {row['model']}" + ("" if told is None else f"\nR² {told:.2f}"), fontsize=6
             )
+        if least != most:  # of the same rows in every panel
+            axes[0, 0].figure.colorbar(shown, ax=axes, label="reward", shrink=0.5, aspect=30)
 
 
 @contextmanager

@@ -15,8 +15,16 @@ from pvrpipe.schemas.study_record import STATES
 from pvrpipe.worldmodel.report_charts import Charts
 from pvrpipe.worldmodel.report_findings import ALPHA, Findings
 from pvrpipe.worldmodel.report_sources import Evidence
-from pvrpipe.worldmodel.report_tables import short
-from pvrpipe.worldmodel.report_words import NAMES, about_of, grouped, sentences_of, summary_of, title_of
+from pvrpipe.worldmodel.report_tables import ends_of, short
+from pvrpipe.worldmodel.report_words import (
+    NAMES,
+    about_of,
+    grouped,
+    legible,
+    sentences_of,
+    summary_of,
+    title_of,
+)
 
 
 def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict[str, pl.DataFrame]) -> str:
@@ -30,7 +38,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "SCRIPT": _file("js"),
         "DATA": json.dumps(_drawn(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
         "LEAD": _lead(evidence, tables["unfinished"]),
-        "FOUND": _found(findings),
+        "FOUND": _found(findings, tables["errors"]),
         "COMPARISONS": _comparisons(findings),
         "ABSENT": _absent(charts.absent),
         "PROVENANCE": _provenance(evidence, tables["unfinished"]),
@@ -78,7 +86,7 @@ def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     return text
 
 
-def _found(findings: Findings) -> str:
+def _found(findings: Findings, errors: pl.DataFrame) -> str:
     claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
     count = len(findings.comparisons)
     head = (
@@ -96,6 +104,11 @@ def _found(findings: Findings) -> str:
         "batches, not the rollouts: intervals do not say what other trajectories would show. Dynamics errors "
         "are shown and not judged: each model's latent has units of its own, and one that hardly moves is easily "
         "predicted."
+    )
+    horizons = sorted({s.horizon for s in findings.standings})
+    sure += "".join(
+        f" Episodes end before {horizon} rows: what is said of that horizon is said of {steps:.0f} rows on average."
+        for horizon, steps in ends_of(errors, horizons).items()
     )
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
@@ -115,7 +128,9 @@ def _standings(findings: Findings) -> str:
     for about, standings in groups:
         values = {s.pvr: s.relative.value for s in standings}
         cells = [
-            f"{values[arm]:.2f}{marks.get(verdicts.get((*about, arm), ''), '')}" if arm in values else "–"
+            f"{legible(values[arm])}{marks.get(verdicts.get((*about, arm), ''), '')}"
+            if arm in values
+            else "–"
             for arm in arms
         ]
         model, size, error, horizon = about

@@ -6,16 +6,19 @@ everything else is listed as what it is, and averaged into nothing.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from pvrpipe.schemas.errors import NotAStudyError, PvrpipeError
-from pvrpipe.schemas.study_record import JobRecord, StudyRecord, read_record
+from pvrpipe.schemas.study import Probing
+from pvrpipe.schemas.study_record import RECORD, JobRecord, StudyRecord, read_record
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.runs import read_run
 
@@ -23,6 +26,8 @@ ERRORS = ("reward_error", "state_error", "dynamics_error")
 OWN = "own"  # the look that a run was trained on
 #: What a run is; equal in all but ``seed``, runs are repeats of one another.
 RUN_KEYS = ("environment", "variation", "pvr", "encoder", "blocks", "model", "size", "seed")
+#: Of a run's configuration, what is in :data:`RUN_KEYS` or changes no number.
+UNTOLD = ("model", "size", "seed", "encoder", "save_every", "log_every")
 #: What an episode's numbers are grouped by.
 ROW_KEYS = ("look", "prediction", "control", "measure", "horizon")
 
@@ -56,79 +61,147 @@ def evidence_of(folders: Sequence[Path]) -> Evidence:
         NotAStudyError: one of the folders holds none, or none of their runs has been probed.
     """
     studies = tuple((folder, read_record(folder)) for folder in folders)
-    rows, tables = [], []
-    seen: set[Path] = set()
-    for folder, record in studies:
-        root = Path(os.path.normpath((folder if folder.is_dir() else folder.parent) / record.root))
-        random = {store.folder: store.random_weights for store in record.stores}
-        for job in record.jobs:
-            run = root / job.run
-            if run in seen:  # studies share what they have in common
-                continue
-            seen.add(run)
-            row = {name: getattr(job, name) for name in (*RUN_KEYS, "store", "state", "failure")}
-            row |= {"run": str(run), "random_weights": random.get(job.store, False)}
-            if job.state == "finished":
-                found = _scores_of(run, job, record.study.probe.splits[0])
-                if isinstance(found, pl.DataFrame):
-                    tables.append(found.with_columns(pl.lit(str(run)).alias("run")))
-                else:
-                    row |= found
-            rows.append(row)
-    if not tables:
-        raise NotAStudyError(
-            f"no run of {', '.join(map(str, folders))} has been probed yet; go on with `pvrpipe study`"
+    parts = [part for folder, record in studies for part in _of_study(folder, record)]
+    found = _evidence(studies, parts)
+    if found is None:
+        states = ", ".join(
+            f"{n} {state}" for state, n in Counter(part.row["state"] for part in parts).items()
         )
-    return _evidence(studies, rows, tables)
+        raise NotAStudyError(
+            f"no run of {', '.join(map(str, folders))} has numbers yet ({states or 'there is none'}); "
+            "go on with `pvrpipe study`"
+        )
+    return found
 
 
 def evidence_of_runs(folders: Sequence[Path]) -> Evidence:
-    """The probes of single runs, as ``compare`` sets them side by side.
+    """The probes of single runs, and of all runs of studies, as ``compare`` sets them side by side.
 
     Raises:
-        RunError: one of the folders holds no run.
-        NotAStudyError: one was not probed.
+        RunError: one of the folders holds neither a run nor a study.
+        NotAStudyError: none was probed.
     """
-    rows, tables = [], []
+    parts: list[Part] = []
     for folder in folders:
-        record = read_run(folder)
-        path = folder / runs.PROBE_TABLE
-        if not path.is_file():
-            raise NotAStudyError(f"{folder} was not probed; first run `pvrpipe probe {folder}`")
-        table = pl.read_parquet(path)
-        config, about = record.config, table.row(0, named=True)
-        row = {
-            "environment": about["environment"],
-            "variation": about["variation"],
-            "pvr": record.pvr,
-            "encoder": config["encoder"],
-            "blocks": _blocks(record.encoder.blocks if record.encoder else None),
-            "model": config["model"],
-            "size": config["size"],
-            "seed": config["seed"],
-            "store": record.store,
-            "state": record.state,
-            "failure": "",
-            "run": str(folder),
-            "random_weights": record.random_weights,
-        }
-        rows.append(row)
-        split = table["split"][0]
-        tables.append(
-            _means(table.lazy().filter(split=split), OWN).with_columns(pl.lit(str(folder)).alias("run"))
+        study = (folder / RECORD).is_file()
+        parts += _of_study(folder, read_record(folder)) if study else [_of_run(folder)]
+    found = _evidence((), _told_apart(parts))
+    if found is None:
+        told = next((f"{part.row['run']} {part.row['failure']}" for part in parts), "there is no run")
+        raise NotAStudyError(f"no run has numbers to compare: {told}")
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run: what it is, and its numbers if it has any."""
+
+    row: dict[str, Any]
+    scores: pl.DataFrame | None
+    trained: dict[str, Any] = field(default_factory=dict)
+    """how, besides :data:`RUN_KEYS`; of a run that is not of a study, whose names tell its runs apart"""
+
+    @property
+    def place(self) -> Path:
+        """Its folder, by the one name that it has."""
+        return Path(self.row["run"]).resolve()
+
+
+def _of_study(folder: Path, record: StudyRecord) -> Iterator[Part]:
+    """All runs of a study."""
+    root = Path(os.path.normpath((folder if folder.is_dir() else folder.parent) / record.root))
+    random = {store.folder: store.random_weights for store in record.stores}
+    for job in record.jobs:
+        row = {name: getattr(job, name) for name in (*RUN_KEYS, "store", "state", "failure")}
+        row |= {"run": str(root / job.run), "random_weights": random.get(job.store, False)}
+        finished = job.state == "finished"
+        ids = {store.folder: store.id for store in record.stores}
+        yield _part(
+            row, _scores_of(root / job.run, job, record.study.probe, ids.get(job.store)) if finished else {}
         )
-    return _evidence((), rows, tables)
+
+
+def _of_run(folder: Path) -> Part:
+    """A run on its own, as it was probed last."""
+    record, path = read_run(folder), folder / runs.PROBE_TABLE
+    trained = {name: value for name, value in record.config.items() if name not in UNTOLD}
+    if record.encoder:
+        readout = {name: getattr(record.encoder, name) for name in ("layer", "pooling", "blocks")}
+        seed = record.encoder.weights.random_seed
+        trained |= {**readout, "weights": "its own" if seed is None else f"random:{seed}"}
+    row = {
+        "environment": "",
+        "variation": "",
+        "pvr": record.pvr,
+        "encoder": record.config["encoder"] if record.encoder else "cnn",
+        "blocks": _blocks(record.encoder.blocks if record.encoder else None),
+        "model": record.config["model"],
+        "size": record.config["size"],
+        "seed": record.config["seed"],
+        "store": record.store,
+        "state": record.state,
+        "failure": "",
+        "run": str(folder),
+        "random_weights": record.random_weights,
+    }
+    if not path.is_file():
+        lacking = {"state": "waiting", "failure": f"was not probed; first run `pvrpipe probe {folder}`"}
+        return _part(row, lacking, trained)
+    try:
+        table = pl.read_parquet(path)
+        about = table.row(0, named=True)
+        row |= {name: about[name] for name in ("environment", "variation")}
+        return _part(row, _finite(_means(table.lazy().filter(split=about["split"]), OWN)), trained)
+    except pl.exceptions.PolarsError as error:
+        return _part(row, _unread(error), trained)
+
+
+def _part(
+    row: dict[str, Any], found: pl.DataFrame | dict[str, str], trained: dict[str, Any] | None = None
+) -> Part:
+    if isinstance(found, pl.DataFrame):
+        return Part(row, found, trained or {})
+    return Part({**row, **found}, None, trained or {})
+
+
+def _told_apart(parts: Sequence[Part]) -> list[Part]:
+    """Runs of one name that were not trained alike are no repeats: their names say in what they differ."""
+    names = ("pvr", "model", "size")
+    alike: dict[tuple[Any, ...], list[Part]] = {}
+    for part in parts:
+        alike.setdefault(tuple(part.row[name] for name in names), []).append(part)
+
+    def named(part: Part, others: Sequence[Part]) -> Part:
+        differs = [
+            name
+            for name in part.trained
+            if len({repr(other.trained.get(name)) for other in others if other.trained}) > 1
+        ]
+        told = "".join(f", {name.replace('_', ' ')} {part.trained[name]}" for name in differs)
+        return replace(part, row={**part.row, "pvr": part.row["pvr"] + told})
+
+    return [named(part, alike[tuple(part.row[name] for name in names)]) for part in parts]
 
 
 def _blocks(blocks: Iterable[int] | None) -> str:
     return "all" if blocks is None else ",".join(map(str, blocks))
 
 
-def _evidence(studies: Any, rows: list[dict[str, Any]], tables: list[pl.DataFrame]) -> Evidence:
-    known = pl.DataFrame(rows).with_columns(_arm())
+def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence | None:
+    """All runs, each once however often it was named; None where none has numbers."""
+    once = {part.place: part for part in reversed(parts)}
+    kept = [part for part in parts if once.pop(part.place, None) is not None]
+    scores = [
+        part.scores.with_columns(pl.lit(part.row["run"]).alias("run"))
+        for part in kept
+        if part.scores is not None
+    ]
+    if not scores:
+        return None
+    known = pl.DataFrame([part.row for part in kept]).with_columns(_arm())
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
     return Evidence(
-        studies, known, pl.concat(tables, how="diagonal").join(about, on="run", maintain_order="left")
+        studies, known, pl.concat(scores, how="diagonal").join(about, on="run", maintain_order="left")
     )
 
 
@@ -140,18 +213,42 @@ def _arm() -> pl.Expr:
     return pl.when(several & (through != "cnn")).then(named).otherwise(pl.col("pvr")).alias("arm")
 
 
-def _scores_of(run: Path, job: JobRecord, split: str) -> pl.DataFrame | dict[str, str]:
+def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> pl.DataFrame | dict[str, str]:
     """Means over a run's held-out episodes in each look it was probed on, or why there are none."""
     tables = []
     try:
         if read_run(run).state != "finished":
             return {"state": "waiting", "failure": "it was begun again since"}
+        if not _as_asked(run, asked, store):
+            told = "it was probed otherwise since; `pvrpipe study` probes it again as the study asks"
+            return {"state": "waiting", "failure": told}
         for name in job.probes:
             label = name.removeprefix("probe").removesuffix(".parquet").removeprefix("-")
-            tables.append(_means(pl.scan_parquet(run / name).filter(split=split), label or OWN))
-    except (PvrpipeError, OSError, pl.exceptions.PolarsError) as error:
-        return {"state": "failed", "failure": " ".join(str(error).split())[:300]}
-    table = pl.concat(tables)
+            tables.append(_means(pl.scan_parquet(run / name).filter(split=asked.splits[0]), label or OWN))
+    except (PvrpipeError, OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+        return _unread(error)
+    return _finite(pl.concat(tables))
+
+
+def _as_asked(run: Path, asked: Probing, store: str | None) -> bool:
+    """Whether a run's own probe is that of its study, and not one that somebody made of it by hand afterwards."""
+    path = run / runs.PROBE
+    if not path.is_file():
+        return True
+    found = json.loads(path.read_bytes())
+    return (
+        store in (None, found["store_id"])
+        and found["context"] == asked.context
+        and set(map(str, asked.horizons)) == set(found["dynamics_error"])
+    )
+
+
+def _unread(error: Exception) -> dict[str, str]:
+    return {"state": "failed", "failure": " ".join(str(error).split())[:300]}
+
+
+def _finite(table: pl.DataFrame) -> pl.DataFrame | dict[str, str]:
+    """Means, if all of them are numbers."""
     if table["accumulated"].is_finite().all() and len(table):
         return table
     return {"state": "diverged", "failure": "a prediction is not finite"}

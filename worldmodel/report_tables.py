@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from pvrpipe.schemas.errors import InvalidValueError, one_line
+from pvrpipe.schemas.study import AUTOENCODER
 from pvrpipe.store.files import make_folder
-from pvrpipe.worldmodel.report_findings import Findings
+from pvrpipe.worldmodel.report_findings import Findings, relative_errors
 from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
-from pvrpipe.worldmodel.statistics import interquartile_mean
+from pvrpipe.worldmodel.statistics import aggregate, interquartile_mean, pearson, spearman
 
+COLUMNS = "give a CSV with the columns pvr, model, return and perhaps environment"
 OF_RUNS = ("environment", "variation", "arm", "model", "size")
+PROPERTIES = ("vit", "diverse", "sequential", "language")  # of published representations
 DIGITS = 6  # of a number that is read, not computed with
-SINGLE = r"^([a-z_]+)=([0-9.]+)$"  # a look that varies one factor
+SINGLE = r"^([a-z_]+)[=-]([0-9.]+)$"  # a look that varies one factor, as a file's name has it too
 
 
 def tables_of(evidence: Evidence, findings: Findings) -> dict[str, pl.DataFrame]:
-    """By name: ``runs``, ``errors``, ``scores``, ``standings``, ``comparisons``, ``costs``, ``unfinished``."""
+    """By name: runs, errors, scores, standings, comparisons, properties, costs and unfinished."""
     return {
         "runs": evidence.runs,
         "errors": errors_of(evidence),
         "scores": scores_of(evidence, findings),
         "standings": _flat(findings.standings, "relative"),
         "comparisons": _flat(findings.comparisons, "improvement"),
+        "properties": properties_of(evidence, sorted({s.horizon for s in findings.standings})),
         "costs": costs_of(evidence),
         "unfinished": unfinished_of(evidence),
     }
@@ -73,11 +78,17 @@ def errors_of(evidence: Evidence) -> pl.DataFrame:
     return found.with_columns(middle)
 
 
+def ends_of(errors: pl.DataFrame, horizons: Sequence[int]) -> dict[int, float]:
+    """Horizons that episodes do not reach, and the rows that errors are summed over there, on average."""
+    means = {h: errors.filter(horizon=h)["steps"].mean() for h in horizons}
+    return {h: float(steps) for h, steps in means.items() if isinstance(steps, float) and steps < h}
+
+
 def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
     """Errors in looks that vary one factor by a severity, and at severity 0 those of the look that was trained on."""
     graded = errors.with_columns(
-        factor=pl.col("look").str.extract(SINGLE.replace("=", "[=-]"), 1),
-        severity=pl.col("look").str.extract(SINGLE.replace("=", "[=-]"), 2).cast(pl.Float64),
+        factor=pl.col("look").str.extract(SINGLE, 1),
+        severity=pl.col("look").str.extract(SINGLE, 2).cast(pl.Float64),
     ).filter(pl.col("factor").is_not_null())
     factors = graded.select("factor").unique(maintain_order=True)
     plain = (
@@ -137,9 +148,90 @@ def unfinished_of(evidence: Evidence) -> pl.DataFrame:
     return pl.DataFrame([*stores, *runs], schema={"what": pl.String, "state": pl.String, "why": pl.String})
 
 
-def returns_of(path: Path) -> pl.DataFrame:
-    """Returns that agents got elsewhere, a CSV with ``pvr``, ``model``, ``return`` and perhaps ``environment``."""
-    return pl.read_csv(path).with_columns(pl.col("return").cast(pl.Float64))
+def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
+    """Errors on the look that was trained on beside the mean returns that agents got elsewhere.
+
+    Args:
+        path: a CSV with ``pvr``, ``model``, ``return`` and perhaps ``environment``.
+        errors: of :func:`errors_of`.
+
+    Raises:
+        InvalidValueError: the file cannot be read, lacks a column or a number, or names what was not compared.
+    """
+    how = f"--returns {path}: "
+    try:
+        given = pl.read_csv(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InvalidValueError(f"{how}it cannot be read ({one_line(error)}); {COLUMNS}") from None
+    if missing := [name for name in ("pvr", "model", "return") if name not in given.columns]:
+        raise InvalidValueError(f"{how}it has no column {', '.join(missing)}; {COLUMNS}")
+    if not len(given):
+        raise InvalidValueError(f"{how}it has no rows; {COLUMNS}")
+    given = given.with_columns(pl.col("return").cast(pl.Float64, strict=False))
+    if not given["return"].is_finite().fill_null(False).all():
+        raise InvalidValueError(f"{how}a return is not a number; {COLUMNS}")
+    on = [name for name in ("environment", "pvr", "model") if name in given.columns]
+    for name in on:
+        known = errors[name].unique(maintain_order=True).to_list()
+        if unknown := [value for value in given[name] if value not in known]:
+            raise InvalidValueError(
+                f"{how}{name} {unknown[0]!r} was not compared; there is {', '.join(known)}"
+            )
+    means = given.group_by(on, maintain_order=True).agg(pl.col("return").mean())
+    return errors.filter(look=OWN).join(means, on=on, how="inner", maintain_order="left")
+
+
+def properties_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
+    """Representations that have a property beside those that have not, in each look that runs were probed on.
+
+    ``relative`` is the interquartile mean over runs and tasks of the error over that of the trivial prediction, with
+    the 95 % interval of a bootstrap stratified over tasks. Learning from scratch, autoencoders and random weights have
+    no part in it, and a property that no representation has is left out.
+    """
+    stores = [
+        store for _, record in evidence.studies for store in record.stores if store.kind == "embeddings"
+    ]
+    published = {s.pvr: s for s in stores if s.pvr not in (None, AUTOENCODER) and not s.random_weights}
+    known = [name for name in PROPERTIES if any(getattr(store, name) for store in published.values())]
+    looks = evidence.scores["look"].unique(maintain_order=True).to_list()
+    rows = []
+    for look in looks:
+        scores = relative_errors(evidence, look).filter(
+            pl.col("horizon").is_in(list(horizons)), pl.col("pvr").is_in(list(published))
+        )
+        for name in known:
+            has = {pvr: bool(getattr(store, name)) for pvr, store in published.items()}
+            marked = scores.with_columns(has=pl.col("pvr").replace_strict(has, return_dtype=pl.Boolean))
+            for about, part in marked.group_by(
+                "model", "size", "measure", "horizon", "has", maintain_order=True
+            ):
+                tasks = part.partition_by("environment", "variation", maintain_order=True)
+                found = aggregate([task["relative"].to_numpy() for task in tasks])
+                keys = dict(zip(("model", "size", "error", "horizon", "has"), about, strict=True))
+                numbers = {"relative": found.value, "low": found.low, "high": found.high, "runs": found.count}
+                rows.append(
+                    {"property": name, "look": look, **keys, "pvrs": part["pvr"].n_unique(), **numbers}
+                )
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def correlations_of(returns: pl.DataFrame, horizons: Sequence[int]) -> pl.DataFrame:
+    """Linear and rank correlation of errors with returns, over representations and tasks."""
+    rows = []
+    keys = ["model", "size", "measure", "horizon"]
+    at = returns.filter(pl.col("horizon").is_in(list(horizons)))
+    for about, part in at.group_by(keys, maintain_order=True):
+        found = {
+            "pearson": pearson(part["mean"], part["return"]),
+            "spearman": spearman(part["mean"], part["return"]),
+        }
+        numbers = {
+            name if which == "value" else f"{name}_{which}": getattr(estimate, which)
+            for name, estimate in found.items()
+            for which in ("value", "low", "high", "p")
+        }
+        rows.append({**dict(zip(keys, about, strict=True)), "points": len(part), **numbers})
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def write_tables(tables: Mapping[str, pl.DataFrame], folder: Path) -> None:

@@ -20,6 +20,11 @@ TRIVIAL = {
 }
 
 
+def legible(value: float) -> str:
+    """Two decimals; two digits where these would say nothing, or too much."""
+    return f"{value:.2f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.2g}"
+
+
 def title_of(evidence: Evidence) -> str:
     """Of the page: the study's own, or its name."""
     titles = [record.study.title or record.study.name for _, record in evidence.studies]
@@ -52,11 +57,13 @@ def sentences_of(findings: Findings) -> list[str]:
         model, size, error, horizon = about
         best = standings[0]
         interval = (
-            "" if best.relative.low is None else f" [{best.relative.low:.2f}, {best.relative.high:.2f}]"
+            ""
+            if best.relative.low is None or best.relative.high is None
+            else f" [{legible(best.relative.low)}, {legible(best.relative.high)}]"
         )
         text = (
             f"{model} {size}, {NAMES[error]} over {horizon} rows: lowest is {best.pvr}, "
-            f"{best.relative.value:.2f}{interval} of {TRIVIAL[error]}."
+            f"{legible(best.relative.value)}{interval} of {TRIVIAL[error]}."
         )
         found.append(" ".join([text, *_verdicts(compared, findings.reference)]))
     return found
