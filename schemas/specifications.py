@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -36,6 +36,13 @@ class RolloutSpecification(Frozen):
     versions: dict[str, str]
     variation: str = "none"  # how the look of episodes is drawn, by the grammar of rollouts/variation.py
     replay_of: Sha256 | None = None  # the store whose episodes these are, seen anew
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> Self:
+        """Every action has both bounds, infinite ones where it has none."""
+        if not self.action_low or len(self.action_low) != len(self.action_high):
+            raise ValueError("action_low and action_high are not as many as each other")
+        return self
 
 
 class Recipe(Frozen):
