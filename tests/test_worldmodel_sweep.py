@@ -116,6 +116,17 @@ def test_a_sweep_that_is_run_again_leaves_finished_runs_alone(
         sweep([*jobs, other], engine="inline")
 
 
+def test_a_probe_that_cannot_be_read_is_made_again(stores: dict[str, Path], tmp_path: Path) -> None:
+    jobs = jobs_in(tmp_path, stores)[:1]
+    (first,) = sweep(jobs, engine="inline")
+    found = jobs[0].run / "metrics.json"
+    whole = found.read_bytes()
+    for spoiled in (whole[:-20], b"[]", b"{}"):
+        found.write_bytes(spoiled)
+        assert sweep(jobs, engine="inline") == [first]
+        assert found.read_bytes() == whole
+
+
 def test_a_process_that_dies_costs_its_own_job_alone(tmp_path: Path) -> None:
     """It is begun again, twice; a job that dies once is done in the end."""
     folder = str(tmp_path)

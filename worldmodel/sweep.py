@@ -161,7 +161,6 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
     path = job.run / runs.labelled(runs.PROBE, label)
     if not path.is_file() or not (job.run / runs.labelled(runs.PROBE_TABLE, label)).is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_bytes())
     asked = {
         "store_id": _id_of(store),
         "horizons": sorted(map(str, job.horizons)),
@@ -171,11 +170,15 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
         "seed": job.config.seed,
         "run_state": "finished",
     }
-    found |= {
-        "horizons": sorted(found["dynamics_error"]),
-        "splits": sorted(group["value"] for group in found["groups"] if group["by"] == "split"),
-    }
-    same = all(found[name] == value for name, value in asked.items())
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        found |= {
+            "horizons": sorted(found["dynamics_error"]),
+            "splits": sorted(group["value"] for group in found["groups"] if group["by"] == "split"),
+        }
+        same = all(found[name] == value for name, value in asked.items())
+    except (ValueError, KeyError, TypeError):
+        return None  # damaged, or another version's: to be probed again
     return (
         {name: value for name, value in found.items() if name not in ("horizons", "splits")} if same else None
     )
