@@ -107,7 +107,9 @@ class WindowSampler:
             chosen, rows = chosen.filter(chosen["rows"] >= plan.length), rows[rows >= plan.length]
         if rows.sum() < plan.length:
             among = select_episodes(store.episodes, plan.split, plan.where)["rows"].to_list()
-            cure = "give a smaller --length or --burn-in" if among else "choose other episodes, or collect more"
+            cure = (
+                "give a smaller --length or --burn-in" if among else "choose other episodes, or collect more"
+            )
             raise InvalidValueError(
                 f"no {plan.split or ''} episode of {store.path} has {plan.length} rows "
                 f"(the longest has {max(among, default=0)}); {cure}".replace("  ", " ")

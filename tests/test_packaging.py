@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "commands": {"schemas", "store", "rollouts", "pipeline", "worldmodel", "commands"},
 }
 RAY_FILES = {
+    "schemas/clusters.py",
     *(f"{stage}/ray_engine.py" for stage in ("rollouts", "pipeline", "worldmodel")),
-    "commands/shared_ray.py",
     "commands/doctor.py",
 }
 NO_TORCH = ("schemas", "store", "rollouts")

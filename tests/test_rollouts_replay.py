@@ -128,10 +128,9 @@ def test_a_replay_can_be_replayed_though_where_things_lie_depends_on_sizes(
 def test_a_replay_that_hangs_is_an_error_not_a_loop(source: Store, tmp_path: Path) -> None:
     """No other seed can take the place of a stored trajectory."""
     draft = replay_manifest(source, None, 1, "none")
-    with pytest.raises(
-        SimulationError, match="episode 0 was not seen anew in time; give more --episode-timeout"
-    ):
-        list(ReplayShard(tmp_path, draft, source)(draft.plan[0], hung=((0, 0),)))
+    lost = {(0, 0): "it did not come to an end in time"}
+    with pytest.raises(SimulationError, match=f"episode 0 cannot be seen anew: {lost[0, 0]}; give more --ep"):
+        list(ReplayShard(tmp_path, draft, source)(draft.plan[0], lost))
 
 
 def test_trajectories_that_do_not_come_out_again_are_refused(
