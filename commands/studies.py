@@ -113,13 +113,15 @@ def states_of(record: StudyRecord) -> dict[str, str]:
 
 def reported(out: Path, record: StudyRecord, before: dict[str, str]) -> Path | None:
     """The page of a study, written unless it is there and nothing has changed since; None without any numbers."""
-    from pvrpipe.worldmodel.report import PAGE, build_report
+    from pvrpipe.schemas.study_record import PAGE
 
     page = out / REPORT / PAGE
     tables = [out / record.root / job.run / name for job in record.jobs for name in job.probes]
     probed = [table.stat().st_mtime_ns for table in tables if table.is_file()]
     if page.is_file() and states_of(record) == before and max(probed, default=0) <= page.stat().st_mtime_ns:
         return page
+    from pvrpipe.worldmodel.report import build_report  # a second that a study without news need not pay
+
     try:
         return build_report([out], page.parent).page
     except NotAStudyError as error:

@@ -11,6 +11,7 @@ from pvrpipe.schemas.errors import NotAStudyError
 from pvrpipe.schemas.study import Part, Study
 
 RECORD = "study.json"
+PAGE = "index.html"  # of its report
 State = Literal["waiting", "finished", "failed", "diverged", "damaged"]
 #: What a page says of each state that is no result.
 STATES = {

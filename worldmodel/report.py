@@ -30,7 +30,7 @@ from pvrpipe.worldmodel.report_sources import Evidence, evidence_of
 from pvrpipe.worldmodel.report_tables import correlations_of, returns_of, tables_of, write_tables
 from pvrpipe.worldmodel.report_words import sentences_of, title_of
 
-PAGE, JSON, TABLES, FIGURES = "index.html", "report.json", "tables", "figures"
+JSON, TABLES, FIGURES = "report.json", "tables", "figures"
 COMPACT = (",", ":")
 
 
