@@ -21,6 +21,7 @@ from typing import Any
 
 import polars as pl
 
+from pvrpipe.schemas.study_record import PAGE
 from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.worldmodel.report_charts import charts_of
 from pvrpipe.worldmodel.report_figures import draw_figures
