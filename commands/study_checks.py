@@ -73,14 +73,16 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
         fetch: also fetch what weights are not on this machine, to be sure of them.
     """
     found: list[str] = []
-    for look in plan.looks:
-        if sealed(look.folder) is None and not any(
-            f"{look.environment} as it is: " in line for line in found
-        ):
-            with _noted(found, f"environments: {look.environment} as it is"):
-                draft_manifest(replace(look.config, variation="none"))
-                with _noted(found, f"environments: {look.environment} {look.variation}"):
-                    draft_manifest(replace(look.config, variation=look.variation))
+    looks = [look for look in plan.looks if sealed(look.folder) is None]
+    sound: set[str] = set()
+    for environment, config in {look.environment: look.config for look in looks}.items():
+        with _noted(found, f"environments: {environment} as it is"):
+            draft_manifest(replace(config, variation="none"))
+            sound.add(environment)
+    for look in looks:
+        if look.environment in sound and look.variation != "none":
+            with _noted(found, f"environments: {look.environment} {look.variation}"):
+                draft_manifest(replace(look.config, variation=look.variation))
     for name, weights in sorted(_weights_of(plan)):
         source = find_pvr(name).source
         if fetch or weights != "auto" or not (source.repo or source.url):

@@ -109,10 +109,7 @@ def run_episode(
             tape.arrived(step)
     except (PvrpipeError, EpisodeFailedError):
         raise
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # simulators raise what they like, and some think they are programs
+    except (Exception, SystemExit) as error:  # simulators raise what they like; some think they are programs
         raise EpisodeFailedError(f"{type(error).__name__} at step {row}: {one_line(error)}") from error
     arrays = tape.arrays()
     values = {f"factor_{name}": look[name] for name in factors}

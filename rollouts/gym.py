@@ -31,9 +31,7 @@ from pvrpipe.schemas.errors import (
 )
 from pvrpipe.schemas.records import Step
 
-UNLIMITED = (
-    1e9  # bounds beyond that are no bounds: some environments write the largest float instead of infinity
-)
+UNLIMITED = 1e9  # bounds beyond are none: some environments write the largest float for infinity
 UNENDING = 1000  # transitions of an episode where the environment has no limit of its own
 WIDEST = 4096  # numbers of an observation that are kept as state
 CAMERA = "rendered"

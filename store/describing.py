@@ -88,12 +88,12 @@ def coverage(store: Store) -> list[Coverage]:
         rows = np.concatenate([rows[:-1] if name == "action" else rows for rows in episodes])
         values = np.asarray(rows, np.float64).reshape(len(rows), -1)
         names = made.state_names if name == "state" else [f"action[{i}]" for i in range(values.shape[1])]
-        bounds = list(zip(made.action_low, made.action_high, strict=True)) if name == "action" else []
-        for label, own, bound in itertools.zip_longest(names[:SHOWN], values.T[:SHOWN], bounds[:SHOWN]):
-            if label is None or own is None:
-                break  # a stranger's manifest names more, or fewer, than there are
-            within = bound is not None and np.isfinite(bound).all()
-            found.append(_covered(label, own, bound if within else (float(own.min()), float(own.max()))))
+        known = zip(made.action_low, made.action_high, strict=True) if name == "action" else ()
+        bounds = itertools.chain(known, itertools.repeat((-np.inf, np.inf)))
+        # Not strict: a stranger's manifest may name more, or fewer, than there are.
+        for label, own, bound in zip(names[:SHOWN], values.T, bounds, strict=False):
+            span = bound if np.isfinite(bound).all() else (float(own.min()), float(own.max()))
+            found.append(_covered(label, own, span))
     return found
 
 

@@ -61,12 +61,14 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     repo, revision, prefix = address_of(place)
+    if not names and not stale:
+        return
     api = HfApi()
     with reaching(place):
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
-    batches = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
-    for number, batch in enumerate(batches or ([[]] if stale else []), start=1):
-        removed = stale if number >= len(batches) else []
+    starts = range(0, max(len(names), 1), BATCH)
+    for start in starts:
+        batch, removed = names[start : start + BATCH], stale if start == starts[-1] else []
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(prefix + name, folder / name) for name in batch),
             *(CommitOperationDelete(prefix + name) for name in removed),

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +137,14 @@ def write_rollouts(tmp_path: Path, shard_format: Any) -> WriteStore:
         )
 
     return write
+
+
+@pytest.fixture
+def write_embeddings(tmp_path: Path) -> Callable[..., Path]:
+    """Write an embedding store of the toy environment, see :func:`tests.toy.write_toy`; returns its folder."""
+    from .toy import write_toy
+
+    return partial(write_toy, tmp_path)
 
 
 @pytest.fixture

@@ -111,11 +111,11 @@ def _of_study(folder: Path, record: StudyRecord) -> Iterator[Part]:
     """All runs of a study."""
     root = Path(os.path.normpath((folder if folder.is_dir() else folder.parent) / record.root))
     random = {store.folder: store.random_weights for store in record.stores}
+    ids = {store.folder: store.id for store in record.stores}
     for job in record.jobs:
         row = {name: getattr(job, name) for name in (*RUN_KEYS, "store", "state", "failure")}
         row |= {"run": str(root / job.run), "random_weights": random.get(job.store, False)}
         finished = job.state == "finished"
-        ids = {store.folder: store.id for store in record.stores}
         yield _part(
             row, _scores_of(root / job.run, job, record.study.probe, ids.get(job.store)) if finished else {}
         )
@@ -189,16 +189,17 @@ def _blocks(blocks: Iterable[int] | None) -> str:
 
 def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence | None:
     """All runs, each once however often it was named; None where none has numbers."""
-    once = {part.place: part for part in reversed(parts)}
-    kept = [part for part in parts if once.pop(part.place, None) is not None]
+    kept: dict[Path, Part] = {}
+    for part in parts:
+        kept.setdefault(part.place, part)
     scores = [
         part.scores.with_columns(pl.lit(part.row["run"]).alias("run"))
-        for part in kept
+        for part in kept.values()
         if part.scores is not None
     ]
     if not scores:
         return None
-    known = pl.DataFrame([part.row for part in kept]).with_columns(_arm())
+    known = pl.DataFrame([part.row for part in kept.values()]).with_columns(_arm())
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
     return Evidence(
         studies, known, pl.concat(scores, how="diagonal").join(about, on="run", maintain_order="left")

@@ -205,9 +205,8 @@ def train(
         for split in ("train", "val")
     )
     draft = _record(config, store, setting, model, device, backbone)
-    if overwrite or not runs.has_ended(
-        folder
-    ):  # before the folder is anyone's: the cure is another configuration
+    # Before the folder is this configuration's: the cure is another one.
+    if overwrite or not runs.has_ended(folder):
         with suitable_threads(model, device), computing(config.precision, device):
             check_room(model, setting, length, config.windows // ranks().ranks, device)
     begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
