@@ -13,7 +13,10 @@ loader      what clip-retrieval and stable-worldmodel do, written here: a torch 
             one loop, one np.save (float16) at the end
 ray data    map_batches over the same PNGs, one actor that preprocesses a batch with PIL and encodes it, write_parquet;
             only from its first batch to its last, without Ray's start and end
-bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL.
+bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak`` is the
+share of the rate of a large matrix product on the same device in the same precision; a pass is one shard, from nothing
+to a commit. For a GPU, give a store of many frames with ``--rollouts``; ``--compile`` is what the stage does by itself
+where there are a million of them.
 """
 
 from __future__ import annotations
@@ -36,8 +39,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
@@ -68,7 +73,11 @@ def main() -> None:
     )
     parser.add_argument("--network", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--size", nargs="+", type=int, default=[64, 224, 256], help="pixels the network sees")
-    parser.add_argument("--frames", type=int, default=64)
+    parser.add_argument(
+        "--frames", type=int, default=64, help="collected for this, if no --rollouts are given"
+    )
+    parser.add_argument("--rollouts", type=Path, help="a store whose first shard is embedded")
+    parser.add_argument("--compile", action="store_true", help="on a GPU, pvrpipe and bare")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
@@ -80,39 +89,46 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = CollectConfig(size=FROM, episodes=1, max_steps=options.frames - 1, policy="random")
-        collect(config, folder / "rollouts", Engine("inline"))
-        pngs = [png(f) for f in Store.open(folder / "rollouts").read_episode(0, ["frame"])["frame"]]
+        if options.rollouts is None:
+            options.rollouts = folder / "rollouts"
+            config = CollectConfig(size=FROM, episodes=1, max_steps=options.frames - 1, policy="random")
+            collect(config, options.rollouts, Engine("inline"))
+        store = Store.open(options.rollouts)
+        frames = store.shard(0).rows("frame", 0, store.manifest.shards[0].rows)
+        pngs = [] if set(OTHERS) <= set(options.without) else [png(frame) for frame in frames]
+        options.frames, peak = len(frames), peak_rate(options)
+        print(f"{peak / 1e12:.1f} TFLOP/s of a large matrix product, {options.precision}")
         for network in options.network:
             for size in options.size:
-                rows += measure(network, size, folder, pngs, options)
+                rows += measure(network, size, folder, pngs, peak, options)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def measure(
-    network: str, size: int, folder: Path, pngs: list[bytes], options: argparse.Namespace
+    network: str, size: int, folder: Path, pngs: list[bytes], peak: float, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Every way, in turns; a row of each."""
     own = specification(network, size, folder)
     with ExitStack() as stack:
         encoder, one = stage(own, folder, options, (0,), stack)
-        ways: dict[str, Callable[[], object]] = {"bare": bare(encoder, folder, options), "pvrpipe": one}
+        ways: dict[str, Callable[[], object]] = {"bare": bare(encoder, options), "pvrpipe": one}
         if "pvrpipe 3" not in options.without:
             ways["pvrpipe 3"] = stage(own, folder, options, (0, 1, 2), stack)[1]
         if "loader" not in options.without:
             ways["loader"] = loader(encoder, size, pngs, folder, options)
         if "ray data" not in options.without:
             ways["ray data"] = ray_data(own, size, pngs, folder, options)
-        peak = peak_per_frame(encoder)
+        memory, work = peak_per_frame(encoder), operations(encoder, size)
         for way in ways.values():
             way()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, way in ways.items():
                 seconds[name].append(timed(way))
-    done = {"pvrpipe 3": 3 * len(pngs), "bare": -(-len(pngs) // options.batch) * options.batch}
-    rates = {name: [done.get(name, len(pngs)) / s for s in taken] for name, taken in seconds.items()}
+    count = options.frames
+    done = {"pvrpipe 3": 3 * count, "bare": -(-count // options.batch) * options.batch}
+    rates = {name: [done.get(name, count) / s for s in taken] for name, taken in seconds.items()}
     rows = []
     for name, rate in rates.items():
         ratio = statistics.median(r / b for r, b in zip(rate, rates["bare"], strict=True))
@@ -125,11 +141,13 @@ def measure(
             "batch": encoder.batch,
             "precision": options.precision,
             "device": str(encoder.device),
-            "kilobytes_per_frame_in_flight": peak,
+            "of_peak": statistics.median(rate) * work / peak,
+            "kilobytes_per_frame_in_flight": memory,
+            "compiled": encoder.compiled,
         }
         print(
             f"{network:>9} {size:>4} px  {name:<10} {row['frames_per_second']:>9.2f} frames/s  {ratio:>6.3f} of bare"
-            f"  {peak:>8.0f} kB a frame in flight",
+            f"  {row['of_peak']:>6.3f} of peak  {memory:>8.0f} kB a frame in flight",
             flush=True,
         )
         rows.append(row)
@@ -160,7 +178,8 @@ def stage(
     own: Path, folder: Path, options: argparse.Namespace, seeds: tuple[int, ...], stack: ExitStack
 ) -> tuple[Encoder, Callable[[], object]]:
     """Embedding the one shard with an encoder of each seed, its workers' state already there."""
-    store, targets = Store.open(folder / "rollouts"), []
+    store, targets = Store.open(options.rollouts), []
+    drafting.COMPILED_FROM = 0 if options.compile else 1 << 60
     for seed in seeds:
         target = folder / f"out-{len(seeds)}-{seed}"
         shutil.rmtree(target, ignore_errors=True)
@@ -168,21 +187,24 @@ def stage(
         made = draft(store, request, target, EmbedConfig())
         stack.enter_context(PendingStore.begin(target, made.manifest))
         targets.append(Target(made.request, target, made.manifest, made_by(made.manifest), frozenset({0})))
-    embedder = ShardEmbedder(folder / "rollouts", targets)
+    embedder = ShardEmbedder(options.rollouts, targets)
     return embedder.encoders[0], lambda: embedder(0)
 
 
-def bare(encoder: Encoder, folder: Path, options: argparse.Namespace) -> Callable[[], None]:
+def bare(encoder: Encoder, options: argparse.Namespace) -> Callable[[], None]:
     """The network alone on a resident batch."""
-    frames = Store.open(folder / "rollouts").read_episode(0, ["frame"])["frame"]
+    frames = Store.open(options.rollouts).read_episode(0, ["frame"])["frame"]
     frames = np.resize(frames, (encoder.batch, *frames.shape[1:]))
     pixels = preprocess(torch.from_numpy(frames).to(encoder.device), encoder.pvr.recipe)
+    network: Any = encoder.network
+    if encoder.compiled:
+        network = torch.compile(network, mode="reduce-overhead", dynamic=False)
 
     def run() -> None:
         bf16 = options.precision == "bf16"
         with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
             for _ in range(-(-options.frames // encoder.batch)):
-                encoder.network(pixels)
+                network(pixels)
         if encoder.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -288,6 +310,30 @@ def pil_pipeline(size: int) -> Callable[[Image.Image], torch.Tensor]:
         ]
     )
     return pipeline
+
+
+def operations(encoder: Encoder, size: int) -> int:
+    """Floating-point operations that a frame takes in matrix products and convolutions, two a multiplication."""
+    with FlopCounterMode(display=False) as counted, torch.inference_mode():
+        encoder.network(torch.zeros((1, 3, size, size), device=encoder.device))
+    return int(counted.get_total_flops())
+
+
+def peak_rate(options: argparse.Namespace) -> float:
+    """Operations a second of a large matrix product, the median of seven."""
+    device = EncoderRequest("", device=options.device).resolved_device()
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn((2, side, side), device=device)
+    if options.precision == "bf16":
+        a, b = a.bfloat16(), b.bfloat16()
+
+    def product() -> None:
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    product()
+    return 2 * side**3 / statistics.median(timed(product) for _ in range(7))
 
 
 def peak_per_frame(encoder: Encoder) -> float:

@@ -33,7 +33,7 @@ from torchrl.modules.models.model_based import DreamerV3MLP, RSSMPosteriorV3, RS
 from torchrl.objectives import DreamerV3ModelLoss
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.worldmodel.compiling import losses_of
+from pvrpipe.worldmodel.compiling import EAGER, Replayed, losses_of
 from pvrpipe.worldmodel.distributions import straight_through
 from pvrpipe.worldmodel.dreamerv3 import SIZES
 from pvrpipe.worldmodel.inputs import vector
@@ -78,6 +78,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768, help="of the embedding")
     parser.add_argument("--action", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument(
+        "--device", default="cpu", type=torch.device, help="on cuda, ours is replayed as a CUDA graph"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -94,8 +97,12 @@ def measure(size: str, others: list[str], options: argparse.Namespace) -> dict[s
     }
     updates = {"pvrpipe": our_update(size, batch, options), **{other: make[other]() for other in others}}
     for update in updates.values():
-        update()
-    turns = [{name: timed(update) for name, update in updates.items()} for _ in range(options.repeats)]
+        for _ in range(EAGER + 2 if options.device.type == "cuda" else 1):
+            update()
+    turns = [
+        {name: timed(update, options.device) for name, update in updates.items()}
+        for _ in range(options.repeats)
+    ]
     with torch.device("meta"):
         model = build_model("dreamerv3", size, setting_of(options), seed=0)
     return {
@@ -108,10 +115,11 @@ def measure(size: str, others: list[str], options: argparse.Namespace) -> dict[s
     }
 
 
-def behind_encoder(update: Callable[[], None], options: argparse.Namespace) -> Callable[[], None]:
+def behind_encoder(update: Callable[[], object], options: argparse.Namespace) -> Callable[[], object]:
     """The same update once a frozen encoder has read the batch's frames, 224 pixels a side."""
-    encoder = Encoder(EncoderRequest(options.encoder, "random:0", device="cpu"))
-    frames = torch.randint(0, 256, (options.batch * options.length, 224, 224, 3), dtype=torch.uint8)
+    encoder = Encoder(EncoderRequest(options.encoder, "random:0", device=str(options.device)))
+    shape = (options.batch * options.length, 224, 224, 3)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=options.device)
 
     def both() -> None:
         for part in frames.split(encoder.batch):
@@ -121,10 +129,12 @@ def behind_encoder(update: Callable[[], None], options: argparse.Namespace) -> C
     return both
 
 
-def timed(update: Callable[[], None]) -> float:
-    """Seconds of one call."""
+def timed(update: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to the end of what it gave a GPU to do."""
     begun = time.perf_counter()
     update()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
@@ -133,23 +143,28 @@ def random_batch(options: argparse.Namespace) -> dict[str, Tensor]:
     B, T = options.batch, options.length
     is_first = torch.zeros(B, T, dtype=torch.bool)
     is_first[:, 0] = True
-    return {
+    batch = {
         "observation": torch.randn(B, T, options.width),
         "action": torch.rand(B, T, options.action) * 2 - 1,
         "reward": torch.rand(B, T),
         "is_first": is_first,
         "is_terminal": torch.zeros(B, T, dtype=torch.bool),
     }
+    return {name: rows.to(options.device) for name, rows in batch.items()}
 
 
-def optimised(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Callable[[], None]:
+def optimised(
+    loss: Callable[..., Tensor], parameters: list[nn.Parameter]
+) -> Callable[..., dict[str, Tensor]]:
     """Loss, backward and the same optimizer for both."""
     optimizer = LaProp(parameters)
 
-    def update() -> None:
+    def update(*given: Any) -> dict[str, Tensor]:
         optimizer.zero_grad()
-        loss().backward()
+        found = loss(*given)
+        found.backward()
         optimizer.step()
+        return {"loss": found.detach()}
 
     return update
 
@@ -161,14 +176,17 @@ def setting_of(options: argparse.Namespace) -> Setting:
 
 def our_update(
     size: str, batch: dict[str, Tensor], options: argparse.Namespace, *, plain: bool = False
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """One update of pvrpipe's DreamerV3, filtering by its scan or by a plain loop."""
-    model = build_model("dreamerv3", size, setting_of(options), seed=0)
+    model = build_model("dreamerv3", size, setting_of(options), seed=0).to(options.device)
     if plain:
         model.rssm.observe = functools.partial(plain_observe, model.rssm)
     random = torch.Generator().manual_seed(0)
-    losses = losses_of(model, torch.device("cpu"), compiled=options.compile and not plain)
-    return optimised(lambda: losses(batch, model.draw(batch, random))[0], list(model.parameters()))
+    losses = losses_of(model, options.device, compiled=options.compile and not plain)
+    update = optimised(lambda batch, drawn: losses(batch, drawn)[0], list(model.parameters()))
+    if options.device.type == "cuda" and not plain:
+        update = Replayed(update)
+    return lambda: update(batch, model.draw(batch, random))
 
 
 def plain_observe(
@@ -192,9 +210,10 @@ def plain_observe(
 
 def torchrl_update(
     size: str, batch: dict[str, Tensor], options: argparse.Namespace, *, compiled: bool = False
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """One update of the same model put together from TorchRL's parts, as they come (eager) or compiled."""
     world_model, loss = torchrl_model(size, options, compiled)
+    loss.to(options.device)
     B, T, _ = batch["observation"].shape
     widths = SIZES[size]
     data = TensorDict(
@@ -211,6 +230,7 @@ def torchrl_update(
             },
         },
         [B, T],
+        device=options.device,
     )
 
     def total() -> Tensor:
@@ -270,6 +290,7 @@ def torchrl_model(
         after(DreamerV3MLP(w.deter + width, 255, 1, w.units, outscale=0.0), features, ["reward_logits"]),
         after(DreamerV3MLP(w.deter + width, 1, 1, w.units), features, ["continue_pred"]),
     )
+    world_model.to(options.device)
     return world_model, DreamerV3ModelLoss(world_model, kl_mode="separate", unimix=0.01, lambda_continue=1.0)
 
 

@@ -110,7 +110,8 @@ class WindowLoader:
 
     def _gather(self, k: int) -> Tensors:
         assert self._resident is not None
-        rows = torch.from_numpy(self.sampler.pieces(self.sampler.numbers(k)).rows).to(self.device)
+        rows = self.sampler.pieces(self.sampler.numbers(k)).rows
+        rows = without_waiting(torch.from_numpy(rows), self.device)
         return self._prepare({name: column[rows] for name, column in self._resident.items()})
 
     def _reading(self) -> Callable[[int], Tensors]:
@@ -119,9 +120,7 @@ class WindowLoader:
 
         def read(k: int) -> Tensors:
             batch = as_tensors(sampler.batch(k))
-            if device.type == "cuda":
-                batch = {n: t.pin_memory().to(device, non_blocking=True) for n, t in batch.items()}
-            return prepare(batch)
+            return prepare({name: without_waiting(rows, device) for name, rows in batch.items()})
 
         return read
 
@@ -182,6 +181,11 @@ def _serve(
             ready.put(read(k))
         except BaseException as error:
             ready.put(error)
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, through pinned memory, so that the host need not wait for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def as_tensors(batch: dict[str, Any]) -> Tensors:

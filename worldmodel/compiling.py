@@ -1,20 +1,95 @@
-"""The loss of an update and its gradient as one compiled function, which a GPU replays as CUDA graphs.
+"""One update as a function of a batch and the chance in it: eager, compiled, and on a GPU one CUDA graph.
 
-Chance is drawn before (``draw``), and DreamerV3's recurrence is an operator of its own
-(:mod:`pvrpipe.worldmodel.scan`), so that nothing breaks the graph.
+Chance is drawn before (``draw``), DreamerV3's recurrence is an operator of its own (:mod:`pvrpipe.worldmodel.scan`),
+and the optimizers count in tensors, so that nothing in an update waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.worldmodel.optimizer import Updater
+from pvrpipe.worldmodel.ranks import ranks
 
+Precision = Literal["fp32", "bf16"]
 Losses = Callable[[Mapping[str, Tensor], Any], tuple[Tensor, dict[str, Tensor]]]
+Update = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+
+EAGER = 3  # updates before one is recorded: libraries take their workspaces, compilers compile
+
+
+def update_of(
+    model: Any, updater: Updater, losses: Losses, device: torch.device, precision: Precision
+) -> Update:
+    """What one update does with a batch and the chance drawn for it; gives the loss's terms and the gradient's norm.
+
+    On a GPU it is recorded once and replayed, and gives the numbers it gave eagerly; but not among several processes,
+    nor with an encoder inside the model.
+    """
+
+    def update(batch: Mapping[str, Tensor], drawn: Any) -> dict[str, Tensor]:
+        with computing(precision, device):
+            loss, terms = losses(batch, drawn)
+        return {name: t.detach() for name, t in terms.items()} | {"gradient_norm": updater.update(loss)}
+
+    alone = ranks().ranks == 1 and model.seen.backbone is None
+    return Replayed(update) if device.type == "cuda" and alone else update
+
+
+class Replayed:
+    """An update recorded as a CUDA graph: thousands of small kernels, launched as one.
+
+    The first calls are eager; shapes must not change. After "CUDA semantics", whole-network capture, of PyTorch's
+    documentation.
+    """
+
+    def __init__(self, update: Update) -> None:
+        self.eager, self._calls = update, 0
+        self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self._given: list[Tensor] = []
+        self._terms: dict[str, Tensor] = {}
+
+    def __call__(self, batch: Mapping[str, Tensor], drawn: Any) -> dict[str, Tensor]:
+        """The terms, of this batch until the next is given."""
+        self._calls += 1
+        if self._calls <= EAGER:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                terms = self.eager(batch, drawn)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return terms
+        given = [leaf for leaf in tree_leaves((batch, drawn)) if isinstance(leaf, Tensor)]
+        if not self._given:
+            self._given = given
+            # Other threads, such as the one that reads ahead, may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._terms = self.eager(batch, drawn)
+        else:
+            torch._foreach_copy_(self._given, given)
+        self._graph.replay()
+        return self._terms
+
+
+@contextlib.contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Products in bfloat16 where that is asked for; those left in float32 may then go over a GPU's TF32."""
+    half, settings = precision == "bf16", (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = half
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            yield
+    finally:
+        for setting, allowed in zip(settings, before, strict=True):
+            setting.allow_tf32 = allowed
 
 
 def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:
@@ -31,8 +106,7 @@ def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:
     import torch._inductor.config
 
     torch._inductor.config.deterministic = True  # kernels chosen by timing would change bits from run to run
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    return torch.compile(model.losses, mode=mode, dynamic=False, fullgraph=True)
+    return torch.compile(model.losses, dynamic=False, fullgraph=True)
 
 
 def check_compiler(device: torch.device) -> None:

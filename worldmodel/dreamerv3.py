@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pvrpipe.store.loading import without_waiting
 from pvrpipe.worldmodel.distributions import TwoHot, balanced_kl, kl_both_ways, unimix_probs
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.layers import MLP, initialise
@@ -187,4 +188,4 @@ class DreamerV3(nn.Module):
         """Chance for every row (B, T, ...), drawn on the CPU so that devices agree: (B, T, S)."""
         shape = (*rows.shape[:2], self.size.categoricals)
         drawn = own_part(lambda whole: torch.rand(whole, generator=random), shape)
-        return drawn.to(rows.device, self.rssm.core.bias.dtype)
+        return without_waiting(drawn.to(self.rssm.core.bias.dtype), rows.device)

@@ -12,6 +12,7 @@ A backbone's parameters are updated as the model's are, at a rate of their own a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +66,7 @@ class LaProp(torch.optim.Optimizer):
         super().__init__(parameters, defaults)
         for p in (p for group in self.param_groups for p in group["params"]):
             self.state[p] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=p.device),
                 "momentum": torch.zeros_like(p),
                 "square": torch.zeros_like(p),
             }
@@ -85,27 +86,30 @@ class LaProp(torch.optim.Optimizer):
         """The arithmetic, over all tensors at once."""
         momentum_decay, square_decay = group["betas"]
         momenta, squares = [s["momentum"] for s in states], [s["square"] for s in states]
-        for state in states:
-            state["step"] += 1
-        step = int(states[0]["step"])
+        torch._foreach_add_([s["step"] for s in states], 1)
+        step = states[0]["step"]  # a tensor throughout: a CUDA graph that holds this counts on
         grads = clipped([p.grad for p in parameters if p.grad is not None], parameters, group)
         torch._foreach_mul_(squares, square_decay)
         torch._foreach_addcmul_(squares, grads, grads, 1 - square_decay)
         scale = torch._foreach_sqrt(squares)
-        torch._foreach_mul_(scale, (1 - square_decay**step) ** -0.5)
+        torch._foreach_mul_(scale, left_out(square_decay, step).rsqrt())
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(momenta, grads, 1 - momentum_decay)
-        rate = group["lr"] * min(1.0, step / max(1, group["warmup"]))
-        torch._foreach_add_(parameters, momenta, alpha=-rate / (1 - momentum_decay**step))
+        rate = group["lr"] * (step / max(1, group["warmup"])).clamp_max(1.0)
+        torch._foreach_sub_(parameters, torch._foreach_mul(momenta, rate / left_out(momentum_decay, step)))
+
+
+def left_out(decay: float, step: Tensor) -> Tensor:
+    """The share of the last ``step`` values in a running mean that began at zero: 1 - decay ** step."""
+    return -torch.expm1(step * math.log(decay))
 
 
 def clipped(grads: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """Each tensor's gradient, no longer than ``clip`` times the tensor."""
-    longest = [group["clip"] * n.clamp_min(group["smallest"]) for n in torch._foreach_norm(parameters)]
-    norms = torch._foreach_norm(grads)
-    shrink = [1 / (norm / most).clamp_min(1.0) for norm, most in zip(norms, longest, strict=True)]
-    return list(torch._foreach_mul(grads, shrink))
+    longest = group["clip"] * torch.stack(torch._foreach_norm(parameters)).clamp_min(group["smallest"])
+    shrink = 1 / (torch.stack(torch._foreach_norm(grads)) / longest).clamp_min(1.0)
+    return list(torch._foreach_mul(grads, shrink.unbind()))
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,10 @@ class Updater:
         groups: list[dict[str, Any]] = [{"params": [*learned.values()]}, *more]
         if name == "dreamerv3":
             return cls(model, LaProp(groups, rate, warmup=warmup))
+        how = {"fused": True, "capturable": next(model.parameters()).is_cuda}
         if name == "dinowm":
             groups[1:] = [{**group, "weight_decay": 0.0} for group in more]
-            return cls(model, _ready(torch.optim.AdamW(groups, lr=rate, fused=True)))
+            return cls(model, _ready(torch.optim.AdamW(groups, lr=rate, **how)))
         part = {n: n.partition(".")[0] for n in learned}
         policy = [p for n, p in learned.items() if part[n] == "policy"]
         encoder = [p for n, p in learned.items() if part[n] in ("encoder", "pool")]
@@ -154,7 +159,7 @@ class Updater:
             *more,
         ]
         values, targets = (list(getattr(model, part).parameters()) for part in ("values", "target_values"))
-        adam = _ready(torch.optim.Adam(groups, lr=rate, fused=True))
+        adam = _ready(torch.optim.Adam(groups, lr=rate, **how))
         return cls(model, adam, ([*encoder, *others, *tuned], policy), (targets, values))
 
     def update(self, loss: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Draw:
     def __init__(self, uniform: Tensor, classes: int) -> None:
         self.shape = (*uniform.shape[1:], classes)
         self.uniform = uniform.unsqueeze(-1).unbind()
-        self.share = uniform.new_tensor(UNIMIX / classes)
+        self.share = uniform.new_full((), UNIMIX / classes)
 
     def into(self, out: Tensor, logits: Tensor, t: int) -> None:
         """Write step t's samples into zeros ``out`` (B, S·C)."""

@@ -106,15 +106,17 @@ class RunningScale(nn.Module):
     """How far values are spread, from their 5th to their 95th percentile; at least 1."""
 
     value: Tensor
+    percentiles: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("value", torch.ones(()))
+        self.register_buffer("percentiles", torch.tensor(PERCENTILES), persistent=False)
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Move towards the spread of these values (N,)."""
-        low, high = torch.quantile(gathered(values).to(self.value.dtype), self.value.new_tensor(PERCENTILES))
+        low, high = torch.quantile(gathered(values).to(self.value.dtype), self.percentiles)
         self.value.lerp_((high - low).clamp_min(1.0), TAU)
 
     def forward(self, values: Tensor) -> Tensor:

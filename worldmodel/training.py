@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identity_of, moments_before
 from pvrpipe.worldmodel.batches import PIXELS, Backing, Batches, chance, open_observations, setting_of
-from pvrpipe.worldmodel.compiling import losses_of
+from pvrpipe.worldmodel.compiling import Precision, computing, losses_of, update_of
 from pvrpipe.worldmodel.memory import check_room
 from pvrpipe.worldmodel.models import (
     Setting,
@@ -44,7 +44,6 @@ OWN = {
     "proprioception": "dinowm",
 }
 VALIDATION_BATCHES = 4
-Precision = Literal["fp32", "bf16"]
 VALIDATION = 1  # sets validation's chance apart from training's
 
 
@@ -189,6 +188,7 @@ def train(
         backbone_rate=config.backbone_learning_rate,
     )
     losses = losses_of(model, device, compiled=config.compiled)
+    update = update_of(model, updater, losses, device, config.precision)
     length = config.rows + model.rows_before
     data, held_out = (
         Batches(
@@ -226,11 +226,9 @@ def train(
         while k < config.updates and not stale(log.validation, config.patience):
             k += 1
             batch = data(k)
-            with computing(config.precision, device):
-                loss, terms = losses(batch, model.draw(batch, chance(config.seed, k)))
-            norm = updater.update(loss)
+            terms = update(batch, model.draw(batch, chance(config.seed, k)))
             # copies: a CUDA graph writes its next terms where these are
-            unlogged.append({n: t.detach().clone() for n, t in (terms | {"gradient_norm": norm}).items()})
+            unlogged.append({name: term.clone() for name, term in terms.items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
                 log.write(k, "train", _means(unlogged, k, data))
@@ -272,13 +270,6 @@ def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int)
 def stale(validation: list[float], patience: int) -> bool:
     """Whether the best of the validation losses is more than ``patience`` checkpoints old."""
     return 0 < patience <= len(validation) - 1 - validation.index(min(validation)) if validation else False
-
-
-@contextlib.contextmanager
-def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Products in bfloat16 where that is asked for."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        yield
 
 
 def check_finite(what: str, value: float, update: int, windows: str) -> None:
