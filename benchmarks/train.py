@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
@@ -220,7 +221,7 @@ def torchrl_update(
         {
             "state": torch.zeros(B, T, widths.categoricals * widths.classes),
             "belief": torch.zeros(B, T, widths.deter),
-            "action": torch.cat([torch.zeros(B, 1, options.action), batch["action"][:, :-1]], 1),
+            "action": F.pad(batch["action"][:, :-1], (0, 0, 1, 0)),
             "is_init": batch["is_first"].unsqueeze(-1),
             "next": {
                 "pixels": batch["observation"],

@@ -98,7 +98,7 @@ def measure(store: Store, row: str, precision: Any, how: str, options: argparse.
         taken.append((time.perf_counter() - begun, data.waited - waited))
     seconds, waited = min(taken)
     each = seconds / options.updates
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(PROFILED):
             update(next(numbers))
         torch.cuda.synchronize()
@@ -121,9 +121,10 @@ def updating(
 ) -> tuple[Callable[[int], object], WindowLoader]:
     """What makes update k, and what gives it windows."""
     batch, length = (int(side) for side in shape.split("x"))
-    model = build_model(
-        name, size, Setting(vector(WIDTH), 1, state=0, steps=STEPS, episodic=False), seed=0
-    ).to(GPU)
+    with GPU:
+        model = build_model(
+            name, size, Setting(vector(WIDTH), 1, state=0, steps=STEPS, episodic=False), seed=0
+        )
     sampler = WindowSampler(
         store, ("embedding", *COLUMNS), batch=batch, length=length + model.rows_before, seed=0
     )

@@ -111,7 +111,7 @@ def test_the_recurrence_is_an_operator_as_torch_defines_one() -> None:
     uniform = torch.rand(T, B, S, generator=random, dtype=torch.float64)
     learned = [tensor.requires_grad_() for tensor in (*parts, *made)]
     torch.library.opcheck(
-        torch.ops.pvrpipe.posterior_scan.default, (*learned[:2], keep, uniform, learned[2:])
+        torch.ops.pvrpipe.posterior_scan.default, (*learned[:2], keep, uniform, learned[2:], False)
     )
 
 

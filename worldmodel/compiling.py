@@ -35,9 +35,11 @@ def update_of(
     """
 
     def update(batch: Mapping[str, Tensor], drawn: Any) -> dict[str, Tensor]:
-        with computing(precision, device):
-            loss, terms = losses(batch, drawn)
-        return {name: t.detach() for name, t in terms.items()} | {"gradient_norm": updater.update(loss)}
+        with tensor_cores(precision):
+            with computing(precision, device):
+                loss, terms = losses(batch, drawn)
+            norm = updater.update(loss)
+        return {name: term.detach() for name, term in terms.items()} | {"gradient_norm": norm}
 
     alone = ranks().ranks == 1 and model.seen.backbone is None
     return Replayed(update) if device.type == "cuda" and alone else update
@@ -79,14 +81,20 @@ class Replayed:
 
 @contextlib.contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Products in bfloat16 where that is asked for; those left in float32 may then go over a GPU's TF32."""
-    half, settings = precision == "bf16", (torch.backends.cuda.matmul, torch.backends.cudnn)
+    """Products in bfloat16 where that is asked for."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+@contextlib.contextmanager
+def tensor_cores(precision: Precision) -> Iterator[None]:
+    """On a GPU, products that stay in float32 beside bfloat16 go over TF32, which is the more exact of the two."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
-        setting.allow_tf32 = half
+        setting.allow_tf32 = precision == "bf16"
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            yield
+        yield
     finally:
         for setting, allowed in zip(settings, before, strict=True):
             setting.allow_tf32 = allowed

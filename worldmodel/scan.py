@@ -7,11 +7,13 @@ the gradient of the state is carried, and each weight's gradient is one product 
 
 :meth:`pvrpipe.worldmodel.rssm.RSSM.step` is the same mathematics one step at a time; the tests hold
 the two together, values and gradients. Both directions are operators of torch's, so that ``torch.compile`` and CUDA
-graphs take them as they are. Inside, time comes first: (T, B, ...).
+graphs take them as they are; in a compiled update their steps are compiled too, each way one function that is called
+T times. Inside, time comes first: (T, B, ...).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from pvrpipe.worldmodel.distributions import UNIMIX
-from pvrpipe.worldmodel.steps import Draw, Gates, Normed, NormGrad
+from pvrpipe.worldmodel.steps import Gates, Normed, NormGrad, draw_into
 
 UPDATE_BIAS = -1.0  # the update gate starts nearly closed
 
@@ -62,29 +64,42 @@ def posterior_scan(
         (T, B, S, C).
     """
     T, B, S = uniform.shape
-    deter, stoch, logits, *_ = _forward(action_part, token_part, keep, uniform, list(weights))
+    compiled = torch.compiler.is_compiling()
+    deter, stoch, logits, *_ = _forward(action_part, token_part, keep, uniform, list(weights), compiled)
     return deter[1:], stoch[1:].view(T, B, S, -1), logits.view(T, B, S, -1)
 
 
 @custom_op(
     "pvrpipe::posterior_scan",
     mutates_args=(),
-    schema="(Tensor action_part, Tensor token_part, Tensor keep, Tensor uniform, Tensor[] weights) -> Tensor[]",
+    schema="(Tensor action_part, Tensor token_part, Tensor keep, Tensor uniform, Tensor[] weights, bool compiled)"
+    " -> Tensor[]",
 )
 def _forward(
-    action_part: Tensor, token_part: Tensor, keep: Tensor, uniform: Tensor, weights: list[Tensor]
+    action_part: Tensor,
+    token_part: Tensor,
+    keep: Tensor,
+    uniform: Tensor,
+    weights: list[Tensor],
+    compiled: bool,
 ) -> list[Tensor]:
     """States and logits, and all that the backward pass needs besides."""
     states, kept = _room(action_part, uniform, weights)
     states.deter[0] = 0
     states.stoch.zero_()
-    _run(ScanWeights(*weights), states, kept, action_part, token_part, keep, uniform)
+    step = _compiled(_step) if compiled else _step
+    _run(step, ScanWeights(*weights), states, kept, action_part, token_part, keep, uniform)
     return [*states, *(x for part in kept for x in part)]
 
 
 @_forward.register_fake
 def _(
-    action_part: Tensor, _token_part: Tensor, _keep: Tensor, uniform: Tensor, weights: list[Tensor]
+    action_part: Tensor,
+    _token_part: Tensor,
+    _keep: Tensor,
+    uniform: Tensor,
+    weights: list[Tensor],
+    _compiled: bool,
 ) -> list[Tensor]:
     states, kept = _room(action_part, uniform, weights)
     return [*states, *(x for part in kept for x in part)]
@@ -93,27 +108,35 @@ def _(
 @custom_op(
     "pvrpipe::posterior_scan_backward",
     mutates_args=(),
-    schema="(Tensor keep, Tensor[] weights, Tensor[] made, Tensor deter, Tensor stoch, Tensor logits) -> Tensor[]",
+    schema="(Tensor keep, Tensor[] weights, Tensor[] made, Tensor deter, Tensor stoch, Tensor logits, bool compiled)"
+    " -> Tensor[]",
 )
 def _backward(
-    keep: Tensor, weights: list[Tensor], made: list[Tensor], deter: Tensor, stoch: Tensor, logits: Tensor
+    keep: Tensor,
+    weights: list[Tensor],
+    made: list[Tensor],
+    deter: Tensor,
+    stoch: Tensor,
+    logits: Tensor,
+    compiled: bool,
 ) -> list[Tensor]:
     """Gradients of the action's and the token's part and of the weights, from those of the outputs."""
     (T, B), S = keep.shape[:2], stoch.shape[2]
     w, states, kept = ScanWeights(*weights), _States(*made[:3]), _Kept.of(iter(made[3:]))
     before = _States(states.deter[:-1] * keep, states.stoch[:-1] * keep, states.logits.view(T, B, S, -1))
-    grads = _run_back(w, before, kept, _States(deter, stoch, logits), keep)
+    step = _compiled(_step_back) if compiled else _step_back
+    grads = _run_back(step, w, before, kept, _States(deter, stoch, logits), keep)
     return [grads.core.pre, grads.hidden.pre, *_weight_grads(before, states, kept, grads)]
 
 
 @_backward.register_fake
-def _(_keep: Tensor, weights: list[Tensor], made: list[Tensor], *_grads: Tensor) -> list[Tensor]:
+def _(_keep: Tensor, weights: list[Tensor], made: list[Tensor], *_others: Any) -> list[Tensor]:
     _, core, hidden, _ = _Kept.of(iter(made[3:]))
     return [torch.empty_like(x) for x in (core.unit, hidden.unit, *weights)]
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, _, keep, uniform, weights = inputs
+    _, _, keep, uniform, weights, ctx.compiled = inputs
     ctx.categoricals = uniform.shape[-1]
     ctx.set_materialize_grads(False)  # most of the output is for the backward pass alone
     ctx.save_for_backward(keep, *weights, *output)
@@ -125,9 +148,15 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     outer = [torch.zeros_like(x) if g is None else g for g, x in zip(grads[:3], made[:3], strict=True)]
     split = (*keep.shape[:2], ctx.categoricals, -1)
     d_action, d_token, *d_weights = _backward(
-        keep, weights, made, outer[0][1:], outer[1][1:].reshape(split), outer[2].reshape(split)
+        keep, weights, made, outer[0][1:], outer[1][1:].reshape(split), outer[2].reshape(split), ctx.compiled
     )
-    return d_action, d_token, None, None, d_weights
+    return d_action, d_token, None, None, d_weights, None
+
+
+@functools.cache
+def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step as one function; a GPU then launches a dozen kernels for it, not fifty."""
+    return torch.compile(step, dynamic=False, fullgraph=True)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
@@ -148,6 +177,7 @@ def _resets(keep: Tensor) -> list[bool]:
 
 
 def _run(
+    step: Callable[..., None],
     w: ScanWeights,
     states: _States,
     kept: _Kept,
@@ -158,67 +188,105 @@ def _run(
 ) -> None:
     """Fill ``states`` and ``kept``, row after row."""
     resets = _resets(keep)
-    T, B = action_part.shape[:2]
-    G, k, _ = w.core_deter.shape
+    k = w.core_deter.shape[-1]
     # A product of few rows is several times faster with the weight laid out (in, out).
-    deter_in, stoch_in, post, to_logits = (
-        m.t().contiguous() for m in (w.deter_in, w.stoch_in, w.post, w.logits)
+    laid = w._replace(
+        **{name: getattr(w, name).t().contiguous() for name in ("deter_in", "stoch_in", "post", "logits")},
+        gates_bias=torch.cat([w.gates_bias[..., : 2 * k], w.gates_bias[..., 2 * k :] + UPDATE_BIAS], -1),
     )
-    gates_bias = w.gates_bias.clone()
-    gates_bias[..., 2 * k :] += UPDATE_BIAS
-    pre_in = action_part.new_empty(B, 2, len(post.t()))
-    pre_deter, pre_stoch = pre_in.unbind(1)
-    draw = Draw(uniform, states.logits.shape[-1] // uniform.shape[-1])
     deters, stochs, logits = (x.unbind() for x in states)
-    by_block = states.deter.view(T + 1, B, G, k).transpose(1, 2).unbind()
-    for t, (into, core, hidden, gates) in enumerate(zip(*map(_steps, kept), strict=True)):
-        h, z, blocks = deters[t], stochs[t], by_block[t]
+    rows = zip(*map(_steps, kept), deters[1:], stochs[1:], logits, strict=True)
+    for t, (into, core, hidden, gates, deter, stoch, logit) in enumerate(rows):
+        h, z = deters[t], stochs[t]
         if resets[t]:
-            h, z, blocks = h * keep[t], z * keep[t], blocks * keep[t]
-        torch.addmm(w.deter_in_bias, h, deter_in, out=pre_deter)
-        torch.addmm(w.stoch_in_bias, z, stoch_in, out=pre_stoch)
-        features = into.forward(pre_in, w.in_gain).flatten(1)
-        pre_core = torch.addmm(action_part[t], features, w.core_features)
-        pre_core.view(B, G, k).add_(torch.bmm(blocks, w.core_deter).transpose(0, 1))
-        value = core.forward(pre_core, w.core_gain).view(B, G, k).transpose(0, 1)
-        torch.baddbmm(gates_bias, value, w.gates, out=gates.pre)
-        gates.forward(blocks, by_block[t + 1])
-        seen = hidden.forward(torch.addmm(token_part[t], deters[t + 1], post), w.post_gain)
-        torch.addmm(w.logits_bias, seen, to_logits, out=logits[t])
-        draw.into(stochs[t + 1], logits[t], t)
+            h, z = h * keep[t], z * keep[t]
+        made = _Made(into, core, hidden, gates, deter, stoch, logit)
+        step(laid, h, z, action_part[t], token_part[t], uniform[t], made)
 
 
-def _run_back(w: ScanWeights, before: _States, kept: _Kept, outer: _States, keep: Tensor) -> _Grads:
+def _step(
+    w: ScanWeights,
+    h: Tensor,
+    z: Tensor,
+    action: Tensor,
+    token: Tensor,
+    uniform: Tensor,
+    made: _Made,
+) -> None:
+    """One row from the state before it, into what was made room for; products' weights are laid out (in, out)."""
+    G, k, _ = w.core_deter.shape
+    B = len(h)
+    blocks = h.view(B, G, k).transpose(0, 1)
+    pre_deter, pre_stoch = (
+        torch.addmm(w.deter_in_bias, h, w.deter_in),
+        torch.addmm(w.stoch_in_bias, z, w.stoch_in),
+    )
+    features = made.into.forward(torch.stack([pre_deter, pre_stoch], 1), w.in_gain).flatten(1)
+    pre_core = torch.addmm(action, features, w.core_features)
+    pre_core.view(B, G, k).add_(torch.bmm(blocks, w.core_deter).transpose(0, 1))
+    value = made.core.forward(pre_core, w.core_gain).view(B, G, k).transpose(0, 1)
+    torch.baddbmm(w.gates_bias, value, w.gates, out=made.gates.pre)
+    made.deter.view(B, G, k).copy_(made.gates.forward(blocks).transpose(0, 1))
+    seen = made.hidden.forward(torch.addmm(token, made.deter, w.post), w.post_gain)
+    torch.addmm(w.logits_bias, seen, w.logits, out=made.logits)
+    draw_into(made.stoch, made.logits, uniform)
+
+
+def _run_back(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    w: ScanWeights,
+    before: _States,
+    kept: _Kept,
+    outer: _States,
+    keep: Tensor,
+) -> _Grads:
     """Gradients of every pre-activation, row after row from the last, given those of the outputs."""
     resets = _resets(keep)
-    (T, B, S, C), (G, k, _), (H, d) = outer.logits.shape, w.core_deter.shape, w.post.shape
+    (T, B, S, C), (G, k, _), d = outer.logits.shape, w.core_deter.shape, before.deter.shape[-1]
     probs = torch.softmax(before.logits.view(T, B, S, C), -1)
-    core_deter, gates_out = w.core_deter.mT.contiguous(), w.gates.mT.contiguous()
-    features_out = w.core_features.t().contiguous()
+    laid = w._replace(
+        core_deter=w.core_deter.mT.contiguous(),
+        gates=w.gates.mT.contiguous(),
+        core_features=w.core_features.t().contiguous(),
+    )
     new = before.deter.new_empty
     grads = _Grads.like(kept, new(T, B, S * C), new(G, T, B, 3 * k))
-    by_block = before.deter.view(T, B, G, k).transpose(1, 2).unbind()
-    d_value = new(B, d)
-    d_value_blocks = d_value.view(B, G, k).transpose(0, 1)
-    rows = zip(*map(_steps, kept), *map(_steps, grads[:3]), grads.gates.unbind(1), strict=True)
+    made = zip(*map(_steps, grads[:3]), grads.logits.unbind(), grads.gates.unbind(1), strict=True)
+    rows = list(zip(zip(*map(_steps, kept), strict=True), made, strict=True))
     dh, dz = new(B, d).zero_(), new(B, S * C).zero_()
-    for t, (into, core, hidden, gates, d_into, d_core, d_hidden, d_gates) in reversed(list(enumerate(rows))):
-        dz = dz.view(B, S, C) + outer.stoch[t]
-        through = torch.ops.aten._softmax_backward_data(dz, probs[t], -1, probs.dtype)
-        d_logits = torch.add(outer.logits[t], through, alpha=1 - UNIMIX).view(B, S * C)
-        grads.logits[t] = d_logits
-        d_pre = hidden.backward(torch.mm(d_logits, w.logits), w.post_gain, d_hidden)
-        dh = torch.addmm(dh + outer.deter[t], d_pre, w.post).view(B, G, k).transpose(0, 1)
-        dh = gates.backward(dh, by_block[t], d_gates)
-        torch.bmm(d_gates, gates_out, out=d_value_blocks)
-        d_pre = core.backward(d_value, w.core_gain, d_core)
-        dh = torch.baddbmm(dh, d_pre.view(B, G, k).transpose(0, 1), core_deter)
-        d_pre = into.backward(torch.mm(d_pre, features_out).view(B, 2, H), w.in_gain, d_into)
-        dh = torch.addmm(dh.transpose(0, 1).reshape(B, d), d_pre[:, 0], w.deter_in)
-        dz = torch.mm(d_pre[:, 1], w.stoch_in)
+    for t in reversed(range(T)):
+        mine, into = _Kept(*rows[t][0]), _Grads(*rows[t][1])
+        dh, dz = step(laid, mine, before.deter[t], probs[t], dh, dz, _States(*(x[t] for x in outer)), into)
         if resets[t]:
             dh, dz = dh * keep[t], dz * keep[t]
     return grads
+
+
+def _step_back(
+    w: ScanWeights,
+    kept: _Kept,
+    h: Tensor,
+    probs: Tensor,
+    dh: Tensor,
+    dz: Tensor,
+    outer: _States,
+    grads: _Grads,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the state before a row, before it is reset, from that of the state after; weights (out, in)."""
+    (B, S, C), (G, k, _) = probs.shape, w.core_deter.shape
+    dz = dz.view(B, S, C) + outer.stoch
+    through = torch.ops.aten._softmax_backward_data(dz, probs, -1, probs.dtype)
+    d_logits = torch.add(outer.logits, through, alpha=1 - UNIMIX).view(B, S * C)
+    grads.logits.copy_(d_logits)
+    d_pre = kept.hidden.backward(torch.mm(d_logits, w.logits), w.post_gain, grads.hidden)
+    dh = torch.addmm(dh + outer.deter, d_pre, w.post).view(B, G, k).transpose(0, 1)
+    dh = kept.gates.backward(dh, h.view(B, G, k).transpose(0, 1), grads.gates)
+    d_value = torch.bmm(grads.gates, w.gates).transpose(0, 1).reshape(B, G * k)
+    d_pre = kept.core.backward(d_value, w.core_gain, grads.core)
+    dh = torch.baddbmm(dh, d_pre.view(B, G, k).transpose(0, 1), w.core_deter)
+    d_pre = kept.into.backward(torch.mm(d_pre, w.core_features).view(B, 2, -1), w.in_gain, grads.into)
+    dh = torch.addmm(dh.transpose(0, 1).reshape(B, G * k), d_pre[:, 0], w.deter_in)
+    return dh, torch.mm(d_pre[:, 1], w.stoch_in)
 
 
 def _weight_grads(before: _States, states: _States, kept: _Kept, grads: _Grads) -> ScanWeights:
@@ -245,6 +313,18 @@ def _weight_grads(before: _States, states: _States, kept: _Kept, grads: _Grads) 
         logits=_outer(grads.logits, kept.hidden.value),
         logits_bias=grads.logits.sum((0, 1)),
     )
+
+
+class _Made(NamedTuple):
+    """Room for what one row of a sequence is filtered to."""
+
+    into: Normed
+    core: Normed
+    hidden: Normed
+    gates: Gates
+    deter: Tensor  # (B, d)
+    stoch: Tensor  # (B, S·C), zeros
+    logits: Tensor  # (B, S·C)
 
 
 class _States(NamedTuple):

@@ -55,13 +55,13 @@ class Gates(NamedTuple):
     candidate: Tensor
     update: Tensor
 
-    def forward(self, before: Tensor, out: Tensor) -> None:
-        """Write the next deter (G, B, k) from the pre-activations and the deter before."""
+    def forward(self, before: Tensor) -> Tensor:
+        """The next deter (G, B, k) from the pre-activations and the deter before."""
         reset, raw, update = self.pre.chunk(3, -1)
         torch.sigmoid(reset, out=self.reset)
         torch.tanh(self.reset * raw, out=self.candidate)
         torch.sigmoid(update, out=self.update)
-        torch.lerp(before, self.candidate, self.update, out=out)
+        return torch.lerp(before, self.candidate, self.update)
 
     def backward(self, grad: Tensor, before: Tensor, out: Tensor) -> Tensor:
         """Write the pre-activations' gradient (G, B, 3·k); return that of the deter before."""
@@ -70,28 +70,23 @@ class Gates(NamedTuple):
         aten.sigmoid_backward.grad_input(grad * (self.candidate - before), self.update, grad_input=d_update)
         d_candidate = grad * self.update
         d_inner = aten.tanh_backward(d_candidate, self.candidate)
-        torch.mul(d_inner, self.reset, out=d_raw)
+        d_raw.copy_(d_inner * self.reset)
         raw = self.pre.chunk(3, -1)[1]
         aten.sigmoid_backward.grad_input(d_inner * raw, self.reset, grad_input=d_reset)
         return grad - d_candidate
 
 
-class Draw:
-    """One-hot samples of unimixed logits, as ``distributions.one_hot_sample`` draws them, step by step.
+def draw_into(out: Tensor, logits: Tensor, uniform: Tensor) -> None:
+    """One-hot samples of unimixed logits, as ``distributions.one_hot_sample`` draws them.
 
     Args:
-        uniform: (T, B, S).
-        classes: C.
+        out: zeros (B, S·C), written to.
+        logits: (B, S·C).
+        uniform: (B, S).
     """
-
-    def __init__(self, uniform: Tensor, classes: int) -> None:
-        self.shape = (*uniform.shape[1:], classes)
-        self.uniform = uniform.unsqueeze(-1).unbind()
-        self.share = uniform.new_full((), UNIMIX / classes)
-
-    def into(self, out: Tensor, logits: Tensor, t: int) -> None:
-        """Write step t's samples into zeros ``out`` (B, S·C)."""
-        probs = torch.softmax(logits.view(self.shape), -1)
-        cumulative = torch.add(self.share, probs, alpha=1 - UNIMIX).cumsum(-1)[..., :-1]
-        index = (self.uniform[t] > cumulative).sum(-1, keepdim=True)
-        out.view(self.shape).scatter_(-1, index, 1.0)
+    shape = (*uniform.shape, logits.shape[-1] // uniform.shape[-1])
+    probs = torch.softmax(logits.view(shape), -1)
+    share = probs.new_full((), UNIMIX / shape[-1])
+    cumulative = torch.add(share, probs, alpha=1 - UNIMIX).cumsum(-1)[..., :-1]
+    index = (uniform.unsqueeze(-1) > cumulative).sum(-1, keepdim=True)
+    out.view(shape).scatter_(-1, index, 1.0)
