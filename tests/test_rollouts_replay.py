@@ -108,6 +108,23 @@ def takes_its_actions_again(tmp_path: Path) -> None:
     assert not (tmp_path / "sizes").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "sensor"), [("dmc:finger-spin", "touch[1]"), ("dmc:hopper-stand", "touch[0]")]
+)
+def test_what_is_measured_on_the_way_to_a_state_is_found_again(
+    environment: str, sensor: str, tmp_path: Path
+) -> None:
+    """Touch and acceleration are those of the step that led to a state, not of the state."""
+    small = CollectConfig(environment, size=32, episodes=2, max_steps=40, policy="ou")
+    collect(small, tmp_path / "source", INLINE)
+    source = Store.open(tmp_path / "source")
+    at = source.manifest.rollouts.state_names.index(sensor)
+    assert any(source.read_episode(e)["state"][:, at].any() for e in range(2))
+    replay(source, tmp_path / "again", INLINE)
+    for before, after in pairs(source, Store.open(tmp_path / "again")):
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("environment", ["metaworld:push", "dmc:finger-turn_easy"])
 def test_a_replay_can_be_replayed_though_where_things_lie_depends_on_sizes(
     environment: str, tmp_path: Path
