@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -99,13 +100,13 @@ def run_episode(
     row = 0
     try:
         step = environment.reset(seed, look)
-        _check(step, row)
+        _check(step, row, environment)
         tape.arrived(step)
         while not step["is_last"]:
             action = next(actions)
             tape.acted(action)
             row, step = row + 1, environment.step(action)
-            _check(step, row)
+            _check(step, row, environment)
             tape.arrived(step)
     except (PvrpipeError, EpisodeFailedError):
         raise
@@ -135,10 +136,18 @@ def _played(environment: Environment) -> tuple[Column, ...]:
     return tuple(c for c in episode_columns(environment) if c.name not in bounds)
 
 
-def _check(step: Step, row: int) -> None:
+def _check(step: Step, row: int, environment: Environment) -> None:
+    """Refuse a row that no episode can have; environments of other packages are held to nothing else."""
     for name in ("reward", "state", "physics"):
         if not np.isfinite(step[name]).all():
             raise EpisodeFailedError(f"{name} is not finite at step {row}")
+    frame, wanted = np.asarray(step["frame"]), [environment.size, environment.size, 3]
+    if frame.dtype != np.uint8 or [*frame.shape] != wanted:
+        raise EpisodeFailedError(
+            f"the frame at step {row} is {frame.dtype} {[*frame.shape]}, not uint8 {wanted}"
+        )
+    if row >= environment.max_steps and not step["is_last"]:
+        raise EpisodeFailedError(f"step {row} is not its last, though it has at most {environment.max_steps}")
 
 
 def build_environment(specification: RolloutSpecification) -> Environment:
@@ -230,7 +239,8 @@ class CollectShard:
                 folder=self._folder,
             ), None
         except EpisodeFailedError as error:
-            self.close()
+            with suppress(Exception):  # it is broken
+                self.close()
             self._environment = build_environment(self._made)
             return None, one_line(error)
 

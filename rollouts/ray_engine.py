@@ -128,11 +128,12 @@ class Pool:
     def _next(self) -> Event | ShardPlan | None:
         """Wait for a worker: what it says, or the plan to do again, or None if there is nothing to say."""
         ready, _ = ray.wait(list(self._busy), timeout=LOOK_AROUND, fetch_local=False)
-        if time.monotonic() - self._looked > LOOK_AROUND:
+        if not ready or time.monotonic() - self._looked > LOOK_AROUND:  # however much others have to say
             self._looked = time.monotonic()
             self._grow()
-        if not ready:
-            return self._give_up_on_one()
+            given_up = self._give_up_on_one()
+            if given_up or not ready:
+                return given_up
         job = self._busy[ready[0]]
         try:
             told = self._hear(ready[0], job)
@@ -191,7 +192,8 @@ class Pool:
         for source, job in self._busy.items():
             if job.plan is None or job.trying is None or self._patience is None:
                 continue
-            if time.monotonic() - job.heard > self._patience:
+            late = time.monotonic() - job.heard > self._patience
+            if late and not ray.wait([source], timeout=0, fetch_local=False)[0]:
                 self._lose(job.trying, job.trying.attempt, "it did not come to an end in time")
                 ray.kill(job.actor)
                 del self._busy[source]
