@@ -92,6 +92,21 @@ def test_minari_of_one_of_several_actions(tmp_path: Path, monkeypatch: pytest.Mo
     action = store.read_episode(2)["action"]
     assert action.shape == (8, 4)
     assert action[:-1].argmax(axis=1).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert store.episodes["seed"].to_list() == [0, 0, 0]  # 64 bits are none that JSON holds
+    assert store.read_episode(2)["success"].tolist() == [False] * 7 + [True]
+
+
+def test_minari_of_data_sets_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some episodes do not tell success, none does."""
+    import h5py
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    id_ = write_minari(tmp_path, jpeg=False)
+    with h5py.File(tmp_path / id_ / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_1/infos"]
+    imported("minari", id_, tmp_path / "out")
+    assert Store.open(tmp_path / "out").manifest.column("success") is None
+    check(tmp_path / "out", WHOLE, state=True)
 
 
 @pytest.mark.parametrize("format_", ["minari", "lerobot"])
