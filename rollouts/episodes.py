@@ -38,6 +38,16 @@ class Trying(NamedTuple):
     rows: int  # of the shard that are done
 
 
+class Played(NamedTuple):
+    """Said by a worker once an episode is played: what it does next is writing, however long that takes."""
+
+    shard: int
+    rows: int  # of the shard that are done
+
+
+Event = Trying | Played | ShardCommit
+
+
 class EpisodeFailedError(Exception):
     """The environment failed in an episode; says where and how."""
 
@@ -195,7 +205,7 @@ class CollectShard:
         self._environment = build_environment(made)
         self._factors = columns_of(looks, self._environment.factors)
 
-    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Trying | ShardCommit]:
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Event]:
         """Collect the planned episodes and commit their shard, saying before each try which it is.
 
         Args:
@@ -220,8 +230,9 @@ class CollectShard:
                     if episode is None and attempt % TRIES == 0:
                         failed.append(self._failed(number, seed, str(reason)))
                         self._refuse_too_many(failed)
-                writer.write_episode(episode)
                 rows += len(episode)
+                yield Played(plan.shard, rows)
+                writer.write_episode(episode)
             yield writer.commit(failed)
 
     def _try(self, number: int, seed: int) -> tuple[Episode | None, str | None]:

@@ -183,7 +183,7 @@ def _seed(told: Any) -> int:
 
 def _success(told: Array, length: int) -> Array:
     """(L + 1,): ``infos`` may begin at the reset or at the first step, and hold flags or lists of one."""
-    told = flat(told).any(axis=1)
+    told = np.asarray(flat(told).any(axis=1))
     return told if len(told) == length + 1 else np.concatenate([[False], told])
 
 

@@ -20,7 +20,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Lost, Trying
+from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Event, Lost, Trying
 from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
@@ -28,8 +28,6 @@ from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 DEATHS = 3  # of workers, until the episode they were in has failed; outside of any, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
-
-Event = Trying | ShardCommit
 
 
 class ShardWork(Protocol):
@@ -151,8 +149,8 @@ class Pool:
             ray.get(source)
         else:
             event: Event = ray.get(next(source))
-            if isinstance(event, Trying):
-                job.trying = event
+            if not isinstance(event, ShardCommit):
+                job.trying = event if isinstance(event, Trying) else None
                 return event
             self._deaths = 0
         del self._busy[source]

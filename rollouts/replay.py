@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.rollouts.environments import Restorable
-from pvrpipe.rollouts.episodes import NOTHING_LOST, Lost, Trying, build_environment
+from pvrpipe.rollouts.episodes import NOTHING_LOST, Event, Lost, Played, Trying, build_environment
 from pvrpipe.rollouts.variation import STREAM, Look, columns_of, parse_variation
 from pvrpipe.schemas.errors import SimulationError
-from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardCommit, ShardPlan
+from pvrpipe.schemas.manifest import EpisodeRecord, Manifest, ShardPlan
 from pvrpipe.store.building import ShardWriter
 from pvrpipe.store.reading import Store
 
@@ -45,7 +45,7 @@ class ReplayShard:
         self._environment = build_environment(made)
         self._factors = columns_of(looks, self._environment.factors)
 
-    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Trying | ShardCommit]:
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Event]:
         """Draw the planned episodes and commit their shard.
 
         Args:
@@ -73,6 +73,7 @@ class ReplayShard:
                     held = slice(first, first + len(frames))
                     writer.write_rows({"frame": frames, **{name: a[held] for name, a in stored.items()}})
                 rows += known[number].rows
+                yield Played(plan.shard, rows)
             yield writer.commit()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,13 @@ def test_the_pair_is_what_the_simulator_says(source: Store, tmp_path: Path) -> N
         environment.restore(source.read_episode(1)["physics"][t], t)
         assert np.array_equal(environment.observe()["frame"], rows["frame"][t])
         assert np.array_equal(environment.observe()["state"], rows["state"][t])
+
+
+def test_a_replay_does_not_grow_by_itself(source: Store, tmp_path: Path) -> None:
+    """Its rows would no longer be those of what it shows."""
+    replay(source, tmp_path / "seen", INLINE, camera=1)
+    with pytest.raises(InvalidValueError, match="shows the episodes of another store"):
+        collect(dataclasses.replace(SMALL, camera=1, episodes=9), tmp_path / "seen", INLINE, append=True)
 
 
 def test_factors_are_columns_to_choose_episodes_by(source: Store, tmp_path: Path) -> None:
