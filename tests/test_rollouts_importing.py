@@ -205,16 +205,6 @@ def test_robomimic(tmp_path: Path, next_obs: bool) -> None:
     assert store.manifest.rollouts.control_timestep == 0.05
 
 
-def test_robomimic_that_does_not_say_where_it_was_recorded(tmp_path: Path) -> None:
-    import h5py
-
-    path = write_robomimic(tmp_path / "mine.hdf5", next_obs=True)
-    with h5py.File(path, "a") as file:
-        file["data"].attrs["env_args"] = "null"
-    imported("robomimic", path, tmp_path / "out", camera="agentview")
-    assert Store.open(tmp_path / "out").manifest.rollouts.environment == "import:robomimic:mine"
-
-
 def test_dqn_replay(tmp_path: Path) -> None:
     folder = write_dqn_replay(tmp_path / "Pong" / "1" / "replay_logs")
     write_dqn_replay(folder, 12)
