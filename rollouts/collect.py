@@ -19,7 +19,7 @@ import pyarrow as pa
 
 import pvrpipe
 from pvrpipe.rollouts.environments import DEFAULT_ENVIRONMENT, Environment, Restorable, make_environment
-from pvrpipe.rollouts.episodes import CollectShard, Trying, episode_columns, too_many
+from pvrpipe.rollouts.episodes import CollectShard, Event, episode_columns, too_many
 from pvrpipe.rollouts.importing import PREFIX
 from pvrpipe.rollouts.policies import check_playable, parse_policy
 from pvrpipe.rollouts.presets import expanded
@@ -41,7 +41,7 @@ ENGINES = ("ray", "inline")
 MOST_EPISODES = 10_000_000  # all of them are planned, in memory, before anything runs
 
 Work = CollectShard | ReplayShard
-Shards = Callable[[Iterable[ShardPlan]], Iterator[Trying | ShardCommit]]
+Shards = Callable[[Iterable[ShardPlan]], Iterator[Event]]
 
 
 @dataclass(frozen=True)
@@ -312,6 +312,10 @@ def _versions(environment: Environment) -> dict[str, str]:
 def grown_manifest(config: CollectConfig, out: Path) -> Manifest:
     """The store in ``out`` with as many episodes more as it lacks of those asked for."""
     sealed = Store.open(out, kind="rollouts").manifest
+    if sealed.rollouts.replay_of:
+        raise InvalidValueError(
+            f"{out} shows the episodes of another store and none of its own; let that one grow, and replay it anew"
+        )
     lacking = config.episodes - sealed.episodes
     more = draft_manifest(replace(config, episodes=max(lacking, 1)))  # of its kind, though none lacks
     assert isinstance(more.specification, RolloutSpecification)
@@ -339,9 +343,7 @@ def _inline(make: Callable[[], Work]) -> Iterator[Shards]:
         yield lambda plans: itertools.chain.from_iterable(map(work, plans))
 
 
-def _follow(
-    events: Iterator[Trying | ShardCommit], pending: PendingStore, max_failures: int, progress: Progress
-) -> int:
+def _follow(events: Iterator[Event], pending: PendingStore, max_failures: int, progress: Progress) -> int:
     """Wait for all shards, telling the progress; the rows that were collected."""
     made = pending.manifest.all_parts[-1].specification
     assert isinstance(made, RolloutSpecification)
@@ -351,7 +353,7 @@ def _follow(
     failed = [failure for commit in pending.commits().values() for failure in commit.failed]
     progress(0, to_do, "collecting")
     for event in events:
-        if isinstance(event, Trying):
+        if not isinstance(event, ShardCommit):
             begun[event.shard] = event.rows
         else:
             begun.pop(event.shard, None)

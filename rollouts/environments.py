@@ -240,7 +240,24 @@ def make_environment(
         if value is not None and not 1 <= value <= most:
             raise InvalidValueError(f"{option} is {value}; give 1 to {most:,}")
     make: Callable[..., Environment] = _family(prefix).make
-    return make(name, size=size, camera=camera, action_repeat=action_repeat, max_steps=max_steps)
+    try:
+        made = make(name, size=size, camera=camera, action_repeat=action_repeat, max_steps=max_steps)
+    except Exception as error:
+        if prefix in FAMILIES or isinstance(error, PvrpipeError):
+            raise
+        raise SimulationError(f"{name} cannot be made ({one_line(error)[:200]}); ask who made it") from error
+    _check_bounds(made)
+    return made
+
+
+def _check_bounds(environment: Environment) -> None:
+    """Refuse actions that nothing could be drawn from."""
+    low, high = np.asarray(environment.action_low), np.asarray(environment.action_high)
+    if low.shape != high.shape or low.ndim != 1 or not len(low) or not np.isfinite([low, high]).all():
+        raise InvalidValueError(
+            f"{environment.name} has actions between {low.tolist()} and {high.tolist()}; they must be as many finite "
+            "bounds of each kind, at least one: wrap it"
+        )
 
 
 def pick_camera(camera: int | str | None, cameras: tuple[str, ...], usual: str, environment: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -35,6 +36,16 @@ class Trying(NamedTuple):
     episode: int
     attempt: int  # counts tries, over all seeds
     rows: int  # of the shard that are done
+
+
+class Played(NamedTuple):
+    """Said by a worker once an episode is played: what it does next is writing, however long that takes."""
+
+    shard: int
+    rows: int  # of the shard that are done
+
+
+Event = Trying | Played | ShardCommit
 
 
 class EpisodeFailedError(Exception):
@@ -99,13 +110,13 @@ def run_episode(
     row = 0
     try:
         step = environment.reset(seed, look)
-        _check(step, row)
+        _check(step, row, environment)
         tape.arrived(step)
         while not step["is_last"]:
             action = next(actions)
             tape.acted(action)
             row, step = row + 1, environment.step(action)
-            _check(step, row)
+            _check(step, row, environment)
             tape.arrived(step)
     except (PvrpipeError, EpisodeFailedError):
         raise
@@ -135,10 +146,18 @@ def _played(environment: Environment) -> tuple[Column, ...]:
     return tuple(c for c in episode_columns(environment) if c.name not in bounds)
 
 
-def _check(step: Step, row: int) -> None:
+def _check(step: Step, row: int, environment: Environment) -> None:
+    """Refuse a row that no episode can have; environments of other packages are held to nothing else."""
     for name in ("reward", "state", "physics"):
         if not np.isfinite(step[name]).all():
             raise EpisodeFailedError(f"{name} is not finite at step {row}")
+    frame, wanted = np.asarray(step["frame"]), [environment.size, environment.size, 3]
+    if frame.dtype != np.uint8 or [*frame.shape] != wanted:
+        raise EpisodeFailedError(
+            f"the frame at step {row} is {frame.dtype} {[*frame.shape]}, not uint8 {wanted}"
+        )
+    if row >= environment.max_steps and not step["is_last"]:
+        raise EpisodeFailedError(f"step {row} is not its last, though it has at most {environment.max_steps}")
 
 
 def build_environment(specification: RolloutSpecification) -> Environment:
@@ -186,7 +205,7 @@ class CollectShard:
         self._environment = build_environment(made)
         self._factors = columns_of(looks, self._environment.factors)
 
-    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Trying | ShardCommit]:
+    def __call__(self, plan: ShardPlan, lost: Lost = NOTHING_LOST) -> Iterator[Event]:
         """Collect the planned episodes and commit their shard, saying before each try which it is.
 
         Args:
@@ -211,8 +230,9 @@ class CollectShard:
                     if episode is None and attempt % TRIES == 0:
                         failed.append(self._failed(number, seed, str(reason)))
                         self._refuse_too_many(failed)
-                writer.write_episode(episode)
                 rows += len(episode)
+                yield Played(plan.shard, rows)
+                writer.write_episode(episode)
             yield writer.commit(failed)
 
     def _try(self, number: int, seed: int) -> tuple[Episode | None, str | None]:
@@ -230,7 +250,8 @@ class CollectShard:
                 folder=self._folder,
             ), None
         except EpisodeFailedError as error:
-            self.close()
+            with suppress(Exception):  # it is broken
+                self.close()
             self._environment = build_environment(self._made)
             return None, one_line(error)
 

@@ -47,20 +47,20 @@ def open_source(given: str, _: str | None) -> Source:
         SourceError: it holds no such table, or more than one.
     """
     folder = Path(given)
-    tables = sorted(p for p in folder.glob("*") if p.suffix in TABLES)
+    tables = [p for p in _files(folder) if p.suffix.lower() in TABLES]
     if len(tables) != 1:
         what = f"{len(tables)} tables" if tables else "no table"
         raise SourceError(
             f"{folder} holds {what} (.csv or .parquet) of actions and rewards; it must hold one"
         )
     with reading(tables[0]):
-        table = pl.read_csv(tables[0]) if tables[0].suffix == ".csv" else pl.read_parquet(tables[0])
+        table = _table(tables[0])
     actions, states = _numbered(table, "action"), _numbered(table, "state")
     if not actions or "reward" not in table.columns:
         raise SourceError(
             f"{tables[0]} needs columns 'action' (or 'action_0', …) and 'reward'; it has {table.columns}"
         )
-    videos = sorted(p for p in folder.iterdir() if p.suffix in VIDEOS)
+    videos = [p for p in _files(folder) if p.suffix.lower() in VIDEOS]
     rate = rate_of(videos[0]) if videos and "frame" not in table.columns else None
     return Source(
         name=folder.absolute().name,
@@ -71,6 +71,28 @@ def open_source(given: str, _: str | None) -> Source:
         seconds=1 / rate if rate else STEP_SECONDS,
         has_success="success" in table.columns,
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder, in order, but for what systems hide there."""
+    return sorted((p for p in folder.glob("*") if not p.name.startswith(".")), key=_natural)
+
+
+def _table(path: Path) -> pl.DataFrame:
+    """A table with a column for each number of a vector.
+
+    Of a CSV, names stay text (``007``), and all rows decide of what type a column is: rewards often begin with zeros.
+    """
+    if path.suffix.lower() == ".csv":
+        text = {"episode": pl.String(), "frame": pl.String()}
+        return pl.read_csv(path, infer_schema_length=None, schema_overrides=text)
+    table = pl.read_parquet(path)
+    for name in ("action", "state"):
+        if name in table.columns and table[name].dtype.is_nested():
+            elements = np.stack(table[name].to_list()).T
+            series = [pl.Series(f"{name}_{i}", values) for i, values in enumerate(elements)]
+            table = table.drop(name).hstack(series)
+    return table
 
 
 def _numbered(table: pl.DataFrame, name: str) -> list[str]:
@@ -147,7 +169,7 @@ def _shown(folder: Path, episode: str) -> Pictures:
         video = place.with_name(place.name + suffix)
         if video.is_file():
             return video
-    within = sorted(place.iterdir(), key=_natural) if place.is_dir() else []
+    within = _files(place) if place.is_dir() else []
     images = [p for p in within if p.suffix.lower() in IMAGES]
     videos = [p for p in within if p.suffix.lower() in VIDEOS]
     if images:
@@ -179,5 +201,7 @@ def _frames(pictures: Pictures, count: int) -> Array:
     held = []
     for path in pictures:
         with reading(path), Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise SourceError(f"{path} has {image.mode} pixels; frames are of bytes: convert them")
             held.append(np.asarray(image.convert("RGB")))
     return np.stack(held)

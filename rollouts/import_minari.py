@@ -37,6 +37,7 @@ from pvrpipe.rollouts.import_source import (
 from pvrpipe.schemas.errors import SourceError
 
 METADATA, DATA = "metadata.json", "main_data.hdf5"
+LARGEST_SEED = (1 << 53) - 1  # so that JSON holds it exactly
 
 Space = dict[str, Any]
 
@@ -85,8 +86,8 @@ def open_source(given: str, camera: str | None) -> Source:
         int(action.get("start", 0)),
     )
     with opened_hdf5(layout.path) as file:
-        first = next(iter(file.values()), None)
-        has_success = first is not None and "infos/success" in first
+        episodes = in_order(own_members(file), "episode_")
+        has_success = bool(episodes) and all("infos/success" in file[name] for name in episodes)
     return Source(
         name=str(told.get("dataset_id") or folder.parent.name),
         trajectories=partial(_trajectories, layout, has_success),
@@ -103,10 +104,10 @@ def _folder(given: str) -> Path:
     """The folder with the metadata."""
     home = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     for folder in (Path(given), Path(given) / "data", home / given / "data"):
-        if (folder / METADATA).is_file() and (folder / DATA).is_file():
+        if (folder / METADATA).is_file():
             return folder
     raise SourceError(
-        f"{given} is no Minari data set: {METADATA} and {DATA} are neither there nor in {home}; "
+        f"{given} is no Minari data set: {METADATA} is neither there nor in {home}; "
         f"give its folder, or get it with `minari download {given}`"
     )
 
@@ -169,13 +170,20 @@ def _trajectory(group: Any, name: str, layout: _Layout, has_success: bool) -> Tr
         state=np.concatenate(vectors, axis=1) if vectors else None,
         success=_success(group["infos/success"][:], length) if has_success else None,
         terminated=bool(length and group["terminations"][-1]),
-        seed=max(0, int(group.attrs.get("seed", 0))),
+        seed=_seed(group.attrs.get("seed", 0)),
         policy=str(group.attrs.get("policy", "imported")),
     )
 
 
+def _seed(told: Any) -> int:
+    """An episode's seed, 0 where it is unknown or no number of 53 bits: Minari draws 64 where it is given none."""
+    text = str(told)
+    return int(text) if text.isdecimal() and int(text) <= LARGEST_SEED else 0
+
+
 def _success(told: Array, length: int) -> Array:
-    """(L + 1,): ``infos`` may begin at the reset or at the first step."""
+    """(L + 1,): ``infos`` may begin at the reset or at the first step, and hold flags or lists of one."""
+    told = np.asarray(flat(told).any(axis=1))
     return told if len(told) == length + 1 else np.concatenate([[False], told])
 
 

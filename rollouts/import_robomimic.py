@@ -56,7 +56,7 @@ def open_source(given: str, camera: str | None) -> Source:
         label = picked(list(shown), camera, path)
         vectors = [k for k in members if observed[k].ndim <= 2 and observed[k].dtype.kind in "fiu"]
         names = [n for k in vectors for n in names_of(k, int(np.prod(observed[k].shape[1:])))]
-        made = json.loads(file["data"].attrs.get("env_args", "{}"))
+        made = json.loads(file["data"].attrs.get("env_args", "{}")) or {}
     rate = made.get("env_kwargs", {}).get("control_freq")
     return Source(
         name=str(made.get("env_name") or path.stem),

@@ -67,6 +67,11 @@ def _check(found: Trajectory, source: Source) -> None:
                 f"{found.name} of {source.name} has {length} actions, but {len(values)} {what}; "
                 "mend it, or leave it out"
             )
+    for what, values in {"reward": found.reward, "success": found.success}.items():
+        if values is not None and values.ndim != 1:
+            raise SourceError(
+                f"{found.name} of {source.name} has a {what} of shape {list(values.shape[1:])}; it must be one number"
+            )
     for what, values in {"action": found.action, "reward": found.reward, "state": found.state}.items():
         if values is None:
             continue

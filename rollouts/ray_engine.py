@@ -20,7 +20,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Lost, Trying
+from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Event, Lost, Trying
 from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
@@ -28,8 +28,6 @@ from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 DEATHS = 3  # of workers, until the episode they were in has failed; outside of any, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
 RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
-
-Event = Trying | ShardCommit
 
 
 class ShardWork(Protocol):
@@ -128,11 +126,12 @@ class Pool:
     def _next(self) -> Event | ShardPlan | None:
         """Wait for a worker: what it says, or the plan to do again, or None if there is nothing to say."""
         ready, _ = ray.wait(list(self._busy), timeout=LOOK_AROUND, fetch_local=False)
-        if time.monotonic() - self._looked > LOOK_AROUND:
+        if not ready or time.monotonic() - self._looked > LOOK_AROUND:  # however much others have to say
             self._looked = time.monotonic()
             self._grow()
-        if not ready:
-            return self._give_up_on_one()
+            given_up = self._give_up_on_one()
+            if given_up or not ready:
+                return given_up
         job = self._busy[ready[0]]
         try:
             told = self._hear(ready[0], job)
@@ -150,8 +149,8 @@ class Pool:
             ray.get(source)
         else:
             event: Event = ray.get(next(source))
-            if isinstance(event, Trying):
-                job.trying = event
+            if not isinstance(event, ShardCommit):
+                job.trying = event if isinstance(event, Trying) else None
                 return event
             self._deaths = 0
         del self._busy[source]
@@ -191,7 +190,8 @@ class Pool:
         for source, job in self._busy.items():
             if job.plan is None or job.trying is None or self._patience is None:
                 continue
-            if time.monotonic() - job.heard > self._patience:
+            late = time.monotonic() - job.heard > self._patience
+            if late and not ray.wait([source], timeout=0, fetch_local=False)[0]:
                 self._lose(job.trying, job.trying.attempt, "it did not come to an end in time")
                 ray.kill(job.actor)
                 del self._busy[source]

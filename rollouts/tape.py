@@ -29,7 +29,7 @@ class Tape:
         self._file: IO[bytes] | None = None
 
     def arrived(self, step: Step) -> None:
-        """The row that was arrived at; its action comes with :meth:`acted`."""
+        """The row that was arrived at, copied; its action comes with :meth:`acted`."""
         at = self._length % len(self._block)
         if self._length and at == 0:
             self._spill(self._block)
@@ -38,7 +38,7 @@ class Tape:
         for name, rows in self._rows.items():
             if name != "action":
                 column = self._columns[name]
-                rows.append(np.asarray(step[name], column.dtype).reshape(column.shape))  # type: ignore[literal-required]
+                rows.append(np.array(step[name], column.dtype).reshape(column.shape))  # type: ignore[literal-required]
 
     def acted(self, action: NDArray[np.float32]) -> None:
         """The action that was taken from the last row."""

@@ -19,6 +19,12 @@ NAMES = (
     "failing:die",
     "failing:crash",
     "failing:long",
+    "failing:floats",
+    "failing:endless",
+    "failing:unclosable",
+    "failing:reused",
+    "failing:unbounded",
+    "failing:unmade",
 )
 
 
@@ -31,6 +37,8 @@ def make(name, *, size, camera, action_repeat, max_steps):
 
     if name not in NAMES:
         raise UnknownNameError.among("environment", name, NAMES)
+    if name == "failing:unmade":
+        raise ValueError("the licence\nhas expired")
     return Failing(name, size, action_repeat or 1, max_steps or 5)
 
 
@@ -46,7 +54,10 @@ class Failing:
         self.name, self.size, self.action_repeat, self.max_steps = name, size, action_repeat, max_steps
         self.action_low, self.action_high = -np.ones(2, np.float32), np.ones(2, np.float32)
         self.versions = {"failing": "1"}
-        self._how = name.partition(":")[2]
+        self._how, self._broken = name.partition(":")[2], False
+        self._frame, self._state = np.zeros((size, size, 3), np.uint8), np.zeros(1, np.float32)
+        if self._how == "unbounded":
+            self.action_high = self.action_high * np.inf
 
     def renderer(self) -> str:
         return "none"
@@ -63,10 +74,12 @@ class Failing:
         return self._now()
 
     def close(self) -> None:
-        pass
+        if self._broken:
+            raise RuntimeError("the gripper does not let go")
 
     def _fail(self) -> None:
-        if self._how in ("raise", "never"):
+        self._broken = self._how == "unclosable"
+        if self._how in ("raise", "never", "unclosable"):
             raise ValueError("the gripper came off")
         if self._how == "nan":
             self._x = float("nan")
@@ -84,12 +97,14 @@ class Failing:
             raise ValueError("a hiccup")
 
     def _now(self) -> dict:
-        frame = np.full((self.size, self.size, 3), (self._seed + self._row) % 256, np.uint8)
+        if self._how != "reused":
+            self._frame, self._state = np.zeros_like(self._frame), np.zeros_like(self._state)
+        self._frame[:], self._state[:] = (self._seed + self._row) % 256, self._x
         return {
-            "frame": frame,
-            "state": np.array([self._x], np.float32),
+            "frame": self._frame / 255 if self._how == "floats" else self._frame,
+            "state": self._state,
             "physics": np.empty(0),
             "reward": self._x if self._row else 0.0,
-            "is_last": self._row >= self.max_steps,
+            "is_last": self._row >= self.max_steps and self._how != "endless",
             "is_terminal": False,
         }

@@ -42,7 +42,10 @@ def imported(format_: str, source: Path | str, out: Path, **options: Any) -> Imp
 
 
 def write_minari(home: Path, *, jpeg: bool, discrete: bool = False) -> str:
-    """By Minari itself, into ``MINARI_DATASETS_PATH``; its id."""
+    """By Minari itself, into ``MINARI_DATASETS_PATH``; its id.
+
+    Where actions are discrete, seeds are as Minari draws them where it is given none, and successes lists of one.
+    """
     import minari  # takes seconds, and processes that are killed have no use for it
     from gymnasium import spaces
     from minari.data_collector import EpisodeBuffer
@@ -55,13 +58,13 @@ def write_minari(home: Path, *, jpeg: bool, discrete: bool = False) -> str:
         buffers.append(
             EpisodeBuffer(
                 id=number,
-                seed=100 + number,
+                seed=(1 << 63) + number if discrete else 100 + number,
                 observations={"camera": real["frame"], "state": real["state"]},
                 actions=action,
                 rewards=list(real["reward"]),
                 terminations=list(last & (number != 1)),
                 truncations=list(last & (number == 1)),
-                infos={"success": np.arange(length + 1) == length},
+                infos={"success": (np.arange(length + 1) == length).reshape((-1, 1) if discrete else -1)},
             )
         )
     picture = spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
+from pvrpipe.rollouts.collect import CollectConfig, Engine, collect, replay
 from pvrpipe.rollouts.environments import make_environment
 from pvrpipe.rollouts.episodes import episode_seed, run_episode
 from pvrpipe.rollouts.policies import Member
@@ -107,6 +107,53 @@ def test_too_many_failures_are_one_line_and_what_is_committed_stays(tmp_path: Pa
 def test_an_environment_that_always_fails_ends(tmp_path: Path) -> None:
     with pytest.raises(SimulationError, match="failed in 4 episodes, --max-failures are 3"):
         collect(config("never"), tmp_path / "store", Engine("inline", max_failures=3))
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("floats", r"the frame at step 0 is float64 \[16, 16, 3\], not uint8 \[16, 16, 3\]"),
+        ("endless", "step 5 is not its last, though it has at most 5"),
+    ],
+)
+def test_rows_that_no_episode_can_have_are_refused(tmp_path: Path, how: str, reason: str) -> None:
+    """Frames of floating point would be stored as black ones."""
+    with pytest.raises(SimulationError, match=reason):
+        collect(config(how), tmp_path / "store", Engine("inline"))
+
+
+@pytest.mark.usefixtures("package")
+def test_an_environment_may_use_its_arrays_again(tmp_path: Path) -> None:
+    collect(config("reused"), tmp_path / "reused", Engine("inline"))
+    collect(config("long"), tmp_path / "fresh", Engine("inline"))
+    reused, fresh = Store.open(tmp_path / "reused"), Store.open(tmp_path / "fresh")
+    replay(reused, tmp_path / "again", Engine("inline"))
+    for store in (reused, Store.open(tmp_path / "again")):
+        for name, rows in fresh.read_episode(3).items():
+            assert np.array_equal(rows, store.read_episode(3)[name]), name
+
+
+@pytest.mark.usefixtures("package")
+def test_an_environment_that_fails_and_cannot_be_closed_is_made_anew(tmp_path: Path) -> None:
+    failed = collect(config("unclosable"), tmp_path / "unclosable", Engine("inline", max_failures=9)).failed
+    assert failed == collect(config("raise"), tmp_path / "raised", Engine("inline", max_failures=9)).failed
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ("unbounded", InvalidValueError, "has actions between .* they must be as many finite bounds"),
+        ("unmade", SimulationError, "failing:unmade cannot be made .the licence has expired"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_one_line(
+    tmp_path: Path, how: str, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        collect(config(how), tmp_path / "store", Engine("inline"))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.slow

@@ -92,6 +92,21 @@ def test_minari_of_one_of_several_actions(tmp_path: Path, monkeypatch: pytest.Mo
     action = store.read_episode(2)["action"]
     assert action.shape == (8, 4)
     assert action[:-1].argmax(axis=1).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert store.episodes["seed"].to_list() == [0, 0, 0]  # 64 bits are none that JSON holds
+    assert store.read_episode(2)["success"].tolist() == [False] * 7 + [True]
+
+
+def test_minari_of_data_sets_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some episodes do not tell success, none does."""
+    import h5py
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    id_ = write_minari(tmp_path, jpeg=False)
+    with h5py.File(tmp_path / id_ / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_1/infos"]
+    imported("minari", id_, tmp_path / "out")
+    assert Store.open(tmp_path / "out").manifest.column("success") is None
+    check(tmp_path / "out", WHOLE, state=True)
 
 
 @pytest.mark.parametrize("format_", ["minari", "lerobot"])
@@ -242,6 +257,33 @@ def test_frames_named_row_by_row(tmp_path: Path) -> None:
     assert rows["reward"].tolist() == [0, 0.5, 0.25]
     assert rows["state"].ravel().tolist() == [1, 2, 3]
     assert rows["success"].tolist() == [False, False, True]
+
+
+def test_a_table_means_what_it_says(tmp_path: Path) -> None:
+    """Names keep their zeros; a reward that is whole for long may not stay so; what systems hide is no frame."""
+    folder, steps = tmp_path / "mine", 150
+    for name in ("007", "8"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "._0.PNG").write_bytes(b"of a mac")
+        for t in range(steps):
+            Image.fromarray(np.full((16, 16, 3), t, np.uint8)).save(folder / name / f"{t}.PNG")
+    lines = [f"{name},{t // 140},{t / 2 if t >= 140 else 0}" for name in ("007", "8") for t in range(steps)]
+    (folder / "TABLE.CSV").write_text("\n".join(["episode,action,reward", *lines]))
+    imported("frames", folder, tmp_path / "out")
+    rows = Store.open(tmp_path / "out").read_episode(0)
+    assert rows["frame"][:, 0, 0, 0].tolist() == list(range(steps))
+    assert rows["reward"][1:].tolist() == [t / 2 if t >= 140 else 0 for t in range(steps - 1)]
+    assert rows["action"][:-1].argmax(axis=1).tolist() == [t // 140 for t in range(steps - 1)]
+
+
+def test_a_table_may_hold_vectors(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "mine", "images")
+    table = pl.read_csv(folder / "table.csv")
+    actions = pl.concat_list("action_0", "action_1").alias("action")
+    (folder / "table.csv").unlink()
+    table.select("episode", "step", actions, "reward").write_parquet(folder / "table.parquet")
+    imported("frames", folder, tmp_path / "out")
+    check(tmp_path / "out", dict(reversed(CUT.items())))
 
 
 def test_frames_are_fitted_into_a_square(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pvrpipe.schemas.errors import MissingExtraError, PvrpipeError, SourceError
+from pvrpipe.store.reading import Store
 
 from .importable import (
     imported,
@@ -138,3 +139,11 @@ def test_a_missing_library_names_its_extra(tmp_path: Path, monkeypatch: pytest.M
         imported("robomimic", path, tmp_path / "out")
     with pytest.raises(MissingExtraError, match=r"pip install 'pvrpipe\[video\]'"):
         imported("frames", folder, tmp_path / "out")
+
+
+def test_robomimic_that_does_not_say_where_it_was_recorded(tmp_path: Path) -> None:
+    path = write_robomimic(tmp_path / "mine.hdf5", next_obs=True)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = "null"
+    imported("robomimic", path, tmp_path / "out", camera="agentview")
+    assert Store.open(tmp_path / "out").manifest.rollouts.environment == "import:robomimic:mine"

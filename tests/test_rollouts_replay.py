@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,13 @@ def test_the_pair_is_what_the_simulator_says(source: Store, tmp_path: Path) -> N
         assert np.array_equal(environment.observe()["state"], rows["state"][t])
 
 
+def test_a_replay_does_not_grow_by_itself(source: Store, tmp_path: Path) -> None:
+    """Its rows would no longer be those of what it shows."""
+    replay(source, tmp_path / "seen", INLINE, camera=1)
+    with pytest.raises(InvalidValueError, match="shows the episodes of another store"):
+        collect(dataclasses.replace(SMALL, camera=1, episodes=9), tmp_path / "seen", INLINE, append=True)
+
+
 def test_factors_are_columns_to_choose_episodes_by(source: Store, tmp_path: Path) -> None:
     replay(source, tmp_path / "seen", INLINE, variation="none:1,fov=1:2")
     table = Store.open(tmp_path / "seen").episodes
@@ -106,6 +114,23 @@ def takes_its_actions_again(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="cannot vary size"):
         replay(source, tmp_path / "sizes", INLINE, variation="size=1")
     assert not (tmp_path / "sizes").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sensor"), [("dmc:finger-spin", "touch[1]"), ("dmc:hopper-stand", "touch[0]")]
+)
+def test_what_is_measured_on_the_way_to_a_state_is_found_again(
+    environment: str, sensor: str, tmp_path: Path
+) -> None:
+    """Touch and acceleration are those of the step that led to a state, not of the state."""
+    small = CollectConfig(environment, size=32, episodes=2, max_steps=40, policy="ou")
+    collect(small, tmp_path / "source", INLINE)
+    source = Store.open(tmp_path / "source")
+    at = source.manifest.rollouts.state_names.index(sensor)
+    assert any(source.read_episode(e)["state"][:, at].any() for e in range(2))
+    replay(source, tmp_path / "again", INLINE)
+    for before, after in pairs(source, Store.open(tmp_path / "again")):
+        assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("environment", ["metaworld:push", "dmc:finger-turn_easy"])
