@@ -37,7 +37,8 @@ def find_pvr(name: str) -> Pvr:
         return PVRS[name]
     prefix, _, rest = name.partition(":")
     if prefix in ("timm", "hf") and rest:
-        from pvrpipe.pipeline.own import hub_pvr, timm_pvr  # torch takes seconds to import
+        from pvrpipe.pipeline.hub import hub_pvr  # torch takes seconds to import
+        from pvrpipe.pipeline.own import timm_pvr
 
         return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
     if not name:
