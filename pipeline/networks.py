@@ -28,6 +28,8 @@ class Network(nn.Module):
     final_norm = False
     normed = False
     """whether there is a final norm to choose"""
+    patch: int | None = None
+    """pixels of a side of what becomes one token"""
 
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class TokenNetwork(Network):
 
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         self.poolings = _token_poolings(trunk)
+        self.patch = _patch_of(trunk)
         self.summaries = [int(n) for n in str(pvr.overrides.get("summaries", "")).split(",") if n]
         super().__init__(trunk, pvr)
 
@@ -130,6 +133,11 @@ class TokenNetwork(Network):
                 return self.trunk.head(prefix[:, 0])  # type: ignore[operator]
             case _:
                 return patches
+
+
+def _patch_of(trunk: nn.Module) -> int | None:
+    patch = getattr(trunk, "patch", None) or getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    return patch[0] if isinstance(patch, tuple) else patch
 
 
 def _token_poolings(trunk: nn.Module) -> tuple[str, ...]:
