@@ -129,6 +129,9 @@ def _split_q(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".q+kv." in name:
             q, kv = value.split([len(value) // 3, 2 * len(value) // 3])
             split |= {name.replace(".q+kv.", ".q."): q, name.replace(".q+kv.", ".kv."): kv}
+        elif name.endswith(".q-v_bias"):
+            q, _, v = value.chunk(3)
+            split |= {name.replace("q-v_bias", "q_bias"): q, name.replace("q-v_bias", "v_bias"): v}
         else:
             split[name] = value
     return split

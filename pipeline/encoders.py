@@ -109,10 +109,10 @@ class Encoder:
             embedding = self._seen(torch.empty(1, 3, *size, device="meta"))
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise InvalidValueError(
-                f"{self.pvr.name} cannot take {size[0]} × {size[1]} pixels ({one_line(error)[:120]}); "
-                "choose another --input-size"
+                f"{self.pvr.name} cannot make --pool {self.pvr.pooling} of {size[0]} × {size[1]} pixels "
+                f"({one_line(error)[:120]}); choose another --input-size or --pool"
             ) from error
         return self.identity.model_copy(update={"shape": tuple(embedding.shape[1:])})
 
@@ -123,7 +123,7 @@ class Encoder:
         without_data = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
         try:
             embedding: Tensor = torch.func.functional_call(self.network, without_data, (pixels,))
-        except (AssertionError, RuntimeError, ValueError):
+        except (AssertionError, RuntimeError, TypeError, ValueError):
             embedding = self.network(torch.zeros_like(pixels, device=self.device))
         return embedding
 
@@ -179,8 +179,9 @@ def _refuse_uneven(pvr: Pvr, network: Network) -> None:
     """Refuse a size that patches do not divide: what is left over would not be seen."""
     crop, patch = pvr.recipe.crop, network.patch
     if crop and patch and crop % patch:
+        nearest = max(1, round(crop / patch)) * patch
         raise InvalidValueError(
-            f"--input-size {crop}: {pvr.name} sees patches of {patch} pixels; give {max(1, round(crop / patch)) * patch}"
+            f"--input-size {crop}: {pvr.name} sees patches of {patch} pixels; give {nearest}"
         )
 
 

@@ -63,6 +63,12 @@ class Network(nn.Module):
         return self.trunk(x)
 
 
+class OwnOutput(Network):
+    """A network of timm whose stages have no names here: its own output, and nothing else."""
+
+    poolings = ("pooled",)
+
+
 class TokenNetwork(Network):
     """A vision transformer: tokens after some of its blocks, pooled."""
 
@@ -204,7 +210,7 @@ def _stages(trunk: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
     if hasattr(trunk, "layer4") and hasattr(trunk, "maxpool"):
         stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool)  # type: ignore[arg-type]
         return {"stem": stem, **{f"layer{n}": getattr(trunk, f"layer{n}") for n in range(1, 5)}}
-    if isinstance(getattr(trunk, "final_conv", None), nn.Identity):  # CLIP's ResNets
+    if isinstance(getattr(trunk, "final_conv", None), nn.Identity) and hasattr(trunk, "stages"):  # CLIP's
         stages = {f"layer{n}": stage for n, stage in enumerate(trunk.stages, 1)}  # type: ignore[arg-type]
         return {"stem": trunk.stem, **stages}
     return {"whole": trunk}
@@ -255,7 +261,8 @@ def _timm(pvr: Pvr) -> Network:
         _round_periods(trunk.rope)
     if hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "blocks"):
         return TokenNetwork(trunk, pvr)
-    return (Network if pvr.pooling == "pooled" else MapNetwork)(trunk, pvr)
+    named = "whole" not in _stages(trunk)
+    return (MapNetwork if named and pvr.pooling != "pooled" else OwnOutput)(trunk, pvr)
 
 
 def _round_periods(rope: Any) -> None:

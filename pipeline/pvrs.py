@@ -47,7 +47,7 @@ class KeyMap(Frozen):
     ``under``: the entry that holds the tensors, where there is one. ``drop``: tensors that belong to
     other parts of the upstream model. ``rename``: regular expressions, applied one after another.
     Separate q, k, v are then joined to the qkv that timm uses, one called ``q+kv`` is split into its q and its
-    kv, and leading axes of one are added.
+    kv, one called ``q-v_bias`` into its q's and its v's, and leading axes of one are added.
     ``transpose``: matrices of ours that upstream multiplies from the other side. ``fold_class_position``: the
     class token's position is added to the token, as timm stores both.
     """
