@@ -299,7 +299,7 @@ def build_network(pvr: Pvr, seed: int) -> Network:
         torch.manual_seed(seed)
         try:
             return build(pvr)
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"{pvr.name}: architecture '{pvr.architecture}' with {pvr.overrides} cannot be built "
                 f"({one_line(error)[:120]}); mend its specification"

@@ -59,5 +59,6 @@ def find_pvr(name: str) -> Pvr:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise WeightsError(
-            f"{spec}: {where}: {first['msg']}; make the folder again with `pvrpipe pretrain`"
+            f"{spec}: {f'{where}: ' if where else ''}{first['msg']}; mend it, or make the folder again with "
+            "`pvrpipe pretrain`"
         ) from None

@@ -236,6 +236,34 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         find_pvr(str(tmp_path / "broken.json"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"blocks": []}, "rising"),
+        ({"blocks": [2, 0]}, "rising"),  # it was block 0 alone
+        ({"blocks": [-1]}, "rising"),
+        ({"width": 0}, "width"),
+        ({"name": ".."}, "name"),
+        ({"recipe": {"resize": -3}}, "not positive"),
+        ({"recipe": {"std": [0, 0, 0]}}, "not positive"),
+        ({"keys": {"drop": ["["]}}, r"'\['.*regular expression"),
+        ({"keys": {"rename": [["(a)", r"\3"]]}}, "regular expression"),
+        ({"positions": "rope-bf16"}, "cannot be built"),
+    ],
+)
+def test_what_a_specification_cannot_mean_is_one_line(
+    tmp_path: Path, changes: dict[str, Any], refusal: str
+) -> None:
+    spec = PVRS["mocov3-s"].model_dump(mode="json")
+    spec |= {"source": {"file": "w.safetensors"}, "keys": {}}
+    for name, value in changes.items():
+        spec[name] = {**spec[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "pvr.json").write_text(json.dumps(spec))
+    safetensors.torch.save_file({"a": noise(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=refusal):
+        Encoder(EncoderRequest(str(tmp_path), device="cpu"))
+
+
 def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The example that docs/pvrs.md names, as if it were installed."""
     point = EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)
