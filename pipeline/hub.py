@@ -60,7 +60,7 @@ def hub_pvr(name: str) -> Pvr:
     config = _json_of(name, CONFIG)
     if "architecture" in config and "pretrained_cfg" in config:
         arguments = config.get("model_args") or {}
-        return of_timm(f"hf:{name}", config["architecture"], config["pretrained_cfg"], name, arguments)
+        return of_timm(_called(name), config["architecture"], config["pretrained_cfg"], name, arguments)
     kind = str(config.get("model_type", "")).removesuffix("_vision_model")
     if kind not in FAMILIES:
         known = ", ".join(["timm's", *FAMILIES])
@@ -69,6 +69,11 @@ def hub_pvr(name: str) -> Pvr:
             "write a specification file, or register a package (docs/pvrs.md)"
         )
     return _of_transformers(name, kind, _file_of(name, PROCESSOR).parent)
+
+
+def _called(name: str) -> str:
+    """What an encoder is called: a folder by its last part, as the same one lies elsewhere on another machine."""
+    return f"hf:{Path(name).resolve().name if Path(name).is_dir() else name}"
 
 
 def _file_of(name: str, file: str) -> Path:
@@ -117,8 +122,8 @@ def _of_transformers(name: str, kind: str, folder: Path) -> Pvr:
         projection = int(config.projection_dim)
     return family.model_copy(
         update={
-            "name": f"hf:{name}",
-            "title": f"{name} ({config.model_type})",
+            "name": _called(name),
+            "title": f"{_called(name).removeprefix('hf:')} ({config.model_type})",
             "source": WeightsSource(repo=None if Path(name).is_dir() else name, file="model.safetensors"),
             "overrides": {**family.overrides, **_sizes(name, kind, vision, gated), "img_size": size},
             "keys": family.keys.model_copy(update={"drop": (*family.keys.drop, *HEADS)}),

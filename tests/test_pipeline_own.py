@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -148,6 +149,15 @@ def test_what_a_hub_folder_asks_for_and_cannot_be_had_is_refused(
     clip_folder(tmp_path, OLD_CLIP | processor, **said)
     with pytest.raises(WeightsError, match=refusal):
         find_pvr(f"hf:{tmp_path}")
+
+
+def test_a_hub_folder_is_the_same_encoder_wherever_it_lies(tmp_path: Path) -> None:
+    (here := tmp_path / "a" / "mine").mkdir(parents=True)
+    clip_folder(here, OLD_CLIP)
+    there = shutil.copytree(here, tmp_path / "b" / "mine")
+    first, second = (Encoder(EncoderRequest(f"hf:{folder}", device="cpu")) for folder in (here, there))
+    assert first.identity == second.identity
+    assert first.identity.name == "hf:mine"
 
 
 def test_a_processor_that_normalises_nothing_is_a_recipe(tmp_path: Path) -> None:
