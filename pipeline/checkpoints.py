@@ -33,8 +33,17 @@ def tensors_of(path: Path, digest: str, keys: KeyMap) -> dict[str, Tensor]:
         keys: what is taken from it, and what that is called here.
 
     Raises:
-        WeightsError: it is no checkpoint of plain tensors.
+        WeightsError: it is no checkpoint of plain tensors, or a pattern of the keys is none.
     """
+    try:
+        return _tensors_of(path, digest, keys)
+    except re.error as error:
+        raise WeightsError(
+            f"{error.pattern!r} in the specification's keys is no regular expression ({error}); mend it"
+        ) from None
+
+
+def _tensors_of(path: Path, digest: str, keys: KeyMap) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return rename(chosen(read_tensors(path), keys), keys)
     taken = canonical_json({"under": keys.under, "drop": keys.drop})
@@ -129,6 +138,9 @@ def _split_q(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".q+kv." in name:
             q, kv = value.split([len(value) // 3, 2 * len(value) // 3])
             split |= {name.replace(".q+kv.", ".q."): q, name.replace(".q+kv.", ".kv."): kv}
+        elif name.endswith(".q-v_bias"):
+            q, _, v = value.chunk(3)
+            split |= {name.replace("q-v_bias", "q_bias"): q, name.replace("q-v_bias", "v_bias"): v}
         else:
             split[name] = value
     return split

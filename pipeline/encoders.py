@@ -22,7 +22,7 @@ from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
-from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
 from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe
 
 Precision = Literal["fp32", "bf16"]
@@ -80,13 +80,16 @@ class Encoder:
     """
 
     def __init__(self, request: EncoderRequest) -> None:
-        self.pvr = read_out(find_pvr(request.pvr), request.readout)
+        asked = find_pvr(request.pvr)
+        self.pvr = read_out(asked, request.readout)
         self.device = request.resolved_device()
         self.precision: Precision = request.precision
         self.batch = request.batch or BATCH[self.device.type]
         weights = find_weights(self.pvr, request.weights, request.pvr)
         network = build_network(self.pvr, weights.seed if isinstance(weights, Random) else 0)
         self.identity = _identity(self.pvr, network, weights)
+        if self.pvr.recipe.crop != asked.recipe.crop:
+            _refuse_uneven(self.pvr, network)
         network.narrow()
         self.network = frozen(network.channels_last().to(self.device))
         self.identity = self.identity_on(self.pvr.recipe.crop or NATIVE, self.pvr.recipe.crop or NATIVE)
@@ -101,15 +104,28 @@ class Encoder:
         unless a network of one's own looks at the numbers on its way.
         """
         crop = self.pvr.recipe.crop
-        pixels = torch.empty(1, 3, crop or height, crop or width, device="meta")
+        size = crop or height, crop or width
+        try:
+            embedding = self._seen(torch.empty(1, 3, *size, device="meta"))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise InvalidValueError(
+                f"{self.pvr.name} cannot make --pool {self.pvr.pooling} of {size[0]} × {size[1]} pixels "
+                f"({one_line(error)[:120]}); choose another --input-size or --pool"
+            ) from error
+        return self.identity.model_copy(update={"shape": tuple(embedding.shape[1:])})
+
+    @torch.inference_mode()
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """The embedding of pixels without data, which is without data too where the network lets it be."""
         tensors = itertools.chain(self.network.named_parameters(), self.network.named_buffers())
         without_data = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-        with torch.inference_mode():
-            try:
-                embedding = torch.func.functional_call(self.network, without_data, (pixels,))
-            except RuntimeError:
-                embedding = self.network(torch.zeros_like(pixels, device=self.device))
-        return self.identity.model_copy(update={"shape": tuple(embedding.shape[1:])})
+        try:
+            embedding: Tensor = torch.func.functional_call(self.network, without_data, (pixels,))
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            embedding = self.network(torch.zeros_like(pixels, device=self.device))
+        return embedding
 
     @property
     def computation(self) -> Computation:
@@ -157,6 +173,16 @@ def _computing(network: Network, recipe: Recipe) -> Callable[[Tensor], Tensor]:
         return embedding
 
     return compute
+
+
+def _refuse_uneven(pvr: Pvr, network: Network) -> None:
+    """Refuse a size that patches do not divide: what is left over would not be seen."""
+    crop, patch = pvr.recipe.crop, network.patch
+    if crop and patch and crop % patch:
+        nearest = max(1, round(crop / patch)) * patch
+        raise InvalidValueError(
+            f"--input-size {crop}: {pvr.name} sees patches of {patch} pixels; give {nearest}"
+        )
 
 
 def frozen(network: Network) -> Network:

@@ -28,6 +28,8 @@ class Network(nn.Module):
     final_norm = False
     normed = False
     """whether there is a final norm to choose"""
+    patch: int | None = None
+    """pixels of a side of what becomes one token"""
 
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         super().__init__()
@@ -61,11 +63,18 @@ class Network(nn.Module):
         return self.trunk(x)
 
 
+class OwnOutput(Network):
+    """A network of timm whose stages have no names here: its own output, and nothing else."""
+
+    poolings = ("pooled",)
+
+
 class TokenNetwork(Network):
     """A vision transformer: tokens after some of its blocks, pooled."""
 
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         self.poolings = _token_poolings(trunk)
+        self.patch = _patch_of(trunk)
         self.summaries = [int(n) for n in str(pvr.overrides.get("summaries", "")).split(",") if n]
         super().__init__(trunk, pvr)
 
@@ -132,6 +141,11 @@ class TokenNetwork(Network):
                 return patches
 
 
+def _patch_of(trunk: nn.Module) -> int | None:
+    patch = getattr(trunk, "patch", None) or getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    return patch[0] if isinstance(patch, tuple) else patch
+
+
 def _token_poolings(trunk: nn.Module) -> tuple[str, ...]:
     """What the tokens of a trunk can be pooled to."""
     prefix = int(trunk.num_prefix_tokens)  # type: ignore[arg-type]
@@ -196,7 +210,7 @@ def _stages(trunk: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
     if hasattr(trunk, "layer4") and hasattr(trunk, "maxpool"):
         stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool)  # type: ignore[arg-type]
         return {"stem": stem, **{f"layer{n}": getattr(trunk, f"layer{n}") for n in range(1, 5)}}
-    if isinstance(getattr(trunk, "final_conv", None), nn.Identity):  # CLIP's ResNets
+    if isinstance(getattr(trunk, "final_conv", None), nn.Identity) and hasattr(trunk, "stages"):  # CLIP's
         stages = {f"layer{n}": stage for n, stage in enumerate(trunk.stages, 1)}  # type: ignore[arg-type]
         return {"stem": trunk.stem, **stages}
     return {"whole": trunk}
@@ -247,7 +261,8 @@ def _timm(pvr: Pvr) -> Network:
         _round_periods(trunk.rope)
     if hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "blocks"):
         return TokenNetwork(trunk, pvr)
-    return (Network if pvr.pooling == "pooled" else MapNetwork)(trunk, pvr)
+    named = "whole" not in _stages(trunk)
+    return (MapNetwork if named and pvr.pooling != "pooled" else OwnOutput)(trunk, pvr)
 
 
 def _round_periods(rope: Any) -> None:
@@ -284,7 +299,7 @@ def build_network(pvr: Pvr, seed: int) -> Network:
         torch.manual_seed(seed)
         try:
             return build(pvr)
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"{pvr.name}: architecture '{pvr.architecture}' with {pvr.overrides} cannot be built "
                 f"({one_line(error)[:120]}); mend its specification"

@@ -7,9 +7,9 @@ computes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pvrpipe.schemas.specifications import Frozen, Recipe
 
@@ -47,7 +47,7 @@ class KeyMap(Frozen):
     ``under``: the entry that holds the tensors, where there is one. ``drop``: tensors that belong to
     other parts of the upstream model. ``rename``: regular expressions, applied one after another.
     Separate q, k, v are then joined to the qkv that timm uses, one called ``q+kv`` is split into its q and its
-    kv, and leading axes of one are added.
+    kv, one called ``q-v_bias`` into its q's and its v's, and leading axes of one are added.
     ``transpose``: matrices of ours that upstream multiplies from the other side. ``fold_class_position``: the
     class token's position is added to the token, as timm stores both.
     """
@@ -71,7 +71,7 @@ class Properties(Frozen):
 class Pvr(Frozen):
     """One representation, and how it is read out."""
 
-    name: str
+    name: str = Field(pattern=r"^[^.\s]")  # also of a folder
     title: str
     source: WeightsSource
     architecture: str  # a timm name, or one of those of pipeline/networks.py
@@ -84,9 +84,19 @@ class Pvr(Frozen):
     blocks: tuple[int, ...] | None = None
     final_norm: bool = True
     pooling: Pooling
-    width: int  # D, of the embedding or of each token; channels of a map
+    width: int = Field(gt=0)  # D, of the embedding or of each token; channels of a map
     licence: str
     properties: Properties = Properties(trained_on="")
+
+    @model_validator(mode="after")
+    def _can_compute(self) -> Self:
+        """Blocks that rise, as they compute one after another; frames that have pixels, values that differ."""
+        made, blocks = self.recipe, self.blocks
+        if blocks is not None and (not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0):
+            raise ValueError(f"blocks {list(blocks)} are no rising list of numbers")
+        if min(made.resize or 1, made.crop or 1) < 1 or min(made.std) <= 0:
+            raise ValueError("the recipe's resize, crop or std is not positive")
+        return self
 
     @property
     def is_transformer(self) -> bool:

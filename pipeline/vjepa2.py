@@ -22,6 +22,7 @@ class VJepa2(nn.Module):
         from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Embeddings, VJEPA2Layer
 
         made = VJEPA2Config(**{**config, "attn_implementation": "sdpa"})
+        self.patch = made.patch_size
         sizes = {"hidden_size": made.hidden_size, "num_attention_heads": made.num_attention_heads}
         self.embeddings = VJEPA2Embeddings(made, hidden_size=made.hidden_size)
         self.blocks = nn.Sequential(

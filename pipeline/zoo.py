@@ -37,7 +37,8 @@ def find_pvr(name: str) -> Pvr:
         return PVRS[name]
     prefix, _, rest = name.partition(":")
     if prefix in ("timm", "hf") and rest:
-        from pvrpipe.pipeline.own import hub_pvr, timm_pvr  # torch takes seconds to import
+        from pvrpipe.pipeline.hub import hub_pvr  # torch takes seconds to import
+        from pvrpipe.pipeline.own import timm_pvr
 
         return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
     if not name:
@@ -58,5 +59,6 @@ def find_pvr(name: str) -> Pvr:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise WeightsError(
-            f"{spec}: {where}: {first['msg']}; make the folder again with `pvrpipe pretrain`"
+            f"{spec}: {f'{where}: ' if where else ''}{first['msg']}; mend it, or make the folder again with "
+            "`pvrpipe pretrain`"
         ) from None

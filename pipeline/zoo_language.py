@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pvrpipe.pipeline.pvrs import CLIP, HALF, KeyMap, Properties, Pvr, WeightsSource, recipe
 
-#: transformers' layout of CLIP, vision tower and projection only, to timm's.
+#: transformers' layout of CLIP, vision tower and projection only, to timm's; a tower alone has no prefix.
 CLIP_KEYS = KeyMap(
     drop=(r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"\.position_ids$"),
     rename=(
         (r"^visual_projection\.", "head."),
-        (r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
-        (r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
-        (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
-        (r"^vision_model\.pre_layrnorm\.", "norm_pre."),
-        (r"^vision_model\.post_layernorm\.", "norm."),
-        (r"^vision_model\.encoder\.layers\.", "blocks."),
+        (r"^(?:vision_model\.)?embeddings\.class_embedding$", "cls_token"),
+        (r"^(?:vision_model\.)?embeddings\.position_embedding\.weight$", "pos_embed"),
+        (r"^(?:vision_model\.)?embeddings\.patch_embedding\.", "patch_embed.proj."),
+        (r"^(?:vision_model\.)?pre_layrnorm\.", "norm_pre."),
+        (r"^(?:vision_model\.)?post_layernorm\.", "norm."),
+        (r"^(?:vision_model\.)?encoder\.layers\.", "blocks."),
         (r"\.self_attn\.(q|k|v)_proj\.", r".attn.\1."),
         (r"\.self_attn\.out_proj\.", ".attn.proj."),
         (r"\.layer_norm([12])\.", r".norm\1."),
@@ -73,15 +73,15 @@ CLIP_RESNET_KEYS = KeyMap(
 SIGLIP_KEYS = KeyMap(
     drop=(r"^text_model\.", r"^logit_(scale|bias)$", r"\.position_ids$"),
     rename=(
-        (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
-        (r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
-        (r"^vision_model\.encoder\.layers\.", "blocks."),
-        (r"^vision_model\.post_layernorm\.", "norm."),
-        (r"^vision_model\.head\.probe$", "attn_pool.latent"),
-        (r"^vision_model\.head\.attention\.in_proj_(weight|bias)$", r"attn_pool.q+kv.\1"),
-        (r"^vision_model\.head\.attention\.out_proj\.", "attn_pool.proj."),
-        (r"^vision_model\.head\.layernorm\.", "attn_pool.norm."),
-        (r"^vision_model\.head\.mlp\.", "attn_pool.mlp."),
+        (r"^(?:vision_model\.)?embeddings\.patch_embedding\.", "patch_embed.proj."),
+        (r"^(?:vision_model\.)?embeddings\.position_embedding\.weight$", "pos_embed"),
+        (r"^(?:vision_model\.)?encoder\.layers\.", "blocks."),
+        (r"^(?:vision_model\.)?post_layernorm\.", "norm."),
+        (r"^(?:vision_model\.)?head\.probe$", "attn_pool.latent"),
+        (r"^(?:vision_model\.)?head\.attention\.in_proj_(weight|bias)$", r"attn_pool.q+kv.\1"),
+        (r"^(?:vision_model\.)?head\.attention\.out_proj\.", "attn_pool.proj."),
+        (r"^(?:vision_model\.)?head\.layernorm\.", "attn_pool.norm."),
+        (r"^(?:vision_model\.)?head\.mlp\.", "attn_pool.mlp."),
         (r"\.self_attn\.(q|k|v)_proj\.", r".attn.\1."),
         (r"\.self_attn\.out_proj\.", ".attn.proj."),
         (r"\.layer_norm([12])\.", r".norm\1."),

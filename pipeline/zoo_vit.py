@@ -39,20 +39,23 @@ VIT_RENAMES = (
 )
 DINOV2_KEYS = KeyMap(drop=(r"mask_token$",), rename=VIT_RENAMES)
 
-#: DINOv3 in transformers' layout, and in timm's own, to timm's with biases.
+#: DINOv3 in transformers' layout, in Meta's, and in timm's own, to timm's with biases.
 DINOV3_KEYS = KeyMap(
-    drop=(r"mask_token$",),
+    drop=(r"mask_token$", r"\.bias_mask$", r"^rope_embed\.periods$"),
     rename=(
         (r"^embeddings\.cls_token$", "cls_token"),
-        (r"^embeddings\.register_tokens$", "reg_token"),
+        (r"^(?:embeddings\.register_tokens|storage_tokens)$", "reg_token"),
         (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
         (r"^layer\.", "blocks."),
+        (r"\.attn\.qkv\.bias$", ".attn.q-v_bias"),  # Meta masks the bias of k, which is 0
         (r"\.attention\.(q|v)_proj\.bias$", r".attn.\1_bias"),
         (r"\.attention\.(q|k|v)_proj\.weight$", r".attn.\1.weight"),
         (r"\.attention\.o_proj\.", ".attn.proj."),
         (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
-        (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
-        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        (r"\.ls([12])\.gamma$", r".gamma_\1"),
+        (r"\.mlp\.(?:gate_proj|w1)\.", ".mlp.fc1_g."),
+        (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+        (r"\.mlp\.(?:down_proj|w3)\.", ".mlp.fc2."),
     ),
 )
 
@@ -182,7 +185,7 @@ def _dinov3(letter: str, size: str, width: int) -> Pvr:
         WeightsSource(
             repo=f"timm/vit_{size}_patch16_dinov3_qkvb.lvd1689m",
             file="model.safetensors",
-            note=f"a mirror; facebook/dinov3-vit{gated}16-pretrain-lvd1689m is behind a form, and works as a file",
+            note=f"a mirror; facebook/dinov3-vit{gated}16-pretrain-lvd1689m, and Meta's .pth, are behind a form",
         ),
         width,
         architecture=f"vit_{size}_patch16_dinov3_qkvb",

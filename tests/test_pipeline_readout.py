@@ -22,7 +22,7 @@ from pvrpipe.schemas.errors import EncodingError, InvalidValueError, UnknownName
 from pvrpipe.store.reading import Store
 
 from .conftest import WriteStore
-from .upstream import FRAMES, encoder_with, pixels_for, randomised, relative_error
+from .upstream import FRAMES, encoder_with, pixels_for, randomised, relative_error, shrink
 
 NAME = "mocov3-s"  # a plain ViT-S, with 12 heads
 
@@ -202,3 +202,43 @@ def test_a_network_that_stays_in_training_mode_is_refused() -> None:
     network.trunk.layer1[0].bn1.training = True
     with pytest.raises(WeightsError, match=r"layer1\.0\.bn1 stays in training mode"):
         frozen(network)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "nearest"),
+    [
+        ("dinov2-s", 225, 224),
+        ("vc1", 100, 96),
+        ("vjepa2-l", 250, 256),
+        ("c-radio-v4-h", 250, 256),
+        ("dinov3-s", 17, 16),
+    ],
+)
+def test_a_size_that_patches_do_not_divide_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: int, nearest: int
+) -> None:
+    """The patches of timm, RADIO and V-JEPA 2 leave out the last pixels without a word."""
+    depth = {"vjepa2-l": "num_hidden_layers"}.get(name, "depth")
+    shrink(monkeypatch, name, overrides={depth: 1})
+    with pytest.raises(InvalidValueError, match=rf"--input-size {size}: .*; give {nearest}$"):
+        encoder_with(name, Path("random:0"), size=size)
+
+
+def test_a_size_that_a_network_cannot_take_is_one_line() -> None:
+    with pytest.raises(
+        InvalidValueError, match=r"clip-rn50 cannot make --pool map of 100 × 100 pixels.*--input-size"
+    ):
+        encoder_with("clip-rn50", Path("random:0"), size=100)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "regnety_002", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("pooling", ["average", "conv-map"])
+def test_a_network_whose_stages_have_no_names_gives_its_own_output_only(name: str, pooling: str) -> None:
+    """The pooled output was pooled again, over its features: an embedding of one number."""
+    with pytest.raises(InvalidValueError, match=r"has pooled; choose"):
+        encoder_with(f"timm:{name}", Path("random:0"), pooling=pooling)
+
+
+def test_a_pooling_that_timm_has_no_way_to_is_one_line() -> None:
+    with pytest.raises(InvalidValueError, match=r"timm:cait_xxs24_224 cannot make --pool mean"):
+        encoder_with("timm:cait_xxs24_224", Path("random:0"), pooling="mean")

@@ -206,45 +206,6 @@ def test_positions_of_another_size_equal_timms_and_not_the_hubs() -> None:
             resample_positions(positions, tokens)
 
 
-DINOV3_TO_HUB = ((r"^model\.layer\.", "layer."),)
-
-
-def dinov3(gated: bool) -> nn.Module:
-    config = transformers.DINOv3ViTConfig(
-        hidden_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        num_register_tokens=4,
-        use_gated_mlp=gated,
-        hidden_act="silu" if gated else "gelu",
-        image_size=224,
-        attn_implementation="eager",
-    )
-    return randomised(transformers.DINOv3ViTModel(config))
-
-
-@pytest.mark.parametrize("name", ["dinov3-s", "dinov3-s+"])
-def test_dinov3_equals_transformers_with_the_authors_periods(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Meta's checkpoints hold the periods of the positions in bfloat16; transformers computes them in float32."""
-    shrink(monkeypatch, name)
-    reference = dinov3(gated=name.endswith("+"))
-    safetensors.torch.save_file(published(reference.state_dict(), DINOV3_TO_HUB), tmp_path / "w.safetensors")
-    with torch.no_grad():
-        in_float32 = reference(pixels_for(name)).last_hidden_state[:, 0]
-        rope = next(m for m in reference.modules() if hasattr(m, "inv_freq"))
-        rope.inv_freq.copy_(1 / (1 / rope.inv_freq).bfloat16().float())
-        theirs = reference(pixels_for(name)).last_hidden_state
-    ours = embed_with(name, tmp_path / "w.safetensors")
-    assert relative_error(ours, theirs[:, 0]) < 1e-5
-    assert relative_error(ours, in_float32) > 1e-5
-    assert relative_error(ours, theirs[:, 5:].mean(dim=1)) > 1e-2  # timm's own default pools the patches
-    shrink(monkeypatch, name, positions=None)
-    assert relative_error(embed_with(name, tmp_path / "w.safetensors"), in_float32) < 1e-5
-
-
 def test_ijepa_is_the_mean_of_its_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"depth": 2, "embed_dim": 384, "num_heads": 6}
     shrink(monkeypatch, "ijepa-h", overrides=small)
