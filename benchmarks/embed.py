@@ -13,10 +13,10 @@ loader      what clip-retrieval and stable-worldmodel do, written here: a torch 
             one loop, one np.save (float16) at the end
 ray data    map_batches over the same PNGs, one actor that preprocesses a batch with PIL and encodes it, write_parquet;
             only from its first batch to its last, without Ray's start and end
-bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak`` is the
-share of the rate of a large matrix product on the same device in the same precision; a pass is one shard, from nothing
-to a commit. For a GPU, give a store of many frames with ``--rollouts``; ``--compile`` is what the stage does by itself
-where there are a million of them.
+On a CPU, bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak``
+is the share of the rate of a large matrix product on the same device in the same precision; a pass is one shard, from
+nothing to a commit. For a GPU, give a store of many frames with ``--rollouts``; ``--compile`` is what the stage does by
+itself where there are a million of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from torchvision import transforms
 from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, compute_deterministically
+from pvrpipe.pipeline.encoders import CPU_THREADS, Encoder, EncoderRequest, exact
 from pvrpipe.pipeline.memory import peak_of
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr, WeightsSource
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], choices=["pvrpipe 3", *OTHERS])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    compute_deterministically(EncoderRequest("", device=options.device).resolved_device())
+    torch.set_num_threads(CPU_THREADS)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -202,7 +202,11 @@ def bare(encoder: Encoder, options: argparse.Namespace) -> Callable[[], None]:
 
     def run() -> None:
         bf16 = options.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+        with (
+            torch.inference_mode(),
+            exact(),
+            torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16),
+        ):
             for _ in range(-(-options.frames // encoder.batch)):
                 network(pixels)
         if encoder.device.type == "cuda":
@@ -238,7 +242,11 @@ def loader(
     def run() -> None:
         found = []
         bf16 = options.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+        with (
+            torch.inference_mode(),
+            exact(),
+            torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16),
+        ):
             for batch in data:
                 found.append(encoder.network(batch.to(encoder.device)).cpu().to(torch.float16).numpy())
         np.save(folder / "loader.npy", np.concatenate(found))
@@ -253,7 +261,7 @@ class Actor:
         self.encoder = Encoder(
             EncoderRequest(own, "random:0", options.precision, options.device, options.batch)
         )
-        compute_deterministically(self.encoder.device)
+        torch.set_num_threads(CPU_THREADS)
         self.prepare, self.bf16 = pil_pipeline(size), options.precision == "bf16"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +270,7 @@ class Actor:
         pixels = torch.stack([self.prepare(Image.open(io.BytesIO(data))) for data in batch["png"]])
         with (
             torch.inference_mode(),
+            exact(),
             torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16),
         ):
             embedding = self.encoder.network(pixels.to(self.encoder.device)).cpu().to(torch.float16)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from pvrpipe.pipeline.embedding import CARRIED
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, deterministic
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
-from pvrpipe.pipeline.transfers import Upload, download
+from pvrpipe.pipeline.transfers import Upload, decoding_threads, download
 from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
@@ -241,13 +241,14 @@ def _with_splits_of(store: Store, draft: Manifest) -> Manifest:
 
 def _rate(store: Store, encoder: Encoder) -> float:
     """Frames per second of one worker: the median over a few batches of the first shard, read and all."""
-    upload, times = Upload(encoder.device), list[float]()
+    upload, threads, times = Upload(encoder.device), decoding_threads(encoder.device), list[float]()
     shard, rows = store.shard(0), store.manifest.shards[0].rows
     began = time.perf_counter()
-    with deterministic(encoder.device):
+    with suitable_threads(encoder.device):
         for _ in range(1 + MEASURED_BATCHES):
             started = time.perf_counter()
-            frames = shard.rows("frame", 0, min(rows, encoder.batch)).astype(np.uint8, copy=False)
+            frames = upload.room((min(rows, encoder.batch), *store.column("frame").shape))
+            shard.rows("frame", 0, len(frames), frames.numpy(), threads)
             download(encoder.encode(upload(frames)()))()
             times.append(time.perf_counter() - started)
             if time.perf_counter() - began > MEASURED_SECONDS:

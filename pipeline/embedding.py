@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, deterministic
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
 from pvrpipe.pipeline.memory import no_room, smaller
-from pvrpipe.pipeline.transfers import Upload, download, one_behind, read_ahead
+from pvrpipe.pipeline.transfers import Upload, decoding_threads, download, one_behind, read_ahead
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
@@ -89,7 +89,9 @@ class ShardEmbedder:
         self.encoders = [Encoder(target.request) for target in targets]
         for target, encoder in zip(targets, self.encoders, strict=True):
             _refuse_another(target.specification, encoder, self.store.column("frame").shape)
-        self._upload = Upload(self.encoders[0].device)
+        device = self.encoders[0].device
+        self._upload = Upload(device)
+        self._threads = decoding_threads(device)
 
     def __call__(self, shard: int) -> ShardOutcome:
         """Embed one shard and commit it in every store that lacks it.
@@ -105,7 +107,7 @@ class ShardEmbedder:
             for encoder, batch in zip(self.encoders, batches, strict=True):
                 encoder.batch = batch
             try:
-                with deterministic(self.encoders[0].device):
+                with suitable_threads(self.encoders[0].device):
                     return self._at_these_batches(shard)
             except OutOfRoomError as error:
                 index = self.encoders.index(error.work.encoder)
@@ -169,31 +171,35 @@ class ShardEmbedder:
         self, shard: int, works: Sequence[Work], outcome: ShardOutcome
     ) -> Iterator[tuple[dict[str, Rows], Callable[[], Tensor]]]:
         """Decoded batches of a shard, the frames on their way to the device; they never cross into the next."""
-        columns = [name for name in self.store.columns if name != "physics"]
+        columns = [name for name in self.store.columns if name not in ("physics", "frame")]
+        shape = self.store.column("frame").shape
         size = max(work.encoder.batch for work in works)
         total, start = self.store.manifest.shards[shard].rows, 0
         while start < total:
             with timed(outcome, "read_seconds"):
-                rows = self._read(shard, columns, start, min(size, total - start))
-                frames = rows.pop("frame").astype(np.uint8, copy=False)
+                count = min(size, total - start)
                 try:
+                    frames = self._upload.room((count, *shape))
+                    rows = self._read(shard, columns, start, frames.numpy())
                     arriving = self._upload(frames)
                 except torch.OutOfMemoryError:
                     raise OutOfRoomError(max(works, key=lambda work: work.encoder.batch)) from None
-            start += len(frames)
+            start += count
             yield rows, arriving
 
-    def _read(self, shard: int, columns: Sequence[str], start: int, count: int) -> dict[str, Rows]:
-        """Rows of a shard; where one cannot be read, its episode and step are named."""
+    def _read(self, shard: int, columns: Sequence[str], start: int, frames: Rows) -> dict[str, Rows]:
+        """Rows of a shard, the frames into ``frames``; where one cannot be read, its episode and step are named."""
+        count = len(frames)
         try:
             opened = self.store.shard(shard)
+            opened.rows("frame", start, count, frames, self._threads)
             return {name: opened.rows(name, start, count) for name in columns}
         except PvrpipeError as error:
             if count == 1:
                 raise type(error)(f"{self._where(shard, start)} cannot be read: {error}") from None
         half = count // 2
-        first = self._read(shard, columns, start, half)
-        rest = self._read(shard, columns, start + half, count - half)
+        first = self._read(shard, columns, start, frames[:half])
+        rest = self._read(shard, columns, start + half, frames[half:])
         return {name: np.concatenate([first[name], rest[name]]) for name in columns}
 
     def _where(self, shard: int, row: int) -> str:

@@ -153,7 +153,7 @@ class Encoder:
     def forward(self, pixels: Tensor) -> Tensor:
         """A full batch (B, H, W, 3) uint8 on the device to (B, D)."""
         bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with exact(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self._compute(pixels)
 
     def compile(self) -> None:
@@ -201,23 +201,27 @@ def frozen(network: Network) -> Network:
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """:func:`compute_deterministically`, for a while; the process has its threads back afterwards."""
+def exact() -> Iterator[None]:
+    """Float32 is float32 on a GPU too, where convolutions round to ten bits else, and equal batches give equal bits."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic
+    matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = False, False, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = before
+
+
+@contextmanager
+def suitable_threads(device: torch.device) -> Iterator[None]:
+    """On a CPU, so many threads that equal batches give equal bits; the process has its own back afterwards."""
     before = torch.get_num_threads()
-    compute_deterministically(device)
+    if device.type == "cpu":
+        torch.set_num_threads(CPU_THREADS)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def compute_deterministically(device: torch.device) -> None:
-    """Settings under which equal batches give equal bits; for a worker process, once."""
-    if device.type == "cpu":
-        torch.set_num_threads(CPU_THREADS)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
 
 
 def _identity(pvr: Pvr, network: Network, weights: Random | WeightsFile) -> EncoderIdentity:

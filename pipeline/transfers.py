@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -12,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+DECODERS = 8  # threads at most
 READ_AHEAD = 2  # batches that wait, decoded and on the device
 T = TypeVar("T")
 
 
 class Upload:
-    """Frames to the device on a stream of its own, from pinned memory.
+    """Frames to the device on a stream of its own, from pinned memory, which they are decoded into.
 
     The caching allocator of pinned memory gives a block out again only after the copies that read it
     (PyTorch, "CUDA semantics", use of pinned memory buffers), so nothing is kept here.
@@ -27,13 +30,16 @@ class Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, frames: NDArray[np.uint8]) -> Callable[[], Tensor]:
+    def room(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory for frames, which can be copied from while the host goes on."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
+
+    def __call__(self, frames: Tensor) -> Callable[[], Tensor]:
         """Begin to copy frames; calling the result, in the thread that computes, gives them."""
-        pixels = torch.from_numpy(frames)
         if self._stream is None:
-            return lambda: pixels
+            return lambda: frames
         with torch.cuda.stream(self._stream):
-            there = pixels.pin_memory().to(self._device, non_blocking=True)
+            there = frames.to(self._device, non_blocking=True)
             copied = self._stream.record_event()
 
         def arrived() -> Tensor:
@@ -43,6 +49,14 @@ class Upload:
             return there
 
         return arrived
+
+
+def decoding_threads(device: torch.device) -> ThreadPoolExecutor | None:
+    """What decodes frames for a GPU, which encodes them faster than one thread decodes: its share of the processors."""
+    if device.type != "cuda":
+        return None
+    share = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
+    return ThreadPoolExecutor(max(1, min(DECODERS, share)), thread_name_prefix="decode")
 
 
 def download(values: Tensor) -> Callable[[], NDArray[np.float32]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +93,25 @@ class Shard(ABC):
             self._decoded.keep((self._number, name, group), rows)
         return rows
 
-    def rows(self, name: str, start: int, count: int) -> Rows:
-        """``count`` rows from ``start``, as an array of its own."""
+    def rows(
+        self, name: str, start: int, count: int, out: Rows | None = None, threads: Executor | None = None
+    ) -> Rows:
+        """``count`` rows from ``start``, as an array of their own or into ``out``; threads, if any, decode them."""
         column = self.column(name)
-        out = np.empty((count, *column.shape), column.dtype)
-        done = 0
-        while done < count:
-            group = int(np.searchsorted(self.first, start + done, "right")) - 1
-            at = start + done - int(self.first[group])
-            piece = self.group(name, group)[at : at + count - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-        return out
+        found = np.empty((count, *column.shape), column.dtype) if out is None else out
+        groups = range(
+            int(np.searchsorted(self.first, start, "right")) - 1,
+            int(np.searchsorted(self.first, start + count)),
+        )
+
+        def place(group: int) -> None:
+            low, high = max(start, int(self.first[group])), min(start + count, int(self.first[group + 1]))
+            there = self.first[group]
+            found[low - start : high - start] = self.group(name, group)[low - there : high - there]
+
+        for _ in (map if threads is None else threads.map)(place, groups):
+            pass
+        return found
 
     def batches(self, columns: Sequence[str], size: int) -> Iterator[dict[str, Rows]]:
         """All rows in order, ``size`` at a time; the last batch may be shorter. Memory: one group."""

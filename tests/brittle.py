@@ -101,7 +101,7 @@ def brittle(
         recipe=Recipe(
             resize=None, interpolation="bilinear", antialias=True, crop=size, mean=(0, 0, 0), std=(1, 1, 1)
         ),
-        pooling="flat",
+        pooling="pooled",
         width=8,
         licence="none",
     )

@@ -7,6 +7,7 @@ and the optimizers count in tensors, so that nothing in an update waits for the 
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ class Replayed:
     def __call__(self, batch: Mapping[str, Tensor], drawn: Any) -> dict[str, Tensor]:
         """The terms, of this batch until the next is given."""
         self._calls += 1
+        if self._calls == 1:
+            gc.collect()  # a gradient's sum is kept on the stream of the first graph that is still there
         if self._calls <= EAGER:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -70,8 +73,10 @@ class Replayed:
         given = [leaf for leaf in tree_leaves((batch, drawn)) if isinstance(leaf, Tensor)]
         if not self._given:
             self._given = given
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # of the eager updates: the graph has memory of its own
             # Other threads, such as the one that reads ahead, may use the device meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._terms = self.eager(batch, drawn)
         else:
             torch._foreach_copy_(self._given, given)
