@@ -14,9 +14,9 @@ loader      what clip-retrieval and stable-worldmodel do, written here: a torch 
 ray data    map_batches over the same PNGs, one actor that preprocesses a batch with PIL and encodes it, write_parquet;
             only from its first batch to its last, without Ray's start and end
 On a CPU, bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak``
-is the share of the rate of a large matrix product on the same device in the same precision; a pass is one shard, from
-nothing to a commit. For a GPU, give a store of many frames with ``--rollouts``; ``--compile`` is what the stage does by
-itself where there are a million of them.
+is the share of the rate of a large matrix product on the same device in the same precision; a pass is the whole store,
+from nothing to its last commit. For a GPU, give a store of many frames with ``--rollouts``; ``--compile`` is what the
+stage does by itself where there are a million of them.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, default=64, help="collected for this, if no --rollouts are given"
     )
-    parser.add_argument("--rollouts", type=Path, help="a store whose first shard is embedded")
+    parser.add_argument("--rollouts", type=Path, help="a store of one's own to embed")
     parser.add_argument("--compile", action="store_true", help="on a GPU, pvrpipe and bare")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, help="default: what the stage chooses, 32 on a CPU")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
@@ -94,9 +94,11 @@ def main() -> None:
             config = CollectConfig(size=FROM, episodes=1, max_steps=options.frames - 1, policy="random")
             collect(config, options.rollouts, Engine("inline"))
         store = Store.open(options.rollouts)
-        frames = store.shard(0).rows("frame", 0, store.manifest.shards[0].rows)
+        frames = (
+            f for number in store.episodes["episode"] for f in store.read_episode(number, ["frame"])["frame"]
+        )
         pngs = [] if set(OTHERS) <= set(options.without) else [png(frame) for frame in frames]
-        options.frames, peak = len(frames), peak_rate(options)
+        options.frames, peak = store.manifest.rows, peak_rate(options)
         print(f"{peak / 1e12:.1f} TFLOP/s of a large matrix product, {options.precision}")
         for network in options.network:
             for size in options.size:
@@ -127,7 +129,7 @@ def measure(
             for name, way in ways.items():
                 seconds[name].append(timed(way))
     count = options.frames
-    done = {"pvrpipe 3": 3 * count, "bare": -(-count // options.batch) * options.batch}
+    done = {"pvrpipe 3": 3 * count, "bare": -(-count // encoder.batch) * encoder.batch}
     rates = {name: [done.get(name, count) / s for s in taken] for name, taken in seconds.items()}
     rows = []
     for name, rate in rates.items():
@@ -179,6 +181,7 @@ def stage(
 ) -> tuple[Encoder, Callable[[], object]]:
     """Embedding the one shard with an encoder of each seed, its workers' state already there."""
     store, targets = Store.open(options.rollouts), []
+    shards = range(len(store.manifest.shards))
     drafting.COMPILED_FROM = 0 if options.compile else 1 << 60
     for seed in seeds:
         target = folder / f"out-{len(seeds)}-{seed}"
@@ -186,9 +189,9 @@ def stage(
         request = EncoderRequest(str(own), f"random:{seed}", options.precision, options.device, options.batch)
         made = draft(store, request, target, EmbedConfig())
         stack.enter_context(PendingStore.begin(target, made.manifest))
-        targets.append(Target(made.request, target, made.manifest, made_by(made.manifest), frozenset({0})))
+        targets.append(Target(made.request, target, made.manifest, made_by(made.manifest), frozenset(shards)))
     embedder = ShardEmbedder(options.rollouts, targets)
-    return embedder.encoders[0], lambda: embedder(0)
+    return embedder.encoders[0], lambda: list(embedder.each(shards))
 
 
 def bare(encoder: Encoder, options: argparse.Namespace) -> Callable[[], None]:
@@ -236,7 +239,7 @@ def loader(
 ) -> Callable[[], None]:
     """clip-retrieval's reader, runner and writer in short; its workers stay between passes."""
     data = torch.utils.data.DataLoader(
-        Pictures(pngs, size), options.batch, num_workers=2, prefetch_factor=2, persistent_workers=True
+        Pictures(pngs, size), encoder.batch, num_workers=2, prefetch_factor=2, persistent_workers=True
     )
 
     def run() -> None:
@@ -298,7 +301,7 @@ def ray_data(
         ray.data.from_items([{"png": png} for png in pngs], override_num_blocks=2).map_batches(
             Actor,
             fn_constructor_args=(str(own), size, options),
-            batch_size=options.batch,
+            batch_size=options.batch or 32,
             compute=ray.data.ActorPoolStrategy(size=1),
             num_gpus=1 if on_gpu else 0,
         ).write_parquet(str(folder / "ray-data"))

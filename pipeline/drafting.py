@@ -173,7 +173,8 @@ def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
             f"--norm, --no-norm: {encoder.identity.name} has no final norm before its {encoder.identity.pooling}; "
             "leave it out"
         )
-    return encoder, fit(encoder, frame.shape, fixed=request.batch is not None)
+    rows = max(entry.rows for entry in store.manifest.shards)
+    return encoder, fit(encoder, frame.shape, rows, fixed=request.batch is not None)
 
 
 def _compiled(encoder: Encoder, request: EncoderRequest, frame: tuple[int, ...]) -> Encoder:

@@ -204,9 +204,7 @@ def _outcomes(
         yield from run_on_ray(rollouts, jobs, config.address, config.workers)
         return
     for targets, todo in jobs:
-        embedder = ShardEmbedder(rollouts, targets)
-        for shard in todo:
-            yield embedder.attempt(shard)
+        yield from ShardEmbedder(rollouts, targets).each(todo)
 
 
 def _result(

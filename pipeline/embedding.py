@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,9 @@ class ShardOutcome:
     failures: list[PvrpipeError] = field(default_factory=list)
 
 
+Commit = Callable[[], ShardOutcome]
+
+
 class OutOfRoomError(Exception):
     """The device's memory does not suffice for a batch of this encoder."""
 
@@ -102,6 +107,43 @@ class ShardEmbedder:
         Raises:
             StoreError: its frames cannot be read; names episode and step.
         """
+        return self._computed(shard)()
+
+    def attempt(self, shard: int) -> ShardOutcome:
+        """As calling it, but a shard that cannot be embedded does not stop the others."""
+        return self._attempted(shard)()
+
+    def each(self, shards: Iterable[int]) -> Iterator[ShardOutcome]:
+        """As :meth:`attempt` on each, in order; while one is committed, the next is computed."""
+        with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
+            before: Future[ShardOutcome] | None = None
+            for shard in shards:
+                commit = self._attempted(shard)
+                if before is not None:
+                    yield before.result()
+                before = thread.submit(commit)
+            if before is not None:
+                yield before.result()
+
+    def _attempted(self, shard: int) -> Commit:
+        def failed(error: PvrpipeError) -> ShardOutcome:
+            return ShardOutcome(shard, failures=[error])
+
+        try:
+            commit = self._computed(shard)
+        except PvrpipeError as error:
+            return partial(failed, error)
+
+        def attempt() -> ShardOutcome:
+            try:
+                return commit()
+            except PvrpipeError as error:
+                return failed(error)
+
+        return attempt
+
+    def _computed(self, shard: int) -> Commit:
+        """Embed a shard with batches that fit; what remains to be done is to commit it."""
         batches = [target.specification.computation.batch for target in self.targets]
         while True:
             for encoder, batch in zip(self.encoders, batches, strict=True):
@@ -117,14 +159,7 @@ class ShardEmbedder:
             if self.encoders[index].device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def attempt(self, shard: int) -> ShardOutcome:
-        """As calling it, but a shard that cannot be embedded does not stop the others."""
-        try:
-            return self(shard)
-        except PvrpipeError as error:
-            return ShardOutcome(shard, failures=[error])
-
-    def _at_these_batches(self, shard: int) -> ShardOutcome:
+    def _at_these_batches(self, shard: int) -> Commit:
         outcome = ShardOutcome(shard)
         plan, records = self.store.manifest.plan[shard], self.store.records(shard)
         with contextlib.ExitStack() as stack:
@@ -135,18 +170,23 @@ class ShardEmbedder:
             ]
             for work in works:
                 outcome.model_seconds[str(work.target.folder)] = 0.0
-            encoded = stack.enter_context(
-                contextlib.closing(one_behind(self._encoded(shard, works, outcome)))
-            )
-            for work, rows, embedding in encoded:
-                with _failing(work, outcome):
-                    _write(work, rows, embedding, outcome)
-            for work in works:
-                if not work.failed:
-                    batch, usual = work.encoder.batch, work.target.specification.computation.batch
-                    with timed(outcome, "write_seconds"):
-                        work.writer.commit(batch=batch if batch != usual else None)
-        return outcome
+            with contextlib.closing(one_behind(self._encoded(shard, works, outcome))) as encoded:
+                for work, rows, embedding in encoded:
+                    with _failing(work, outcome):
+                        _write(work, rows, embedding, outcome)
+            sizes = [work.encoder.batch for work in works]
+            writers = stack.pop_all()
+
+        def commit() -> ShardOutcome:
+            with writers:
+                for work, batch in zip(works, sizes, strict=True):
+                    if not work.failed:
+                        usual = work.target.specification.computation.batch
+                        with timed(outcome, "write_seconds"):
+                            work.writer.commit(batch=batch if batch != usual else None)
+            return outcome
+
+        return commit
 
     def _encoded(
         self, shard: int, works: Sequence[Work], outcome: ShardOutcome

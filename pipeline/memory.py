@@ -61,15 +61,17 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def fit(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -> Need:
+def fit(encoder: Encoder, frame: tuple[int, ...], rows: int, fixed: bool) -> Need:
     """Set the batch of an encoder to what its device has room for, and say what it takes.
 
-    On a GPU that is the largest power of two up to 256 that fits by the memory two small batches took; it is
-    tried, and halved where it does not fit after all. On a CPU it stays what it is: larger batches gain nothing.
+    On a GPU that is at most 256, so that a shard is cut into batches that are nearly full, and halved until it fits by
+    the memory that two small batches took; it is tried, and halved where it does not fit after all. On a CPU it stays
+    what it is: larger batches gain nothing.
 
     Args:
         encoder: on its device.
         frame: shape (H, W, 3) of the frames.
+        rows: of a shard.
         fixed: the batch was asked for, or is that of a store which was begun with it.
 
     Raises:
@@ -86,7 +88,9 @@ def fit(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -> Need:
         few, more = (_tried(encoder, frame, size) for size in TRIED)
         each = max(1, (more - few) // (TRIED[1] - TRIED[0]))
         most = int(SHARE * free_memory(encoder.device)) // each
-        encoder.batch = min(BATCH["cuda"], 1 << max(0, most.bit_length() - 1))
+        encoder.batch = even_batch(rows, BATCH["cuda"])
+        while encoder.batch > max(1, most):
+            encoder.batch = smaller(encoder.batch)
     return Need(weights, tried_until_it_fits(encoder, frame, fixed))
 
 
@@ -137,6 +141,12 @@ def no_room(encoder: Encoder) -> EncodingError:
         f"{encoder.identity.name}: one frame does not fit into the memory of {encoder.device}; free some, or "
         "embed with fewer --pvr at a time"
     )
+
+
+def even_batch(rows: int, most: int) -> int:
+    """The smallest of the batches up to ``most`` that cut ``rows`` into fewest; in eights, so that it can be halved."""
+    batches = -(-rows // most)
+    return min(most, 8 * -(-rows // (8 * batches)))
 
 
 def smaller(batch: int) -> int:

@@ -17,7 +17,7 @@ from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.memory import Need, fit, passes, peak_of, smaller, tried_until_it_fits
+from pvrpipe.pipeline.memory import Need, even_batch, fit, passes, peak_of, smaller, tried_until_it_fits
 from pvrpipe.pipeline.transfers import one_behind, read_ahead
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.records import Episode
@@ -70,6 +70,14 @@ def test_an_automatic_batch_is_halved_before_the_store_is_begun(tmp_path: Path) 
         tried_until_it_fits(encoder, (24, 24, 3), fixed=True)
     tried_until_it_fits(encoder, (24, 24, 3), fixed=False)
     assert encoder.batch == 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"),
+    [(1, 8), (8, 8), (200, 200), (256, 256), (257, 136), (401, 208), (501, 256), (4010, 256)],
+)
+def test_a_batch_is_chosen_that_leaves_little_of_the_last_one_empty(rows: int, batch: int) -> None:
+    assert even_batch(rows, 256) == batch
 
 
 def test_one_frame_that_does_not_fit_is_one_line(rollouts: Path, tmp_path: Path) -> None:
@@ -284,7 +292,7 @@ def test_an_encoder_that_is_let_go_leaves_its_memory_at_once() -> None:
     frame = (24, 24, 3)
     encoder = Encoder(EncoderRequest("resnet18", "random:0", device="cpu", batch=1))
     network = weakref.ref(encoder.network)
-    fit(encoder, frame, fixed=True)
+    fit(encoder, frame, 100, fixed=True)
     gc.disable()
     try:
         encoder(np.zeros((1, *frame), np.uint8))
