@@ -57,11 +57,15 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         fail(one_line(error), 1)
-    except MemoryError as error:
-        if "--debug" in sys.argv:
-            raise
-        fail(f"memory does not suffice ({one_line(error)}); give a smaller --batch, --length or --size", 1)
     except Exception as error:
+        # The second is torch's, of a GPU; it is no MemoryError, and torch need not be loaded here.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            if "--debug" in sys.argv:
+                raise
+            fail(
+                f"memory does not suffice ({one_line(error)[:120]}); give a smaller --batch, --length or --size",
+                1,
+            )
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: wrong usage
             error.show()
             sys.exit(error.exit_code)

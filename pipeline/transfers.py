@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DECODERS = 8  # threads at most
+DECODERS = 16  # threads at most
 READ_AHEAD = 2  # batches that wait, decoded and on the device
 T = TypeVar("T")
 

@@ -68,7 +68,8 @@ class WindowLoader:
     """Batch k of a sampler as tensors on a device; a pure function of the sampler and k.
 
     A store that fits into half of a GPU's free memory is kept there, and windows are gathered on it.
-    Otherwise a thread cuts the next batches out of the store, into pinned memory, while batch k is used.
+    Otherwise a thread cuts the next batches out of the store, into pinned memory, while batch k is used. Either way it
+    is a thread that draws which windows come next.
 
     Args:
         sampler: which windows.
@@ -99,20 +100,26 @@ class WindowLoader:
         self._resident = columns_on(device, sampler.store, sampler.plan.columns) if keep else None
         self.backing = f"resident on {device}" if keep else f"{sampler.backing}, read ahead"
         depth = max(1, min(READ_AHEAD, READ_AHEAD_BYTES // batch_bytes(sampler)))
-        self._ahead = None if keep else ReadAhead(self._reading(), depth)
+        self._ahead = ReadAhead(self._drawing() if keep else self._reading(), depth)
 
     def __call__(self, k: int) -> Tensors:
         """Batch k: column → (B, T, *shape) on the device."""
         began = time.perf_counter()
-        batch = self._gather(k) if self._ahead is None else self._ahead(k)
+        batch = self._ahead(k)
         self.waited += time.perf_counter() - began
-        return batch
-
-    def _gather(self, k: int) -> Tensors:
-        assert self._resident is not None
-        rows = self.sampler.pieces(self.sampler.numbers(k)).rows
-        rows = without_waiting(torch.from_numpy(rows), self.device)
+        if self._resident is None:
+            return batch
+        rows = without_waiting(batch["rows"], self.device)
         return self._prepare({name: column[rows] for name, column in self._resident.items()})
+
+    def _drawing(self) -> Callable[[int], Tensors]:
+        """How the rows of batch k are drawn, by a function that does not keep this loader alive."""
+        sampler = self.sampler
+
+        def draw(k: int) -> Tensors:
+            return {"rows": torch.from_numpy(sampler.pieces(sampler.numbers(k)).rows)}
+
+        return draw
 
     def _reading(self) -> Callable[[int], Tensors]:
         """How batch k is read, by a function that does not keep this loader alive."""

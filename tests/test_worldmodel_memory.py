@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +78,27 @@ def test_it_is_counted_without_a_trace_and_refused_with_the_batch_that_fits(
     monkeypatch.setattr(memory, "room", lambda _: fixed // 2)
     with pytest.raises(InvalidValueError, match="give a smaller --size"):
         check_room(model, made, 6, 1, CPU)
+
+
+@pytest.mark.parametrize("name", ["dreamerv3", "tdmpc2", "dinowm"])
+def test_counting_leaves_nothing_of_its_graph_behind(name: str) -> None:
+    """What sums a parameter's gradient lives as long as any graph that it is part of, and is found again until then."""
+    made = setting(8, 2)
+    model: Any = build_model(name, "1m", made, seed=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = model.loss
+
+    def marked(*given: Any) -> Any:
+        found = loss(*given)
+        for p in parameters:
+            sum_of(p).metadata["counted"] = True
+        return found
+
+    model.loss = marked
+    training_bytes(model, made, 8, CPU)
+    assert not any(sum_of(p).metadata for p in parameters)
+
+
+def sum_of(parameter: torch.Tensor) -> Any:
+    """The node of autograd's that adds up a parameter's gradient."""
+    return parameter.expand_as(parameter).grad_fn.next_functions[0][0]

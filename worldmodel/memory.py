@@ -18,6 +18,7 @@ from pvrpipe.worldmodel.models import Setting
 
 STATES = 4  # of each parameter: itself, its gradient, and the optimizer's two
 PASSING = 1.3  # gradients of what is kept, while the backward pass goes through it
+POOLS = 1.8  # times as much of a GPU: what eager updates leave in the allocator, and the graph's own pool (docs/LOG.md)
 TORCH = 200 << 20  # what the libraries take with the first backward pass
 GIB = 1 << 30
 
@@ -60,7 +61,8 @@ def training_bytes(model: Any, setting: Setting, rows: int, device: torch.device
     one, two = (kept_bytes(model, setting, rows, windows, device) for windows in (1, 2))
     each = two - one  # the rest is kept once: weights laid out anew for a batch
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return TORCH + (STATES - 1) * weights + one - each, PASSING * each
+    passing = PASSING * (POOLS if device.type == "cuda" else 1)
+    return TORCH + (STATES - 1) * weights + one - each, passing * each
 
 
 def kept_bytes(model: Any, setting: Setting, rows: int, windows: int, device: torch.device) -> int:
@@ -73,7 +75,9 @@ def kept_bytes(model: Any, setting: Setting, rows: int, windows: int, device: to
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return (
+            tensor.detach()
+        )  # itself, it would hold what holds it, and nothing of the graph would ever be freed
 
     batch = {
         name: value.expand(windows, *value.shape[1:])
