@@ -8,6 +8,7 @@ next shard begins with the store's batch again, so that what a shard holds does 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
 from pvrpipe.pipeline.memory import no_room, smaller
-from pvrpipe.pipeline.transfers import Upload, decoding_threads, download, one_behind, read_ahead
+from pvrpipe.pipeline.transfers import download, one_behind
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
@@ -94,9 +96,7 @@ class ShardEmbedder:
         self.encoders = [Encoder(target.request) for target in targets]
         for target, encoder in zip(targets, self.encoders, strict=True):
             _refuse_another(target.specification, encoder, self.store.column("frame").shape)
-        device = self.encoders[0].device
-        self._upload = Upload(device)
-        self._threads = decoding_threads(device)
+        self._reader = ShardReader(self.store, self.encoders[0].device)
 
     def __call__(self, shard: int) -> ShardOutcome:
         """Embed one shard and commit it in every store that lacks it.
@@ -114,16 +114,26 @@ class ShardEmbedder:
         return self._attempted(shard)()
 
     def each(self, shards: Iterable[int]) -> Iterator[ShardOutcome]:
-        """As :meth:`attempt` on each, in order; while one is committed, the next is computed."""
-        with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
+        """As :meth:`attempt` on each, in order; while one is computed, the last is committed and the next begun."""
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="commit") as thread,
+            contextlib.closing(self._reader),
+        ):
             before: Future[ShardOutcome] | None = None
-            for shard in shards:
+            for shard, following in itertools.pairwise((*shards, None)):
+                assert shard is not None
+                if following is not None:
+                    self._reader.begin(following, self._largest(following))
                 commit = self._attempted(shard)
                 if before is not None:
                     yield before.result()
                 before = thread.submit(commit)
             if before is not None:
                 yield before.result()
+
+    def _largest(self, shard: int) -> int:
+        """Rows of a shard that are read at a time: what the largest batch takes of those that it is embedded in."""
+        return max(t.specification.computation.batch for t in self.targets if shard in t.todo)
 
     def _attempted(self, shard: int) -> Commit:
         def failed(error: PvrpipeError) -> ShardOutcome:
@@ -195,56 +205,22 @@ class ShardEmbedder:
 
         Each encoder has batches of its own size, whichever encoders it shares the frames with.
         """
-        for rows, arriving in read_ahead(self._batches(shard, works, outcome)):
-            frames = arriving()
-            outcome.rows += len(frames)
-            for work in works:
-                for at in range(0, len(frames), work.encoder.batch):
-                    if work.failed:
-                        break
-                    part = slice(at, at + work.encoder.batch)
-                    with timed_model(work, outcome):
-                        embedding = download(_encode(work, frames[part]))
-                    yield work, {name: column[part] for name, column in rows.items()}, embedding
-
-    def _batches(
-        self, shard: int, works: Sequence[Work], outcome: ShardOutcome
-    ) -> Iterator[tuple[dict[str, Rows], Callable[[], Tensor]]]:
-        """Decoded batches of a shard, the frames on their way to the device; they never cross into the next."""
-        columns = [name for name in self.store.columns if name not in ("physics", "frame")]
-        shape = self.store.column("frame").shape
-        size = max(work.encoder.batch for work in works)
-        total, start = self.store.manifest.shards[shard].rows, 0
-        while start < total:
-            with timed(outcome, "read_seconds"):
-                count = min(size, total - start)
-                try:
-                    frames = self._upload.room((count, *shape))
-                    rows = self._read(shard, columns, start, frames.numpy())
-                    arriving = self._upload(frames)
-                except torch.OutOfMemoryError:
-                    raise OutOfRoomError(max(works, key=lambda work: work.encoder.batch)) from None
-            start += count
-            yield rows, arriving
-
-    def _read(self, shard: int, columns: Sequence[str], start: int, frames: Rows) -> dict[str, Rows]:
-        """Rows of a shard, the frames into ``frames``; where one cannot be read, its episode and step are named."""
-        count = len(frames)
+        largest = max(works, key=lambda work: work.encoder.batch)
         try:
-            opened = self.store.shard(shard)
-            opened.rows("frame", start, count, frames, self._threads)
-            return {name: opened.rows(name, start, count) for name in columns}
-        except PvrpipeError as error:
-            if count == 1:
-                raise type(error)(f"{self._where(shard, start)} cannot be read: {error}") from None
-        half = count // 2
-        first = self._read(shard, columns, start, frames[:half])
-        rest = self._read(shard, columns, start + half, frames[half:])
-        return {name: np.concatenate([first[name], rest[name]]) for name in columns}
-
-    def _where(self, shard: int, row: int) -> str:
-        record = next(r for r in reversed(self.store.records(shard)) if r.row_start <= row)
-        return f"episode {record.episode}, step {row - record.row_start}"
+            for decoded in self._reader.batches(shard, largest.encoder.batch):
+                frames = decoded.frames()
+                outcome.rows += len(frames)
+                outcome.read_seconds += decoded.seconds
+                for work in works:
+                    for at in range(0, len(frames), work.encoder.batch):
+                        if work.failed:
+                            break
+                        part = slice(at, at + work.encoder.batch)
+                        with timed_model(work, outcome):
+                            embedding = download(_encode(work, frames[part]))
+                        yield work, {name: column[part] for name, column in decoded.rows.items()}, embedding
+        except torch.OutOfMemoryError:
+            raise OutOfRoomError(largest) from None
 
 
 def _refuse_another(made: EmbeddingSpecification, encoder: Encoder, frame: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -86,36 +86,44 @@ def one_behind(items: Iterator[T]) -> Generator[T, None, None]:
     yield from last
 
 
-def read_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """Run an iterator in a thread, a few items ahead; its errors are raised here."""
-    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(READ_AHEAD)
-    stopped = threading.Event()
+class ReadAhead(Generic[T]):
+    """An iterator that a thread runs, a few items ahead, from now on; its errors are raised to who iterates."""
 
-    def put(item: tuple[T] | BaseException | None) -> None:
-        while not stopped.is_set():
+    def __init__(self, items: Iterator[T]) -> None:
+        self._ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(READ_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        """The items; the thread ends with the iteration."""
+        try:
+            while (item := self._ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item[0]
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the thread, once it has made the item that it is at."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                self._put((item,))
+                if self._stopped.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[T] | BaseException | None) -> None:
+        while not self._stopped.is_set():
             try:
-                ready.put(item, timeout=0.1)
+                self._ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return
-
-    def run() -> None:
-        try:
-            for item in items:
-                put((item,))
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item[0]
-    finally:
-        stopped.set()
-        thread.join()

@@ -18,7 +18,7 @@ from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.memory import Need, even_batch, fit, passes, peak_of, smaller, tried_until_it_fits
-from pvrpipe.pipeline.transfers import one_behind, read_ahead
+from pvrpipe.pipeline.transfers import ReadAhead, one_behind
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.records import Episode
 from pvrpipe.store.describing import describe
@@ -226,7 +226,7 @@ def test_what_is_read_ahead_and_one_behind_is_in_order_and_raises_here() -> None
 
     assert list(one_behind(iter(range(4)))) == [0, 1, 2, 3]
     assert list(one_behind(iter(()))) == []
-    items = read_ahead(failing(5))
+    items = iter(ReadAhead(failing(5)))
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):
         next(items)

@@ -1,0 +1,85 @@
+"""Rows of a shard for those who encode them: decoded ahead, frames into memory that the device copies from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvrpipe.pipeline.transfers import ReadAhead, Upload, decoding_threads
+from pvrpipe.schemas.errors import PvrpipeError
+from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
+
+APART = ("physics", "frame")  # of the columns: the first is not taken over, the second travels by itself
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Some rows of a shard, and the seconds that it took to read them."""
+
+    rows: dict[str, Rows]
+    frames: Callable[[], Tensor]
+    """(n, H, W, 3) uint8 on the device, when they have arrived there"""
+    seconds: float
+
+
+class ShardReader:
+    """Reads shards of a rollout store for a device; the one that comes next can be begun while another is used."""
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self._store = store
+        self._columns = [name for name in store.columns if name not in APART]
+        self._upload, self._threads = Upload(device), decoding_threads(device)
+        self._begun: dict[tuple[int, int], ReadAhead[Decoded]] = {}
+
+    def begin(self, shard: int, size: int) -> None:
+        """Begin to read a shard in batches of ``size`` rows."""
+        self._begun[shard, size] = ReadAhead(self._batches(shard, size))
+
+    def batches(self, shard: int, size: int) -> ReadAhead[Decoded]:
+        """A shard in batches of ``size`` rows, the last of what is left; they never cross into the next shard.
+
+        Raises (when iterated over):
+            StoreError: its frames cannot be read; names episode and step.
+            torch.OutOfMemoryError: no room on the device.
+        """
+        return self._begun.pop((shard, size), None) or ReadAhead(self._batches(shard, size))
+
+    def close(self) -> None:
+        """Leave what was begun and never asked for."""
+        for begun in self._begun.values():
+            begun.close()
+        self._begun.clear()
+
+    def _batches(self, shard: int, size: int) -> Iterator[Decoded]:
+        shape = self._store.column("frame").shape
+        total = self._store.manifest.shards[shard].rows
+        for start in range(0, total, size):
+            began = time.perf_counter()
+            frames = self._upload.room((min(size, total - start), *shape))
+            rows = self._read(shard, start, frames.numpy())
+            yield Decoded(rows, self._upload(frames), time.perf_counter() - began)
+
+    def _read(self, shard: int, start: int, frames: Rows) -> dict[str, Rows]:
+        """Rows of a shard, the frames into ``frames``; where one cannot be read, its episode and step are named."""
+        count = len(frames)
+        try:
+            opened = self._store.shard(shard)
+            opened.rows("frame", start, count, frames, self._threads)
+            return {name: opened.rows(name, start, count) for name in self._columns}
+        except PvrpipeError as error:
+            if count == 1:
+                raise type(error)(f"{self._where(shard, start)} cannot be read: {error}") from None
+        half = count // 2
+        first = self._read(shard, start, frames[:half])
+        rest = self._read(shard, start + half, frames[half:])
+        return {name: np.concatenate([first[name], rest[name]]) for name in self._columns}
+
+    def _where(self, shard: int, row: int) -> str:
+        record = next(r for r in reversed(self._store.records(shard)) if r.row_start <= row)
+        return f"episode {record.episode}, step {row - record.row_start}"
