@@ -94,15 +94,13 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def tensor_cores(precision: Precision) -> Iterator[None]:
     """On a GPU, products that stay in float32 beside bfloat16 go over TF32, which is the more exact of the two."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [setting.allow_tf32 for setting in settings]
-    for setting in settings:
-        setting.allow_tf32 = precision == "bf16"
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = precision == "bf16"
     try:
         yield
     finally:
-        for setting, allowed in zip(settings, before, strict=True):
-            setting.allow_tf32 = allowed
+        matmul.allow_tf32, convolutions.allow_tf32 = before
 
 
 def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:

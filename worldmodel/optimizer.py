@@ -144,10 +144,10 @@ class Updater:
         groups: list[dict[str, Any]] = [{"params": [*learned.values()]}, *more]
         if name == "dreamerv3":
             return cls(model, LaProp(groups, rate, warmup=warmup))
-        how = {"fused": True, "capturable": next(model.parameters()).is_cuda}
+        recorded = next(model.parameters()).is_cuda
         if name == "dinowm":
             groups[1:] = [{**group, "weight_decay": 0.0} for group in more]
-            return cls(model, _ready(torch.optim.AdamW(groups, lr=rate, **how)))
+            return cls(model, _ready(torch.optim.AdamW(groups, lr=rate, fused=True, capturable=recorded)))
         part = {n: n.partition(".")[0] for n in learned}
         policy = [p for n, p in learned.items() if part[n] == "policy"]
         encoder = [p for n, p in learned.items() if part[n] in ("encoder", "pool")]
@@ -159,7 +159,7 @@ class Updater:
             *more,
         ]
         values, targets = (list(getattr(model, part).parameters()) for part in ("values", "target_values"))
-        adam = _ready(torch.optim.Adam(groups, lr=rate, **how))
+        adam = _ready(torch.optim.Adam(groups, lr=rate, fused=True, capturable=recorded))
         return cls(model, adam, ([*encoder, *others, *tuned], policy), (targets, values))
 
     def update(self, loss: Tensor) -> Tensor:
