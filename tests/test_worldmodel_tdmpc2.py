@@ -68,6 +68,18 @@ def test_loss_at_initialisation_and_its_weights() -> None:
     assert loss.item() == pytest.approx(weighed.item(), rel=1e-6)
 
 
+def test_every_linear_map_begins_as_upstreams_the_values_too() -> None:
+    """Normal of deviation 0.02 (``init.weight_init``; the values were left out of it until e9f5932), heads at zero."""
+    model = build_model("tdmpc2", "5m", setting(WIDTH, ACTION), seed=0)
+    first, hidden, last = model.values.weights
+    kernels = [first, hidden, model.dynamics[0].weight, model.policy[-1].weight, model.encoder[-3].weight]
+    assert [kernel.std().item() for kernel in kernels] == pytest.approx([0.02] * len(kernels), rel=0.03)
+    assert last.abs().max() == model.reward[-1].weight.abs().max() == 0
+    assert all(p.abs().max() == 0 for p in [*model.values.biases, model.dynamics[0].bias])
+    for own, target in zip(model.values.parameters(), model.target_values.parameters(), strict=True):
+        assert torch.equal(own, target)
+
+
 def test_consistency_equals_a_plain_loop_and_its_target_has_no_gradient() -> None:
     model = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)
     stacks, action, *_ = model._aligned(windows())
