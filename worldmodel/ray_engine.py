@@ -25,7 +25,7 @@ from pvrpipe.schemas.errors import (
     one_line,
 )
 from pvrpipe.schemas.progress import Progress, silent
-from pvrpipe.store.files import write_whole
+from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.store.places import is_url
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
@@ -134,6 +134,7 @@ def train_together(
     )
     watch = lambda: progress(updates_done(run), config.updates, f"{workers} workers")  # noqa: E731
     try:
+        make_folder(scratch)
         with _ray(address), _watched(watch):
             _refuse_too_many(workers, "GPU" if device.startswith("cuda") else "CPU")
             trainer.fit()

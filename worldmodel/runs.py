@@ -82,9 +82,8 @@ class RunRecord(Frozen):
     @field_validator("config")
     @classmethod
     def _says_what_is_trained(cls, config: dict[str, Any]) -> dict[str, Any]:
-        for name, kind in (("model", str), ("size", str), ("updates", int)):
-            if not isinstance(config.get(name), kind):
-                raise ValueError(f"no {name}")
+        if missing := [name for name in ("model", "size", "updates") if name not in config]:
+            raise ValueError(f"no {missing[0]}")
         return config
 
     @property
