@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pvrpipe.schemas.errors import OutputExistsError, RunError
+from pvrpipe.store.planning import split_of
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.probe import probe
@@ -23,6 +24,7 @@ from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
 from pvrpipe.worldmodel.training import train
 
+from .planted import write_planted
 from .toy import MODELS, QUICK, WriteEmbeddings, short
 
 
@@ -204,6 +206,26 @@ def test_normalised_embeddings_have_the_moments_of_the_training_rows(
     ].numpy()
     assert np.allclose(standard.mean(0), 0, atol=1e-4)
     assert np.allclose(standard.std(0), 1, atol=1e-3)
+
+
+def test_states_are_standardised_by_the_training_rows_alone(tmp_path: Path) -> None:
+    """Held-out states lie far from all others: a moment of theirs would show."""
+    random = np.random.default_rng(0)
+    episodes = [
+        {
+            "embedding": random.normal(size=(9, 4)).astype(np.float16),
+            "action": random.uniform(-1, 1, (9, 2)).astype(np.float32),
+            "reward": random.normal(size=9).astype(np.float32),
+            "state": (random.normal(size=(9, 3)) + 1000 * (split_of(number, 10) == "val")).astype(np.float32),
+        }
+        for number in range(10)
+    ]
+    store = write_planted(tmp_path / "store", episodes)
+    train(short("dinowm", proprioception=True), store, tmp_path / "run")
+    moments = load_file(tmp_path / "run" / checkpoints.CHECKPOINT)
+    states = np.concatenate([e["state"] for n, e in enumerate(episodes) if split_of(n, 10) == "train"])
+    assert moments["model.seen_state.mean"].numpy() == pytest.approx(states.mean(0), abs=1e-5)
+    assert moments["model.seen_state.scale"].numpy() == pytest.approx(1 / states.std(0), rel=1e-5)
 
 
 def test_a_run_finds_its_store_from_any_folder(
