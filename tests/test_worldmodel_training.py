@@ -269,3 +269,28 @@ def test_a_damaged_log_is_one_line_and_the_list_of_runs_goes_on(
     (tmp_path / "run" / runs.RECORD).write_text(json.dumps({**record, "state": "training", "result": None}))
     with pytest.raises(RunError, match=r"a line that no training wrote .*--overwrite"):
         train(short(), store, tmp_path / "run")
+
+
+def test_validation_reads_held_out_episodes_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each episode's embeddings are its number."""
+    episodes = [
+        {
+            "embedding": np.full((9, 2), number, np.float16),
+            "action": np.zeros((9, 1), np.float32),
+            "reward": np.zeros(9, np.float32),
+        }
+        for number in range(20)
+    ]
+    seen: set[int] = set()
+    right = training.validate
+
+    def watched(model: Any, batches: Any, seed: int) -> dict[str, float]:
+        judged = list(batches)
+        seen.update(int(n) for batch in judged for n in batch["observation"].unique())
+        return right(model, judged, seed)
+
+    monkeypatch.setattr(training, "validate", watched)
+    train(short("dinowm"), write_planted(tmp_path / "store", episodes), tmp_path / "run")
+    assert seen == {number for number in range(20) if split_of(number, 20) == "val"}
