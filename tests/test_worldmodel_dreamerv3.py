@@ -224,6 +224,40 @@ def test_losses_at_initialisation() -> None:
     assert loss.item() == pytest.approx((rest + 0.1 * terms["representation"]).item(), rel=1e-6)
 
 
+def test_the_kl_is_of_the_posterior_to_the_prior_and_each_term_moves_its_own_side() -> None:
+    """Equation 5: dynamics moves the prior to the posterior, representation the posterior to the prior."""
+    model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
+    for head in (model.rssm.prior.out, model.rssm.posterior_out):
+        head.weight.data *= 10  # far apart, and by other amounts either way
+    batch, random = batch_of(12), torch.Generator().manual_seed(0)
+    drawn = model.draw(batch, random)
+    _, terms = model.losses(batch, drawn)
+    tokens = model.encoder(model.seen(batch["observation"]))
+    deter, _, posterior = model.rssm.observe(tokens, batch["action"], batch["is_first"], drawn)
+    p, q = (
+        0.99 * torch.softmax(logits.double(), -1) + 0.01 / 4
+        for logits in (posterior, model.rssm.prior_logits(deter))
+    )
+    forward, backward = (p * (p / q).log()).sum((-2, -1)).mean(), (q * (q / p).log()).sum((-2, -1)).mean()
+    assert terms["kl"].item() == pytest.approx(forward.item(), rel=1e-4)
+    assert abs(forward - backward) > 0.05 * forward
+    sides = model.rssm.prior.out.weight, model.rssm.posterior_out.weight
+    for name, still in (("dynamics", None), ("representation", 0)):
+        grads = torch.autograd.grad(terms[name], sides, retain_graph=True, allow_unused=True)
+        moved = [grad is not None and bool(grad.abs().max() > 0) for grad in grads]
+        assert moved == [still is None, True]  # a later prior depends on earlier samples
+
+
+def test_gradients_of_every_head_reach_the_state() -> None:
+    """``reward_grad: True``, and nothing is stopped in front of the decoder and the continuation."""
+    model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)
+    torch.nn.init.normal_(model.reward.out.weight, generator=torch.Generator().manual_seed(0))
+    _, terms = model.loss(batch_of(12), torch.Generator().manual_seed(0))
+    for name in ("reconstruction", "reward", "continue"):
+        (grad,) = torch.autograd.grad(terms[name], model.rssm.gates.weight, retain_graph=True)
+        assert grad.abs().max() > 0, name
+
+
 def test_free_nats_hold_after_the_sum_over_categoricals() -> None:
     """Where prior and posterior agree, both KL losses are exactly 1 and give no gradient."""
     model = build_model("dreamerv3", "1m", setting(12, 2), seed=0)

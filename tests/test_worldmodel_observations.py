@@ -141,6 +141,45 @@ def test_the_convolutions_of_every_size_have_the_reference_widths() -> None:
         assert encoder.width == (side // 16) ** 2 * 64
 
 
+def test_the_convolutions_are_the_references_written_out() -> None:
+    """``Encoder``: bytes / 255 - 0.5, each stage a convolution, the largest of 2 × 2, norm, silu. ``Decoder`` back."""
+    torch.manual_seed(0)
+    model = DreamerV3("1m", FRAMES, 2)
+    encoder, decoder = model.encoder.double(), model.decoder.double()
+    for parameter in (*encoder.parameters(), *decoder.parameters()):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    frames = torch.randint(256, (2, 3, 64, 64, 3))
+
+    def activated(x: Tensor, gain: Tensor) -> Tensor:
+        gain = gain.view(-1, 1, 1)
+        return F.silu(gain * x / (x.square().mean(-3, keepdim=True) + 1e-4).sqrt())
+
+    x = (frames.flatten(0, 1).double() / 255 - 0.5).permute(0, 3, 1, 2)
+    for stage in encoder.stages:
+        x = F.conv2d(x, stage.conv.weight, stage.conv.bias, padding=2)
+        x = activated(x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).amax((3, 5)), stage.norm.weight)
+    torch.testing.assert_close(encoder(frames.double() / 255), x.flatten(1).unflatten(0, (2, 3)))
+
+    features = torch.randn(2, 3, model.rssm.size.deter + model.rssm.width, dtype=torch.float64)
+    deter, stoch = features.flatten(0, 1).split([model.rssm.size.deter, model.rssm.width], -1)
+    blocks = [
+        (part @ kernel + bias).unflatten(-1, (4, 4, 2))
+        for part, kernel, bias in zip(
+            deter.chunk(8, -1), decoder.of_deter.weight, decoder.of_deter.bias.chunk(8), strict=True
+        )
+    ]
+    x = torch.cat(blocks, -1) + decoder.of_stoch(stoch).unflatten(-1, (4, 4, 16))
+    x = activated(x.permute(0, 3, 1, 2), decoder.norm.weight)
+    for stage in decoder.stages:
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = activated(F.conv2d(x, stage.conv.weight, stage.conv.bias, padding=2), stage.norm.weight)
+    x = F.conv2d(
+        x.repeat_interleave(2, 2).repeat_interleave(2, 3), decoder.out.weight, decoder.out.bias, padding=2
+    )
+    expected = torch.sigmoid(x).permute(0, 2, 3, 1).unflatten(0, (2, 3))
+    torch.testing.assert_close(decoder(features), expected)
+
+
 def test_attention_pooling_is_attention_with_one_query() -> None:
     torch.manual_seed(0)
     pool = AttentionPool(TOKENS, 16).double()
@@ -189,6 +228,9 @@ def test_what_does_not_fit_is_one_line() -> None:
         build_model("dinowm", "1m", Setting(FRAMES, 2, 0, 50, False), seed=0)
     with pytest.raises(InvalidValueError, match="no state column"):
         build_model("dinowm", "1m", Setting(vector(4), 2, 0, 50, False), seed=0, proprioception=True)
+    for observation, encoder in ((vector(4), "mlp"), (vector(4), "attention"), (TOKENS, "cnn")):
+        with pytest.raises(UnknownNameError, match=f"for dinowm '{encoder}'"):
+            build_model("dinowm", "1m", Setting(observation, 2, 0, 50, False), seed=0, encoder=encoder)
 
 
 @pytest.mark.parametrize("model", ["dreamerv3", "tdmpc2"])

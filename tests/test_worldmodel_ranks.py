@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -143,3 +144,44 @@ def test_paths_reach_the_workers_whole(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(InterruptedError):
             ray_engine.train_together(CONFIGS["dinowm"], store, Path("data/run"), workers=2)
         assert given["arguments"][1:] == (whole, tmp_path / "data/run")
+
+
+def test_a_mistake_is_not_made_again_by_workers_that_begin_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train starts all workers anew whatever the failure was; those then find the mistake and end."""
+    import ray.train.torch
+
+    from pvrpipe.worldmodel import ray_engine
+
+    trained: list[int] = []
+    ended: list[str] = []
+
+    class Trainer:
+        def __init__(self, part: Any, *, train_loop_config: dict[str, Any], **_: Any) -> None:
+            self.part, self.asked = part, train_loop_config
+
+        def fit(self) -> None:
+            for _ in range(2):
+                try:
+                    self.part(self.asked)
+                except InvalidValueError:
+                    ended.append("failed")
+                else:
+                    ended.append("returned")
+                    break
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        trained.append(1)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    monkeypatch.setattr(ray_engine, "_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(ray_engine, "_refuse_too_many", lambda *_: None)
+    monkeypatch.setattr(ray_engine, "train", counted)
+    with pytest.raises(InvalidValueError, match="has 999 rows"):
+        ray_engine.train_together(
+            replace(CONFIGS["dinowm"], length=999), str(store), tmp_path / "run", workers=1
+        )
+    assert (len(trained), ended) == (1, ["failed", "returned"])
+    assert list(tmp_path.iterdir()) == []

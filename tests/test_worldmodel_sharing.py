@@ -190,3 +190,14 @@ def test_the_commands(finished: Path, tmp_path: Path) -> None:
     code, said = call("pull", str(tmp_path / "nothing"), "--root", str(tmp_path))
     assert code == 1
     assert "holds no store" in said
+
+
+def test_a_run_without_its_store_says_how_to_probe_it(finished: Path, run: Path, tmp_path: Path) -> None:
+    """Fetched from another lab, it still names the place that its store had there."""
+    told = json.loads((run / RECORD).read_text())
+    (run / RECORD).write_text(json.dumps({**told, "store": "/another/lab/store"}))
+    with pytest.raises(
+        RunError, match=r"trained on /another/lab/store, .* of planted: pvrpipe probe RUN STORE"
+    ):
+        probe(run, horizons=(5,))
+    assert probe(run, finished.parent / "store", horizons=(5,))["episodes"] > 0

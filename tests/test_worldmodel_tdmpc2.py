@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,25 @@ def test_loss_at_initialisation_and_its_weights() -> None:
     assert terms["value"].item() == pytest.approx(math.log(101) * 1.75 / 3, abs=1e-4)
     weighed = 20 * terms["consistency"] + 0.1 * (terms["reward"] + terms["value"]) + terms["policy"]
     assert loss.item() == pytest.approx(weighed.item(), rel=1e-6)
+
+
+def test_termination_is_learned_where_episodes_end_and_weighs_one() -> None:
+    model = build_model("tdmpc2", "1m", replace(setting(WIDTH, ACTION), episodic=True), seed=0)
+    loss, terms = model.loss(windows(), GENERATOR)
+    weighed = 20 * terms["consistency"] + 0.1 * (terms["reward"] + terms["value"]) + terms["policy"]
+    assert loss.item() == pytest.approx((weighed + terms["termination"]).item(), rel=1e-6)
+
+
+def test_every_linear_map_begins_as_upstreams_the_values_too() -> None:
+    """Normal of deviation 0.02 (``init.weight_init``; the values were left out of it until e9f5932), heads at zero."""
+    model = build_model("tdmpc2", "5m", setting(WIDTH, ACTION), seed=0)
+    first, hidden, last = model.values.weights
+    kernels = [first, hidden, model.dynamics[0].weight, model.policy[-1].weight, model.encoder[-3].weight]
+    assert [kernel.std().item() for kernel in kernels] == pytest.approx([0.02] * len(kernels), rel=0.03)
+    assert last.abs().max() == model.reward[-1].weight.abs().max() == 0
+    assert all(p.abs().max() == 0 for p in [*model.values.biases, model.dynamics[0].bias])
+    for own, target in zip(model.values.parameters(), model.target_values.parameters(), strict=True):
+        assert torch.equal(own, target)
 
 
 def test_consistency_equals_a_plain_loop_and_its_target_has_no_gradient() -> None:
@@ -179,3 +199,24 @@ def test_tdmpc2_learns_slower_in_its_encoder_and_clips_the_whole_gradient() -> N
         step = (parameter - before[name]).abs().max().item()
         expected = 3e-4 * (0.3 if name.startswith("encoder.") else 1.0)
         assert step == pytest.approx(expected, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("dreamerv3", [(4e-5, 1e-20, 0)]),
+        ("tdmpc2", [(0.3 * 3e-4, 1e-8, 0), (3e-4, 1e-8, 0), (3e-4, 1e-5, 0)]),
+        ("dinowm", [(5e-4, 1e-8, 0.01)]),
+    ],
+)
+def test_optimizers_have_the_published_numbers(name: str, groups: list[tuple[float, float, float]]) -> None:
+    """Rate, epsilon and weight decay of each group; the last is an encoder's inside the model, at DINO-WM's rate."""
+    model = build_model(name, "1m", setting(WIDTH, ACTION), seed=0)
+    model.seen.look_through(nn.Linear(3, WIDTH))
+    made = Updater.of(name, model, learning_rate=None, warmup=1000).optimizer.param_groups
+    found = [(group["lr"], group["eps"], group.get("weight_decay", 0)) for group in made]
+    assert found == [pytest.approx(numbers) for numbers in [*groups, (1e-6, groups[0][1], 0)]]
+    assert len(made[-1]["params"]) == 2
+    assert sum(p.numel() for group in made for p in group["params"]) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )

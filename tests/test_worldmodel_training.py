@@ -6,6 +6,7 @@ The toy environment: the action alone decides the next observation and the rewar
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pvrpipe.schemas.errors import (
-    RunError,
-)
+from pvrpipe.schemas.errors import OutputExistsError, RunError
+from pvrpipe.store.planning import split_of
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel import checkpoints, probe_episodes, runs
+from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
 from pvrpipe.worldmodel.training import train
 
+from .planted import write_planted
 from .toy import MODELS, QUICK, WriteEmbeddings, short
 
 
@@ -205,3 +206,91 @@ def test_normalised_embeddings_have_the_moments_of_the_training_rows(
     ].numpy()
     assert np.allclose(standard.mean(0), 0, atol=1e-4)
     assert np.allclose(standard.std(0), 1, atol=1e-3)
+
+
+def test_states_are_standardised_by_the_training_rows_alone(tmp_path: Path) -> None:
+    """Held-out states lie far from all others: a moment of theirs would show."""
+    random = np.random.default_rng(0)
+    episodes = [
+        {
+            "embedding": random.normal(size=(9, 4)).astype(np.float16),
+            "action": random.uniform(-1, 1, (9, 2)).astype(np.float32),
+            "reward": random.normal(size=9).astype(np.float32),
+            "state": (random.normal(size=(9, 3)) + 1000 * (split_of(number, 10) == "val")).astype(np.float32),
+        }
+        for number in range(10)
+    ]
+    store = write_planted(tmp_path / "store", episodes)
+    train(short("dinowm", proprioception=True), store, tmp_path / "run")
+    moments = load_file(tmp_path / "run" / checkpoints.CHECKPOINT)
+    states = np.concatenate([e["state"] for n, e in enumerate(episodes) if split_of(n, 10) == "train"])
+    assert moments["model.seen_state.mean"].numpy() == pytest.approx(states.mean(0), abs=1e-5)
+    assert moments["model.seen_state.scale"].numpy() == pytest.approx(1 / states.std(0), rel=1e-5)
+
+
+def test_a_run_finds_its_store_from_any_folder(
+    write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_embeddings()
+    monkeypatch.chdir(store.parent)
+    train(short(), store.name, "run")
+    monkeypatch.chdir("/")
+    assert runs.read_run(tmp_path / "run").store == str(store)
+    assert probe(tmp_path / "run", horizons=(5,))["store"] == str(store)
+
+
+def test_another_configuration_is_refused_before_a_model_is_built(
+    write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest would take minutes and gigabytes; what is finished is returned as soon."""
+    store = write_embeddings()
+    first = train(short(), store, tmp_path / "run")
+    monkeypatch.setattr(training, "model_of", None)
+    with pytest.raises(OutputExistsError, match="size: 1m, now 400m"):
+        train(replace(short(), size="400m"), store, tmp_path / "run")
+    assert train(short(), store, tmp_path / "run") == first
+
+
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", '"x"', '{"update": 3, "train": 5}', '{"train": {"loss": 1.0}}', "\udcff"]
+)
+def test_a_damaged_log_is_one_line_and_the_list_of_runs_goes_on(
+    line: str, write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store = write_embeddings()
+    train(short(), store, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / runs.RECORD).read_text())
+    (tmp_path / "run" / runs.METRICS).write_text(line + "\n", errors="surrogateescape")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / runs.RECORD).write_text(json.dumps({**record, "config": {}}))
+    assert [row["state"] for row in runs.listed(tmp_path)] == ["unreadable"] * 2
+    with pytest.raises(RunError, match="config: Value error, no model"):
+        runs.read_run(tmp_path / "other")
+    (tmp_path / "run" / runs.RECORD).write_text(json.dumps({**record, "state": "training", "result": None}))
+    with pytest.raises(RunError, match=r"a line that no training wrote .*--overwrite"):
+        train(short(), store, tmp_path / "run")
+
+
+def test_validation_reads_held_out_episodes_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each episode's embeddings are its number."""
+    episodes = [
+        {
+            "embedding": np.full((9, 2), number, np.float16),
+            "action": np.zeros((9, 1), np.float32),
+            "reward": np.zeros(9, np.float32),
+        }
+        for number in range(20)
+    ]
+    seen: set[int] = set()
+    right = training.validate
+
+    def watched(model: Any, batches: Any, seed: int) -> dict[str, float]:
+        judged = list(batches)
+        seen.update(int(n) for batch in judged for n in batch["observation"].unique())
+        return right(model, judged, seed)
+
+    monkeypatch.setattr(training, "validate", watched)
+    train(short("dinowm"), write_planted(tmp_path / "store", episodes), tmp_path / "run")
+    assert seen == {number for number in range(20) if split_of(number, 20) == "val"}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation, Seen, Standardise
 from pvrpipe.worldmodel.predictions import Filtered, Imagined
@@ -26,6 +26,7 @@ from pvrpipe.worldmodel.predictions import Filtered, Imagined
 HISTORY = 3  # frames
 CONDITION = 10  # numbers that an action, and proprioception, become
 INIT_STD = 0.02
+ENCODERS = {"vector": ("linear",), "tokens": ("attention",)}  # the transformer's own ways to read them
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,30 @@ class DinoWM(nn.Module):
         size: a name in :data:`SIZES`.
         observation: one embedding or tokens.
         action: A.
+        encoder: how the observation is read, a name in :data:`ENCODERS`.
         proprioception: numbers of the state that are seen and predicted too; 0: none.
     """
 
     rows_before: int = 0
     divergence: ClassVar[str] = "mse"
 
-    def __init__(self, size: str, observation: Observation, action: int, *, proprioception: int = 0) -> None:
+    def __init__(
+        self,
+        size: str,
+        observation: Observation,
+        action: int,
+        *,
+        encoder: str = "auto",
+        proprioception: int = 0,
+    ) -> None:
         super().__init__()
         if observation.kind == "pixels":
             raise InvalidValueError(
                 "dinowm learns from embeddings, and this store holds frames; first run `pvrpipe embed --pvr NAME`, "
                 "or take --model dreamerv3 or tdmpc2"
             )
+        if encoder not in (names := ("auto", *ENCODERS[observation.kind])):
+            raise UnknownNameError.among(f"encoder of {observation.kind} for dinowm", encoder, names)
         self.size = widths = SIZES[size]
         self.columns: tuple[str, ...] = ("state",) if proprioception else ()
         self.tokens, self.features = (

@@ -155,4 +155,5 @@ def build_model(
             return tdmpc2.TDMPC2(
                 size, observation, action, encoder=encoder, steps=setting.steps, episodic=setting.episodic
             )
-        return dinowm.DinoWM(size, observation, action, proprioception=setting.state if proprioception else 0)
+        seen = setting.state if proprioception else 0
+        return dinowm.DinoWM(size, observation, action, encoder=encoder, proprioception=seen)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, RunError, UnknownNameError
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 from pvrpipe.store.selecting import SPLITS
@@ -79,12 +79,23 @@ def subject_of(
     """
     device = torch.device(device)
     model, record = load_model(Path(run), device, backbone)
-    held_out = open_observations(record.store if store is None else store)
+    held_out = open_observations(store) if store is not None else _own_store(record)
     check_encoder(record, held_out)
     with suitable_threads(model, device):
         yield Subject(
             model, record, Reader(held_out, record.setting.shown, ("state", *model.columns), device)
         )
+
+
+def _own_store(record: runs.RunRecord) -> Store:
+    """What a run was trained on, where it lay then."""
+    try:
+        return open_observations(record.store)
+    except NotAStoreError:
+        raise RunError(
+            f"the run was trained on {record.store}, where there is no such store now; give its place, or another "
+            f"store of {record.pvr}: pvrpipe probe RUN STORE"
+        ) from None
 
 
 def check_encoder(record: runs.RunRecord, store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections import deque
@@ -13,9 +14,18 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from pvrpipe.schemas import errors
 from pvrpipe.schemas.clusters import ray_cluster
-from pvrpipe.schemas.errors import ClusterError, InvalidValueError, PvrpipeError, one_line
+from pvrpipe.schemas.errors import (
+    ClusterError,
+    InvalidValueError,
+    PvrpipeError,
+    StoreBusyError,
+    UnreachableError,
+    one_line,
+)
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.store.places import is_url
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
@@ -24,6 +34,7 @@ from pvrpipe.worldmodel.runs import updates_done
 from pvrpipe.worldmodel.training import TrainConfig, TrainResult, train
 
 AGAIN = 2  # times that a job whose process or node died is begun again
+MISTAKE = "mistake.json"  # what of a user's ended a training by several workers
 LOOK_AROUND = 1.0  # seconds between two looks at how far the jobs are
 
 J = TypeVar("J")
@@ -114,6 +125,7 @@ def train_together(
             "device": device,
             "backing": backing,
             "looking": looking,
+            "mistake": scratch / MISTAKE,
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=device.startswith("cuda")),
         run_config=RunConfig(
@@ -122,9 +134,13 @@ def train_together(
     )
     watch = lambda: progress(updates_done(run), config.updates, f"{workers} workers")  # noqa: E731
     try:
+        make_folder(scratch)
         with _ray(address), _watched(watch):
             _refuse_too_many(workers, "GPU" if device.startswith("cuda") else "CPU")
             trainer.fit()
+        if (scratch / MISTAKE).exists():
+            kind, message = json.loads((scratch / MISTAKE).read_text())
+            raise getattr(errors, kind)(message)
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, PvrpipeError):
@@ -149,12 +165,24 @@ def _refuse_too_many(workers: int, kind: str) -> None:
 
 
 def _train_part(asked: dict[str, Any]) -> None:
-    """What each worker does; Ray Train has made the process group."""
+    """What each worker does; Ray Train has made the process group.
+
+    It begins all workers again whatever the failure was. So a mistake, which would be one again, is put down for the
+    driver, and there is nothing left to do for those who find one.
+    """
     from ray.train.torch import get_device
 
+    if asked["mistake"].exists():
+        return
     device = get_device() if asked["device"].startswith("cuda") else "cpu"
     backbone = asked["looking"] and asked["looking"](str(device))
-    train(*asked["arguments"], device=device, backing=asked["backing"], backbone=backbone)
+    try:
+        train(*asked["arguments"], device=device, backing=asked["backing"], backbone=backbone)
+    except (UnreachableError, StoreBusyError):
+        raise
+    except PvrpipeError as error:
+        write_whole(asked["mistake"], json.dumps([type(error).__name__, str(error)]).encode())
+        raise
 
 
 @contextmanager

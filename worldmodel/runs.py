@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 import pvrpipe
 from pvrpipe.schemas.errors import OutputExistsError, RunError
@@ -78,6 +78,13 @@ class RunRecord(Frozen):
     result: dict[str, Any] | None = None
     files: dict[Literal["checkpoint.safetensors", "metrics.jsonl"], RunFile] = Field(default_factory=dict)
     """of a finished run"""
+
+    @field_validator("config")
+    @classmethod
+    def _says_what_is_trained(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if missing := [name for name in ("model", "size", "updates") if name not in config]:
+            raise ValueError(f"no {missing[0]}")
+        return config
 
     @property
     def pvr(self) -> str:
@@ -132,11 +139,6 @@ def read_run(folder: Path) -> RunRecord:
     raise RunError(f"{folder / RECORD} {problem}, or train again with --overwrite")
 
 
-def has_ended(folder: Path) -> bool:
-    """Whether there is a run of which nothing is left to train."""
-    return (folder / RECORD).exists() and read_run(folder).state == "finished"
-
-
 def finish(folder: Path, record: RunRecord, result: dict[str, Any]) -> None:
     """Write what became of a run, and which files it left."""
     files = {
@@ -169,18 +171,22 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
                 )
         elif overwrite:
             _clear(folder)
-        if (folder / RECORD).exists():
-            existing = read_run(folder)
-            _refuse_other(folder, existing, draft)
-            draft = existing
-        else:
-            write_run(folder, draft)
+        record = same_run(folder, draft)
+        if record is draft:
+            write_run(folder, record)
         remove_temporaries(folder)
-        yield draft
+        yield record
 
 
-def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
-    """Refuse to go on with another configuration, and say which fields differ."""
+def same_run(folder: Path, draft: RunRecord) -> RunRecord:
+    """The record of a run begun as drafted, or the draft where none was begun.
+
+    Raises:
+        OutputExistsError: it was begun with another configuration; says which fields differ.
+    """
+    if not (folder / RECORD).exists():
+        return draft
+    existing = read_run(folder)
     old, new = (
         {
             **record.config,
@@ -201,6 +207,7 @@ def _refuse_other(folder: Path, existing: RunRecord, draft: RunRecord) -> None:
             f"{folder} was begun with another configuration ({'; '.join(differ[:4])}); "
             "choose another run, or replace it with --overwrite"
         )
+    return existing
 
 
 def remove(folder: Path) -> None:
@@ -221,7 +228,7 @@ def _clear(folder: Path) -> None:
 def updates_done(folder: Path) -> int:
     """How far a run has come, as far as it has logged; 0 where there is none."""
     lines = _lines(folder / METRICS)
-    return int(json.loads(lines[-1])["update"]) if lines else 0
+    return _entry(lines[-1])["update"] if lines else 0
 
 
 def listed(home: Path) -> list[dict[str, Any]]:
@@ -233,10 +240,10 @@ def _row(folder: Path) -> dict[str, Any]:
     about: dict[str, Any] = dict.fromkeys(("model", "size", "pvr", "store_id", "updates", "loss", "val_loss"))
     about |= {"run": str(folder), "state": "unreadable"}
     try:
-        record, last = read_run(folder), MetricsLog.read(folder)
-    except (RunError, ValueError):
+        record, last, done = read_run(folder), MetricsLog.read(folder), updates_done(folder)
+    except RunError:
         return about
-    done, wanted = updates_done(folder), record.config["updates"]
+    wanted = record.config["updates"]
     return {
         **about,
         "model": record.config["model"],
@@ -264,9 +271,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, done: int, *, writes: bool = True) -> None:
         self.path, self._board = folder / METRICS, None
-        kept = [line for line in _lines(self.path) if json.loads(line)["update"] <= done]
+        kept = [line for line in _lines(self.path) if _entry(line)["update"] <= done]
         self.last = _last_of(kept)
-        self.validation = [json.loads(line)["val"]["loss"] for line in kept if "val" in json.loads(line)]
+        self.validation = [_entry(line)["val"]["loss"] for line in kept if "val" in _entry(line)]
         if writes:
             from torch.utils.tensorboard import SummaryWriter  # a second, which reading a run does not need
 
@@ -305,11 +312,29 @@ class MetricsLog:
 def _last_of(lines: list[str]) -> dict[str, dict[str, float]]:
     last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
     for line in lines:
-        last |= {part: values for part, values in json.loads(line).items() if part != "update"}
+        last |= {part: values for part, values in _entry(line).items() if part != "update"}
     return last
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """What a line of the log says.
+
+    Raises:
+        RunError: it is none.
+    """
+    try:
+        entry = json.loads(line)
+        parts = {name: dict(values) for name, values in entry.items() if name != "update"}
+        if all("loss" in values for values in parts.values()):
+            return {"update": int(entry["update"]), **parts}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise RunError(
+        f"{METRICS} holds a line that no training wrote ({line[:40]}); train again with --overwrite"
+    )
 
 
 def _lines(path: Path) -> list[str]:
     """The whole lines that are there; a killed writer may have left half of one, another may be writing."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(errors="replace") if path.exists() else ""
     return text.split("\n")[:-1]

@@ -194,7 +194,7 @@ def pull_run(url: Place | str, folder: Path, *, progress: Progress = silent) -> 
             wanted = StoreFile(name, file.size, file.sha256)
             if not (folder / name).is_file() or problem_of(wanted, folder / name):
                 source.fetch(wanted, folder / name)
-            progress(done, len(names), name)
+            progress(done, len(record.files), name)
         lacking = [n for n in PROBED if not source.fetch(StoreFile(n, optional=True), folder / n)]
         write_whole(folder / runs.RECORD, text)
     return _shared(folder, url, [name for name in names if name not in lacking])

@@ -179,7 +179,13 @@ def train(
     first = ranks().rank == 0  # of several processes, the one that writes
     embedding = None if backbone is None else embedding_shape(backbone, store)
     setting = setting_of(store, pixels=config.pixels, encoder=config.encoder, embedding=embedding)
+    draft = _record(config, store, setting, device, backbone)
+    if not overwrite:  # asked before a model is built, which takes time and memory
+        known = told_by_first(runs.same_run(folder, draft))
+        if known.result is not None:
+            return TrainResult(**{**known.result, "run": str(folder)})
     model = model_of(config, setting, device, backbone)
+    draft = draft.model_copy(update={"parameters": parameter_count(model)})
     updater = Updater.of(
         config.model,
         model,
@@ -204,16 +210,12 @@ def train(
         )
         for split in ("train", "val")
     )
-    draft = _record(config, store, setting, model, device, backbone)
     # Before the folder is this configuration's: the cure is another one.
-    if overwrite or not runs.has_ended(folder):
-        with suitable_threads(model, device), computing(config.precision, device):
-            check_room(model, setting, length, config.windows // ranks().ranks, device)
+    with suitable_threads(model, device), computing(config.precision, device):
+        check_room(model, setting, length, config.windows // ranks().ranks, device)
     begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
     with suitable_threads(model, device), begin as record:
         record = told_by_first(record)
-        if record.result is not None:
-            return TrainResult(**{**record.result, "run": str(folder)})
         resumed = (folder / checkpoints.CHECKPOINT).exists()
         done = checkpoints.load(folder, model, updater) if resumed else 0
         if config.normalize and not resumed:
@@ -222,7 +224,7 @@ def train(
         log = runs.MetricsLog(folder, done, writes=first)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
-        begun, k = time.perf_counter(), done
+        began, k = time.perf_counter(), done
         while k < config.updates and not stale(log.validation, config.patience):
             k += 1
             batch = data(k)
@@ -241,7 +243,7 @@ def train(
                 if first:
                     checkpoints.save(folder, k, model, updater)
             progress(k, config.updates, log.note)
-        seconds = max(time.perf_counter() - begun, 1e-9)
+        seconds = max(time.perf_counter() - began, 1e-9)
         log.close()
         result = TrainResult(
             run=str(folder),
@@ -342,11 +344,10 @@ def _record(
     config: TrainConfig,
     store: Store,
     setting: Setting,
-    model: torch.nn.Module,
     device: torch.device,
     backbone: torch.nn.Module | None,
 ) -> runs.RunRecord:
-    """What ``run.json`` says when a run begins."""
+    """What ``run.json`` says when a run begins, but for the model's parameters."""
     specification = store.manifest.specification
     encoder, tuning = identity_of(backbone)
     if isinstance(specification, EmbeddingSpecification):
@@ -355,12 +356,12 @@ def _record(
     return runs.RunRecord(
         state="training",
         config=asdict(config),
-        store=str(store.path),
+        store=str(store.path.absolute() if isinstance(store.path, Path) else store.path),
         store_id=store.manifest.id,
         encoder=encoder,
         tuning=tuning,
         setting=setting,
-        parameters=parameter_count(model),
+        parameters=0,
         device=str(device),
         processes=ranks().ranks,
         versions=runs.versions(),
