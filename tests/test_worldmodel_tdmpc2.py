@@ -175,7 +175,7 @@ def test_laprop_with_clipping_equals_a_float64_loop() -> None:
             squares[i] = 0.999 * squares[i] + 0.001 * grad**2
             unit = grad / ((squares[i] / (1 - 0.999**step)).sqrt() + 1e-20)
             momenta[i] = 0.9 * momenta[i] + 0.1 * unit
-            expected[i] = expected[i] - 0.01 * min(1, step / 4) * momenta[i] / (1 - 0.9**step)
+            expected[i] = expected[i] - 0.01 * min(1, (step - 1) / 4) * momenta[i] / (1 - 0.9**step)
         optimizer.step()
         for p, q in zip(parameters, expected, strict=True):
             assert torch.allclose(p.detach().double(), q, rtol=1e-5, atol=1e-7)

@@ -37,7 +37,7 @@ class LaProp(torch.optim.Optimizer):
     Args:
         parameters: what to update.
         lr: learning rate after warm-up.
-        warmup: updates over which the rate rises linearly.
+        warmup: updates over which the rate rises linearly, from none at the first as upstream's schedule does.
         clip: largest norm of a tensor's gradient, as a share of the tensor's own norm.
         smallest: a tensor's norm counts as at least this.
         betas: decay of the momentum and of the squared gradient.
@@ -96,7 +96,8 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(momenta, grads, 1 - momentum_decay)
-        rate = group["lr"] * (step / max(1, group["warmup"])).clamp_max(1.0)
+        risen = ((step - 1) / group["warmup"]).clamp_max(1.0) if group["warmup"] else 1.0
+        rate = group["lr"] * risen
         torch._foreach_sub_(parameters, torch._foreach_mul(momenta, rate / left_out(momentum_decay, step)))
 
 
