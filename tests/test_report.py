@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +15,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pvrpipe.commands.studies import reported
 from pvrpipe.schemas.errors import NotAStudyError
 from pvrpipe.schemas.study_record import StudyRecord, read_record
+from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel.report import Report, build_report
 from pvrpipe.worldmodel.report_sources import evidence_of
 from pvrpipe.worldmodel.report_tables import errors_of
@@ -134,6 +139,38 @@ def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_pat
     assert "probes it again" in found["failure"][1]
 
 
+def test_figures_of_looks_with_dots_and_of_names_with_slashes_are_all_there(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("gym:ALE/Pong-v5",), models=("tdmpc2",), seeds=1)
+    folder = write_study(tmp_path, planted)
+    record = read_record(folder)
+    looks = ("camera=0.3", "camera=0.8")
+    jobs = []
+    for look in looks:
+        run = tmp_path / "runs" / slug(look)
+        shutil.copytree(tmp_path / record.jobs[0].run, run)
+        jobs.append(record.jobs[0].model_copy(update={"run": f"runs/{run.name}", "variation": look}))
+    (folder / "study.json").write_text(record.model_copy(update={"jobs": tuple(jobs)}).model_dump_json())
+    report = build_report([folder], tmp_path / "report")
+    drawn = {path.name for path in (report.page.parent / "figures" / "paper").iterdir()}
+    name = "figure-7-reward-error-gym-ALE-Pong-v5-camera-"
+    assert {f"{name}{severity}.{kind}" for severity in ("0.3", "0.8") for kind in ("svg", "pdf")} <= drawn
+    column = (report.page.parent / "figures" / "reward-error.svg").read_text()
+    assert all(f"gym:ALE/Pong-v5, {look}, tdmpc2 1m" in column for look in looks)
+
+
+def test_where_nobody_has_a_property_none_is_asked_for(tmp_path: Path) -> None:
+    planted = Planted({"from scratch": 1.0, "random": 2.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2)
+    folder = write_study(tmp_path, planted)
+    record = read_record(folder)
+    plain = tuple(store.model_copy(update={"vit": False}) for store in record.stores)
+    (folder / "study.json").write_text(record.model_copy(update={"stores": plain}).model_dump_json())
+    report = build_report([folder], tmp_path / "report", figures=False)
+    (chart,) = [c for c in data_of(report.page)["charts"] if c["id"] == "ood"]  # type: ignore[comparison-overlap]
+    for panel in chart["panels"]:
+        assert "property" not in panel["keys"]
+        assert all(point["filled"] for point in panel["points"])  # type: ignore[index]
+
+
 def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Path) -> None:
     factors = {"vc1": 1.0, "vc1 blocks 0-5": 1.4, "vc1 blocks 0-2": 2.0}
     planted = Planted(
@@ -182,6 +219,57 @@ def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
     (folder / "study.json").write_text(content.model_dump_json())
     with pytest.raises(NotAStudyError, match=r"has numbers yet \(1 waiting\); go on with `pvrpipe study`"):
         build_report([folder], folder / "report")
+
+
+def test_a_page_is_kept_while_it_says_what_its_study_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = Planted({"vc1": 1.0, "random": 2.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2)
+    folder = write_study(tmp_path, planted)
+    record = read_record(folder)
+    page = reported(folder, record)
+
+    def written_anew(record: StudyRecord) -> bool:
+        (folder / "study.json").write_text(record.model_dump_json())
+        before = page.stat().st_mtime_ns
+        assert reported(folder, record) == page
+        return page.stat().st_mtime_ns != before
+
+    assert not written_anew(record)
+    assert not written_anew(record.model_copy(update={"command": "pvrpipe study elsewhere.yaml"}))
+    renamed = record.model_copy(update={"study": record.study.model_copy(update={"title": "Anew"})})
+    assert written_anew(renamed)
+    assert "<title>Anew</title>" in page.read_text()
+    assert not written_anew(renamed)
+    assert written_anew(renamed.model_copy(update={"jobs": record.jobs[:-1]}))
+    assert written_anew(renamed)
+    probe = next((tmp_path / "runs").glob("*/probe.parquet"))
+    os.utime(probe, ns=(2 * time.time_ns(),) * 2)
+    assert written_anew(renamed)
+    os.utime(probe, (0, 0))
+    monkeypatch.setattr("pvrpipe.__version__", "999")
+    assert written_anew(renamed)
+
+
+def test_a_study_without_a_single_number_has_a_page_that_says_why(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0, "random": 2.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    folder = write_study(tmp_path, planted)
+    record = read_record(folder)
+    told = {"state": "diverged", "failure": "the loss of update 3 is nan"}
+    jobs = tuple(job.model_copy(update=told) for job in record.jobs)
+    (folder / "study.json").write_text(record.model_copy(update={"jobs": jobs}).model_dump_json())
+    done = run("report", str(folder), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout.splitlines()[-1])
+    assert (made["runs"], made["unfinished"], made["comparisons"], made["findings"]) == (0, 2, 0, [])
+    page = Path(made["page"]).read_text()
+    assert "No run has numbers." in page
+    assert page.count("the loss of update 3 is nan") == 2
+    assert "2 a loss or a prediction was not finite" in page
+    assert [chart["id"] for chart in data_of(Path(made["page"]))["charts"]] == ["cost"]  # type: ignore[comparison-overlap]
+    refused = run("compare", str(folder), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "no run has numbers to compare" in refused.stderr
 
 
 @pytest.mark.slow

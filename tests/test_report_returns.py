@@ -35,7 +35,7 @@ def test_returns_that_were_given_are_correlated_with_errors(study: Path, tmp_pat
         found = re.match(r"Pearson (-[\d.]+) ", panel["text"])
         assert found is not None
         assert float(found[1]) < -0.95
-        assert len(panel["points"]) == 8
+        assert [point["label"] for point in panel["points"]] == list(TRUE)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,26 @@ def test_returns_of_some_representations_are_correlated_for_these_alone(study: P
     build_report([study], tmp_path / "report", returns=returns, figures=False)
     found = pl.read_parquet(tmp_path / "report" / "tables" / "correlations.parquet")
     assert set(found["model"]) == {"tdmpc2"}
-    assert (found["points"] == 3 * 2).all()
-    assert found.filter(measure="reward_error")["spearman"].max() < -0.8  # type: ignore[operator]
+    assert (found["points"] == 3).all()
+    assert (found.filter(measure="reward_error")["spearman"] == -1).all()
+    assert found["spearman_p"].to_list() == pytest.approx([1 / 3] * len(found))
     said = json.loads((tmp_path / "report" / "report.json").read_text())["correlations"]
     assert [row["pearson"] for row in said] == pytest.approx(found["pearson"].to_list())
+
+
+def test_tasks_whose_returns_are_of_other_sizes_are_not_mixed(study: Path, tmp_path: Path) -> None:
+    """Within each task, larger errors go with larger returns; both tasks together would say so of nothing but tasks."""
+    returns = tmp_path / "returns.csv"
+    lines = [
+        f"{pvr},tdmpc2,{base + 10 * true},{task}"
+        for task, base in (("dmc:one", 0), ("dmc:other", 900))
+        for pvr, true in TRUE.items()
+    ]
+    returns.write_text("\n".join(["pvr,model,return,environment", *lines]))
+    build_report([study], tmp_path / "report", returns=returns, figures=False)
+    found = pl.read_parquet(tmp_path / "report" / "tables" / "correlations.parquet")
+    assert set(found["environment"]) == {"dmc:one", "dmc:other"}
+    assert (found["points"] == len(TRUE)).all()
+    assert found["pearson"].min() > 0.95  # type: ignore[operator]
+    (chart,) = [c for c in data_of(tmp_path / "report" / "index.html")["charts"] if c["id"] == "returns"]  # type: ignore[comparison-overlap]
+    assert {panel["keys"]["task"] for panel in chart["panels"]} == {"one", "other"}  # type: ignore[index]

@@ -116,8 +116,7 @@ def mean_sem(table: pl.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
 def groups(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> list[dict[str, Any]]:
     """Errors of the episodes of each split, and within the first of each distribution, variation and factor, open loop.
 
-    A factor that varies is cut into three strata of equally many episodes by its absolute value, of which those that hold
-    none are left out.
+    A factor that varies is cut into three strata of equally many episodes by its absolute value, none of them empty.
     """
     first = table["split"][0]
     cuts = [

@@ -16,6 +16,7 @@ import matplotlib
 import polars as pl
 
 from pvrpipe.store.files import make_folder
+from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
@@ -53,7 +54,7 @@ def draw_figures(evidence: Evidence, errors: pl.DataFrame, horizons: Sequence[in
             own.select("environment", "variation").unique(maintain_order=True).rows()
         ):
             task = own.filter(environment=environment, variation=variation)
-            name = short(environment) if variation == "none" else f"{short(environment)}-{variation}"
+            name = slug(short(environment) if variation == "none" else f"{short(environment)}-{variation}")
             for error, stem in PAPER.items():
                 _draw_paper(task.filter(measure=error), NAMES[error], folder / "paper" / f"{stem}-{name}")
             _draw_maps(evidence, environment, variation, folder / "paper" / f"figure-8-latent-maps-{name}")
@@ -64,12 +65,13 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
     parts = list(rows.group_by("model", "size", "environment", "variation", maintain_order=True))
     count = max(len(part) for _, part in parts)
     with _figure(path, len(parts), 1, (COLUMN, len(parts) * (0.55 + 0.16 * count))) as axes:
-        for axis, ((model, size, environment, _), part) in zip(axes[:, 0], parts, strict=True):
+        for axis, ((model, size, environment, variation), part) in zip(axes[:, 0], parts, strict=True):
             ordered = part.sort("mean", descending=True, maintain_order=True)
             axis.errorbar(
                 ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
             )
-            axis.set_title(f"{short(str(environment))}, {model} {size}", loc="left")
+            look = "" if variation == "none" else f", {variation}"
+            axis.set_title(f"{short(str(environment))}{look}, {model} {size}", loc="left")
             axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
             axis.set_xlim(left=0)
             axis.margins(y=0.3)
@@ -142,5 +144,5 @@ def _figure(path: Path, rows: int, columns: int, inches: tuple[float, float]) ->
     figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure.subplots(rows, columns, squeeze=False)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, dpi=300)
+    figure.savefig(f"{path}.svg", metadata={"Date": None})  # a name may have dots of its own
+    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None}, dpi=300)

@@ -14,7 +14,8 @@ import polars as pl
 from pvrpipe.schemas.study_record import STATES
 from pvrpipe.worldmodel.report_charts import Charts
 from pvrpipe.worldmodel.report_findings import ALPHA, Findings
-from pvrpipe.worldmodel.report_sources import Evidence
+from pvrpipe.worldmodel.report_sources import OWN, Evidence
+from pvrpipe.worldmodel.report_stamp import stamp_of
 from pvrpipe.worldmodel.report_tables import ends_of, short
 from pvrpipe.worldmodel.report_words import (
     NAMES,
@@ -33,6 +34,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
     arms.sort(key=lambda arm: arm != findings.reference)  # the reference has the colour of the text
     data = {"arms": arms, "charts": charts.charts, "frames": charts.frames, "rows": charts.rows}
     parts = {
+        "STAMP": stamp_of([record for _, record in evidence.studies]),
         "TITLE": escape(title_of(evidence)),
         "STYLE": _file("css"),
         "SCRIPT": _file("js"),
@@ -64,29 +66,39 @@ def _file(suffix: str) -> str:
 
 def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     runs = evidence.finished
+    if runs.is_empty():
+        return f"<p>No run has numbers.</p>{_lacking(unfinished)}"
     tasks = runs.select("environment", "variation").unique(maintain_order=True).rows()
     names = ", ".join(short(e) if v == "none" else f"{short(e)} ({v})" for e, v in tasks)
     arms = ", ".join(runs["arm"].unique(maintain_order=True))
     models = ", ".join(f"{m} {s}" for m, s in runs.select("model", "size").unique(maintain_order=True).rows())
     seeds = runs["seed"].n_unique()
     counted = f"{seeds} seed{'s' * (seeds > 1)}"
-    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}.</p>"
+    probed = evidence.scores.filter(look=OWN)["episodes"]
+    held = f"each probed on {_range(probed.min(), probed.max())} held-out episodes"
+    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}; {held}.</p>"
     random = runs.filter(pl.col("random_weights"))["arm"].unique(maintain_order=True).to_list()
     if random:
         text += f'<p class="alarm">Random weights, nobody trained these encoders: {escape(", ".join(random))}.</p>'
-    if len(unfinished):
-        states = ", ".join(
-            f"{count} {STATES[str(state)]}"
-            for state, count in unfinished["state"].value_counts(sort=True).rows()
-        )
-        which = '<a href="#provenance">which</a>'
-        text += (
-            f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
-        )
-    return text
+    return text + _lacking(unfinished)
+
+
+def _range(low: Any, high: Any) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _lacking(unfinished: pl.DataFrame) -> str:
+    if unfinished.is_empty():
+        return ""
+    counts = unfinished["state"].value_counts(sort=True).sort("count", "state", descending=[True, False])
+    states = ", ".join(f"{count} {STATES[str(state)]}" for state, count in counts.rows())
+    which = '<a href="#provenance">which</a>'
+    return f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
 
 
 def _found(findings: Findings, errors: pl.DataFrame) -> str:
+    if not findings.standings:
+        return "<p><strong>Nothing: there are no errors to be compared.</strong></p>"
     claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
     count = len(findings.comparisons)
     head = (
@@ -219,7 +231,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> 
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption>"
+        f"<table><caption><span>{escape(caption)}</span></caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,24 +53,30 @@ class Evidence:
         return self.scores.filter(prediction="open_loop", control="model", **wanted)
 
 
+#: Columns of the means of a run, and of no run.
+MEANS = {
+    **dict.fromkeys(("look", "prediction", "control", "measure"), pl.String),
+    "horizon": pl.Int64,
+    **dict.fromkeys(("accumulated", "per_step", "steps", "sem"), pl.Float64),
+    "episodes": pl.UInt32,
+    "run": pl.String,
+}
+
+
 def evidence_of(folders: Sequence[Path]) -> Evidence:
-    """Read studies and the probes of all their runs.
+    """Read studies and the probes of all their runs, of which none may have numbers.
 
     Raises:
-        NotAStudyError: one of the folders holds none, or none of their runs has been probed.
+        NotAStudyError: one of the folders holds none, or none of their runs was begun.
     """
     studies = tuple((folder, read_record(folder)) for folder in folders)
     parts = [part for folder, record in studies for part in _of_study(folder, record)]
-    found = _evidence(studies, parts)
-    if found is None:
-        states = ", ".join(
-            f"{n} {state}" for state, n in Counter(part.row["state"] for part in parts).items()
-        )
+    if all(part.row["state"] == "waiting" for part in parts):
         raise NotAStudyError(
-            f"no run of {', '.join(map(str, folders))} has numbers yet ({states or 'there is none'}); "
+            f"no run of {', '.join(map(str, folders))} has numbers yet ({len(parts)} waiting); "
             "go on with `pvrpipe study`"
         )
-    return found
+    return _evidence(studies, parts)
 
 
 def evidence_of_runs(folders: Sequence[Path]) -> Evidence:
@@ -85,11 +90,10 @@ def evidence_of_runs(folders: Sequence[Path]) -> Evidence:
     for folder in folders:
         study = (folder / RECORD).is_file()
         parts += _of_study(folder, read_record(folder)) if study else [_of_run(folder)]
-    found = _evidence((), _told_apart(parts))
-    if found is None:
+    if all(part.scores is None for part in parts):
         told = next((f"{part.row['run']} {part.row['failure']}" for part in parts), "there is no run")
         raise NotAStudyError(f"no run has numbers to compare: {told}")
-    return found
+    return _evidence((), _told_apart(parts))
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,8 @@ def _blocks(blocks: Iterable[int] | None) -> str:
     return "all" if blocks is None else ",".join(map(str, blocks))
 
 
-def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence | None:
-    """All runs, each once however often it was named; None where none has numbers."""
+def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence:
+    """All runs, each once however often it was named."""
     kept: dict[Path, Part] = {}
     for part in parts:
         kept.setdefault(part.place, part)
@@ -197,12 +201,14 @@ def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence | None:
         for part in kept.values()
         if part.scores is not None
     ]
-    if not scores:
-        return None
     known = pl.DataFrame([part.row for part in kept.values()]).with_columns(_arm())
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
     return Evidence(
-        studies, known, pl.concat(scores, how="diagonal").join(about, on="run", maintain_order="left")
+        studies,
+        known,
+        pl.concat([pl.DataFrame(schema=MEANS), *scores], how="diagonal_relaxed").join(
+            about, on="run", maintain_order="left"
+        ),
     )
 
 
