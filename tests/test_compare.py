@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from pvrpipe.worldmodel.report_sources import evidence_of_runs
+from pvrpipe.worldmodel.report_tables import errors_of
 from pvrpipe.worldmodel.training import TrainConfig
 
 from .commands import run
@@ -74,3 +75,17 @@ def test_runs_that_were_not_trained_alike_are_no_repeats(tmp_path: Path) -> None
     (two / "run.json").write_text(json.dumps(record))
     arms = evidence_of_runs([one, two]).runs["arm"].to_list()
     assert arms == [f"vc1, updates {TrainConfig().updates}", "vc1, updates 7"]
+
+
+def test_runs_in_training_are_left_out_and_those_probed_otherwise_are_no_repeats(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    write_study(tmp_path, planted)
+    one, two, three = sorted((tmp_path / "runs").iterdir())
+    (one / "metrics.json").write_text(json.dumps({"split": "val", "context": 1}))
+    (two / "metrics.json").write_text(json.dumps({"split": "val", "context": 9}))
+    record = json.loads((three / "run.json").read_text())
+    (three / "run.json").write_text(json.dumps(record | {"state": "training"}))
+    found = evidence_of_runs([one, two, three])
+    assert errors_of(found)["runs"].unique().to_list() == [1]
+    assert found.finished["arm"].to_list() == ["vc1, context 1", "vc1, context 9"]
+    assert found.runs["state"].to_list() == ["finished", "finished", "waiting"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import polars as pl
 import pytest
 
 from pvrpipe.commands.studies import reported
-from pvrpipe.schemas.errors import NotAStudyError
+from pvrpipe.schemas.errors import NotAStudyError, RunError
 from pvrpipe.schemas.study_record import StudyRecord, read_record
 from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel.report import Report, build_report
@@ -169,6 +170,46 @@ def test_where_nobody_has_a_property_none_is_asked_for(tmp_path: Path) -> None:
     for panel in chart["panels"]:
         assert "property" not in panel["keys"]
         assert all(point["filled"] for point in panel["points"])  # type: ignore[index]
+
+
+def test_a_probe_whose_table_was_changed_is_not_averaged(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    study = write_study(tmp_path, planted)
+    changed, cut, whole = sorted((tmp_path / "runs").iterdir())
+    for folder in (changed, whole):
+        table = (folder / "probe-ood.parquet").read_bytes()
+        report = {"table_sha256": hashlib.sha256(table).hexdigest()}
+        (folder / "metrics-ood.json").write_text(json.dumps(report))
+    table = pl.read_parquet(changed / "probe-ood.parquet")
+    table.with_columns(accumulated=pl.col("accumulated") / 2).write_parquet(changed / "probe-ood.parquet")
+    (cut / "probe.parquet").write_bytes((cut / "probe.parquet").read_bytes()[:-9])
+    found = evidence_of([study]).runs
+    assert found["state"].to_list() == ["damaged", "damaged", "finished"]
+    assert found["failure"][0] == "probe-ood.parquet is not what its probe wrote; probe it again"
+
+
+def test_a_damaged_map_is_no_map_and_no_traceback(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, pictures=True)
+    study = write_study(tmp_path, planted)
+    (folder,) = (tmp_path / "runs").iterdir()
+    data = (folder / "map.parquet").read_bytes()
+    (folder / "map.parquet").write_bytes(data[: len(data) // 2])
+    page = build_report([study], tmp_path / "report").page
+    assert {"maps", "strips"} & {chart["id"] for chart in data_of(page)["charts"]} == {"strips"}  # type: ignore[comparison-overlap]
+    (folder / "map.parquet").write_bytes(data[:100] + bytes(200) + data[300:])
+    with pytest.raises(RunError, match=r"map.parquet is damaged .*; remove it"):
+        build_report([study], tmp_path / "report")
+
+
+def test_an_error_whose_trivial_prediction_is_never_wrong_is_said_to_have_no_standing(tmp_path: Path) -> None:
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
+    for path in (tmp_path / "runs").glob("*/probe*.parquet"):
+        trivial = (pl.col("measure") == "reward_error") & (pl.col("control") != "model")
+        level = pl.when(trivial).then(0.0).otherwise(pl.col("accumulated"))
+        pl.read_parquet(path).with_columns(accumulated=level).write_parquet(path)
+    page = build_report([study], tmp_path / "report", figures=False).page.read_text()
+    assert "tdmpc2 1m, reward error over 33 rows is compared with nothing" in page
+    assert "state error over 33 rows is compared with nothing" not in page
 
 
 def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Path) -> None:

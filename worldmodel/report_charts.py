@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.pictures import read_map, read_strip
 from pvrpipe.worldmodel.report_captions import (
     BLOCKS,
     BY_HORIZON,
@@ -31,10 +31,10 @@ from pvrpipe.worldmodel.report_captions import (
     SUMMARY,
 )
 from pvrpipe.worldmodel.report_findings import Findings
-from pvrpipe.worldmodel.report_panels import number_of, panels_of, unit_of
+from pvrpipe.worldmodel.report_panels import number_of, panels_of, task_of, unit_of
 from pvrpipe.worldmodel.report_scatters import correlated, shifted
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
-from pvrpipe.worldmodel.report_tables import severities_of, short
+from pvrpipe.worldmodel.report_tables import severities_of
 from pvrpipe.worldmodel.report_words import NAMES
 
 MOMENTS = ("true", "imagined", "seen")
@@ -213,8 +213,11 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
 def _pictured(evidence: Evidence, name: str) -> Iterator[tuple[dict[str, str], Path]]:
     for row in evidence.finished.iter_rows(named=True):
         folder = Path(row["run"])
-        if (folder / name).is_file():
-            keys = {"task": short(row["environment"]), "model": f"{row['model']} {row['size']}"}
+        if runs.is_whole(folder / name):
+            keys = {
+                "task": task_of(row["environment"], row["variation"]),
+                "model": f"{row['model']} {row['size']}",
+            }
             yield {**keys, "representation": row["arm"]}, folder
 
 
@@ -247,7 +250,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
 def _strips(made: Charts, evidence: Evidence) -> None:
     panels = []
     for keys, folder in _pictured(evidence, runs.STRIP):
-        table = pl.read_parquet(folder / runs.STRIP)
+        table = read_strip(folder)
         panels.append(
             {
                 "keys": keys,

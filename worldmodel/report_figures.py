@@ -19,6 +19,7 @@ from pvrpipe.store.files import make_folder
 from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.report_panels import task_of
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import short
 from pvrpipe.worldmodel.report_words import NAMES
@@ -70,8 +71,7 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
             axis.errorbar(
                 ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
             )
-            look = "" if variation == "none" else f", {variation}"
-            axis.set_title(f"{short(str(environment))}{look}, {model} {size}", loc="left")
+            axis.set_title(f"{task_of(str(environment), str(variation))}, {model} {size}", loc="left")
             axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
             axis.set_xlim(left=0)
             axis.margins(y=0.3)
@@ -104,7 +104,7 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
 def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path) -> None:
     """UMAPs coloured by reward: a row for each model, a column for each representation."""
     drawn = evidence.finished.filter(environment=environment, variation=variation)
-    drawn = drawn.filter([(Path(run) / runs.MAP).is_file() for run in drawn["run"]])
+    drawn = drawn.filter([runs.is_whole(Path(run) / runs.MAP) for run in drawn["run"]])
     if not len(drawn):
         return
     models = drawn.select("model", "size").unique(maintain_order=True).rows()

@@ -19,6 +19,7 @@ from pvrpipe.worldmodel.report_stamp import stamp_of
 from pvrpipe.worldmodel.report_tables import ends_of, short
 from pvrpipe.worldmodel.report_words import (
     NAMES,
+    TRIVIAL,
     about_of,
     grouped,
     legible,
@@ -122,11 +123,25 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
         f" Episodes end before {horizon} rows: what is said of that horizon is said of {steps:.0f} rows on average."
         for horizon, steps in ends_of(errors, horizons).items()
     )
+    sure += "".join(f" {sentence}" for sentence in _uncompared(findings, errors))
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
         f'{_folded("In sentences", f"""<ul class="findings">{sentences}</ul>""")}'
         f'<p class="about">{escape(sure)}</p>'
     )
+
+
+def _uncompared(findings: Findings, errors: pl.DataFrame) -> list[str]:
+    """What has no standing, since its trivial prediction is never wrong."""
+    stood = {about_of(s) for s in findings.standings}
+    horizons = sorted({s.horizon for s in findings.standings})
+    known = errors.filter(pl.col("horizon").is_in(horizons), look=OWN)
+    rows = known.select("model", "size", "measure", "horizon").unique(maintain_order=True).rows()
+    return [
+        f"{model} {size}, {NAMES[error]} over {horizon} rows is compared with nothing: {TRIVIAL[error]} is 0."
+        for model, size, error, horizon in rows
+        if (model, size, error, horizon) not in stood
+    ]
 
 
 def _standings(findings: Findings) -> str:

@@ -22,14 +22,17 @@ def panels_of(table: pl.DataFrame, *more: str) -> Iterator[tuple[dict[str, str],
     keys = ["environment", "variation", "model", "size", "measure", *more]
     for values, rows in table.group_by(keys, maintain_order=True):
         found = dict(zip(keys, map(str, values), strict=True))
-        task = short(found.pop("environment"))
-        look = found.pop("variation")
         named = {
-            "task": task if look == "none" else f"{task}, {look}",
+            "task": task_of(found.pop("environment"), found.pop("variation")),
             "model": f"{found.pop('model')} {found.pop('size')}",
             "error": NAMES[found.pop("measure")],
         }
         yield {**named, **found}, rows
+
+
+def task_of(environment: str, variation: str) -> str:
+    """An environment, and the look in which it was trained on, if that is not its own."""
+    return short(environment) if variation == "none" else f"{short(environment)}, {variation}"
 
 
 def unit_of(rows: pl.DataFrame) -> str:

@@ -22,6 +22,7 @@ from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.runs import read_run
 
 ERRORS = ("reward_error", "state_error", "dynamics_error")
+CHANGED = "what its probe wrote; probe it again"
 OWN = "own"  # the look that a run was trained on
 #: What a run is; equal in all but ``seed``, runs are repeats of one another.
 RUN_KEYS = ("environment", "variation", "pvr", "encoder", "blocks", "model", "size", "seed")
@@ -148,9 +149,15 @@ def _of_run(folder: Path) -> Part:
         "run": str(folder),
         "random_weights": record.random_weights,
     }
+    trained |= _probed_as(folder)
     if not path.is_file():
         lacking = {"state": "waiting", "failure": f"was not probed; first run `pvrpipe probe {folder}`"}
         return _part(row, lacking, trained)
+    if record.state != "finished":
+        told = "is not trained to its end; go on with `pvrpipe train-model`, then probe it"
+        return _part(row, {"state": "waiting", "failure": told}, trained)
+    if not runs.has_its_table(folder):
+        return _part(row, {"state": "damaged", "failure": f"{path.name} is not {CHANGED}"}, trained)
     try:
         table = pl.read_parquet(path)
         about = table.row(0, named=True)
@@ -158,6 +165,15 @@ def _of_run(folder: Path) -> Part:
         return _part(row, _finite(_means(table.lazy().filter(split=about["split"]), OWN)), trained)
     except pl.exceptions.PolarsError as error:
         return _part(row, _unread(error), trained)
+
+
+def _probed_as(folder: Path) -> dict[str, Any]:
+    """How a run was probed, as far as errors of another probe are errors of something else."""
+    try:
+        found = json.loads((folder / runs.PROBE).read_bytes())
+        return {name: found[name] for name in ("split", "context")}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _part(
@@ -179,7 +195,7 @@ def _told_apart(parts: Sequence[Part]) -> list[Part]:
         differs = [
             name
             for name in part.trained
-            if len({repr(other.trained.get(name)) for other in others if other.trained}) > 1
+            if len({repr(other.trained[name]) for other in others if name in other.trained}) > 1
         ]
         told = "".join(f", {name.replace('_', ' ')} {part.trained[name]}" for name in differs)
         return replace(part, row={**part.row, "pvr": part.row["pvr"] + told})
@@ -231,6 +247,8 @@ def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> 
             return {"state": "waiting", "failure": told}
         for name in job.probes:
             label = name.removeprefix("probe").removesuffix(".parquet").removeprefix("-")
+            if (run / name).is_file() and not runs.has_its_table(run, label):
+                return {"state": "damaged", "failure": f"{name} is not {CHANGED}"}
             tables.append(_means(pl.scan_parquet(run / name).filter(split=asked.splits[0]), label or OWN))
     except (PvrpipeError, OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
         return _unread(error)
