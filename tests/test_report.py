@@ -67,7 +67,7 @@ def test_what_is_no_result_is_said_and_averaged_into_nothing(tmp_path: Path) -> 
     found = build_report([folder], folder / "report", figures=False)
     page = found.page.read_text()
     assert found.unfinished == 4
-    assert "2 a loss or a prediction was not finite" in page
+    assert "2 diverged (a loss or a prediction that is not finite)" in page
     assert "the loss of update 3 is nan" in page
     unfinished = json.loads((folder / "report" / "report.json").read_text())["unfinished"]
     assert sorted(row["state"] for row in unfinished) == ["damaged", "diverged", "diverged", "failed"]
@@ -306,7 +306,7 @@ def test_a_study_without_a_single_number_has_a_page_that_says_why(tmp_path: Path
     page = Path(made["page"]).read_text()
     assert "No run has numbers." in page
     assert page.count("the loss of update 3 is nan") == 2
-    assert "2 a loss or a prediction was not finite" in page
+    assert "2 diverged (a loss or a prediction that is not finite)" in page
     assert [chart["id"] for chart in data_of(Path(made["page"]))["charts"]] == ["cost"]  # type: ignore[comparison-overlap]
     refused = run("compare", str(folder), cwd=tmp_path)
     assert refused.returncode == 1

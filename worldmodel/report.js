@@ -3,7 +3,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SHAPES = ["circle", "square", "diamond", "triangle", "cross"];
 const NS = "http://www.w3.org/2000/svg";
-const ROW = 26, PAD = 8; // px
+const ROW = 26, PAD = 8, LETTER = 6.7; // px
 
 const tip = document.getElementById("tip"), said = document.getElementById("said");
 
@@ -22,6 +22,8 @@ function html(name, attributes = {}, parent = null, text = null) {
   return node;
 }
 const number = (v) => v === null || v === undefined ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
+/* Names differ at their ends: what does not fit is left out in the middle. */
+const shortened = (label, room) => label.length <= room ? label : `${label.slice(0, Math.ceil(room / 2) - 1)}…${label.slice(-Math.floor(room / 2))}`;
 const give = (sem) => sem ? ` ± ${number(sem)}` : "";
 const colour = (label) => `var(--s${DATA.arms.indexOf(label) < 0 ? 11 : DATA.arms.indexOf(label) % 13})`;
 const shape = (label) => SHAPES[Math.max(0, DATA.arms.indexOf(label)) % SHAPES.length];
@@ -112,8 +114,8 @@ function axisY(root, panel, y, low, high, left, right) {
 
 const DRAW = {
   dots(panel, width, label) {
-    const longest = Math.max(...panel.dots.map((d) => d.label.length));
-    const left = Math.min(width * 0.45, 16 + longest * 6.7), bottom = PAD + panel.dots.length * ROW;
+    const longest = Math.max(...panel.dots.map((d) => d.label.length)), room = Math.floor((width * 0.45 - 16) / LETTER);
+    const left = 16 + Math.min(room, longest) * LETTER, bottom = PAD + panel.dots.length * ROW;
     const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 38}` }), marks = [];
     let [low, high] = extent(panel.dots.flatMap((d) => [d.value, d.low, d.high, ...(d.runs || [])]).concat(panel.mark ?? []));
     low = Math.min(low, 0);
@@ -122,7 +124,7 @@ const DRAW = {
     if (panel.mark !== undefined) svg("line", { x1: x(panel.mark), x2: x(panel.mark), y1: PAD, y2: bottom, class: "mark" }, root);
     panel.dots.forEach((d, i) => {
       const y = PAD + (i + 0.5) * ROW, c = colour(d.label);
-      svg("text", { x: left - 8, y: y + 4, "text-anchor": "end", class: d.random ? "label random" : "label" }, root, d.label);
+      svg("text", { x: left - 8, y: y + 4, "text-anchor": "end", class: d.random ? "label random" : "label" }, root, shortened(d.label, room));
       if (d.low !== null && d.low !== undefined) svg("line", { x1: x(d.low), x2: x(d.high), y1: y, y2: y, stroke: c, "stroke-width": 2 }, root);
       for (const run of d.runs || []) svg("line", { x1: x(run), x2: x(run), y1: y + 5, y2: y + 10, stroke: c, "stroke-opacity": 0.6 }, root);
       const node = marker(shape(d.label), x(d.value), y, 5, { fill: c }, root);

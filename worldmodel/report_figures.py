@@ -24,6 +24,7 @@ from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import short
 from pvrpipe.worldmodel.report_words import NAMES
 
+LETTER = 0.06  # inches that one of a turned label takes
 COLUMN, TEXT = 3.25, 5.5  # inches: of a two-column paper, and of NeurIPS' text
 STYLE: dict[Any, Any] = {
     "font.size": 7,
@@ -74,7 +75,7 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
             axis.set_title(f"{task_of(str(environment), str(variation))}, {model} {size}", loc="left")
             axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
             axis.set_xlim(left=0)
-            axis.margins(y=0.3)
+            axis.set_ylim(-0.8, len(ordered) - 0.2)
             axis.ticklabel_format(axis="x", scilimits=SCIENTIFIC)
             axis.locator_params(axis="x", nbins=5)
 
@@ -85,16 +86,25 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
     horizons = sorted(rows["horizon"].unique(), reverse=True)
     if not models:
         return
-    with _figure(path, len(horizons), len(models), (TEXT, 1.5 * len(horizons) + 0.5)) as axes:
+    arms = rows["arm"].unique(maintain_order=True).to_list()
+    turned = len(arms) > 3
+    below = LETTER * max(map(len, arms)) if turned else 0.0
+    with _figure(path, len(horizons), len(models), (TEXT, 1.4 * len(horizons) + 0.5 + below)) as axes:
         for column, (model, size) in enumerate(models):
             for line, horizon in enumerate(horizons):
                 axis = axes[line, column]
                 part = rows.filter(model=model, size=size, horizon=horizon)
                 colours = ["#555555" if random else "#0072b2" for random in part["random_weights"]]
                 axis.bar(
-                    part["arm"], part["mean"], yerr=part["sem"].fill_null(0.0), color=colours, ecolor="black"
+                    [arms.index(arm) for arm in part["arm"]],
+                    part["mean"],
+                    yerr=part["sem"].fill_null(0.0),
+                    color=colours,
+                    ecolor="black",
                 )
-                axis.tick_params(axis="x", rotation=60 if len(part) > 3 else 0)
+                last = line == len(horizons) - 1
+                axis.set_xlim(-0.6, len(arms) - 0.4)
+                axis.set_xticks(range(len(arms)), arms if last else [], rotation=90 if turned else 0)
                 axis.ticklabel_format(axis="y", scilimits=SCIENTIFIC)
                 axis.set_ylabel(f"{name}, {horizon} rows")
                 if line == 0:

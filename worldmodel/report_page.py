@@ -43,7 +43,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "LEAD": _lead(evidence, tables["unfinished"]),
         "FOUND": _found(findings, tables["errors"]),
         "COMPARISONS": _comparisons(findings),
-        "ABSENT": _absent(charts.absent),
+        "ABSENT": _absent(charts.absent if findings.standings else ()),
         "PROVENANCE": _provenance(evidence, tables["unfinished"]),
         "COMMANDS": _commands(evidence),
         "FOOTER": "Made by <code>pvrpipe report</code>. Tables are in <code>tables/</code>, figures in "
@@ -74,10 +74,10 @@ def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     arms = ", ".join(runs["arm"].unique(maintain_order=True))
     models = ", ".join(f"{m} {s}" for m, s in runs.select("model", "size").unique(maintain_order=True).rows())
     seeds = runs["seed"].n_unique()
-    counted = f"{seeds} seed{'s' * (seeds > 1)}"
+    counted = _counted(seeds, "seed")
     probed = evidence.scores.filter(look=OWN)["episodes"]
     held = f"each probed on {_range(probed.min(), probed.max())} held-out episodes"
-    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}; {held}.</p>"
+    text = f"<p>{_counted(len(runs), 'run')}: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}; {held}.</p>"
     random = runs.filter(pl.col("random_weights"))["arm"].unique(maintain_order=True).to_list()
     if random:
         text += f'<p class="alarm">Random weights, nobody trained these encoders: {escape(", ".join(random))}.</p>'
@@ -103,7 +103,7 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
     claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
     count = len(findings.comparisons)
     head = (
-        f"Of {count} comparisons with {findings.reference}, {claims} find a difference."
+        f"Of {_counted(count, 'comparison')} with {findings.reference}, {claims} find a difference."
         if count
         else "There is nothing to compare."
     )
@@ -183,7 +183,7 @@ def _comparisons(findings: Findings) -> str:
     ]
     head = ["model", "error", "horizon", "representation", "against", "P(smaller error)", "p", "q", "verdict"]
     table = _table(head, rows, "Every comparison of the report, each with its test.")
-    return _folded(f"{len(rows)} comparisons", table) if rows else "<p>None.</p>"
+    return _folded(_counted(len(rows), "comparison"), table) if rows else "<p>None.</p>"
 
 
 def _absent(sentences: Sequence[str]) -> str:
@@ -222,7 +222,15 @@ def _provenance(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     missing = (
         _table(["what", "state", "why"], unfinished.rows(), "Without numbers.") if len(unfinished) else ""
     )
-    return missing + _folded(f"{len(rows)} stores", stores) + _folded(f"{len(evidence.runs)} runs", runs)
+    return (
+        missing
+        + _folded(_counted(len(rows), "store"), stores)
+        + _folded(_counted(len(evidence.runs), "run"), runs)
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _folded(summary: str, content: str) -> str:
