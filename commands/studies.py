@@ -201,7 +201,7 @@ def report(
         return tell(True, made, [], ())
     for sentence in made.findings:
         print(sentence)
-    lacking = f", {made.unfinished} more parts without numbers" if made.unfinished else ""
+    lacking = f", {made.unfinished} more without numbers" if made.unfinished else ""
     note(f"{made.page}, {made.runs} runs{lacking}, {made.bytes / 1e6:.1f} MB")
     return None
 

@@ -32,7 +32,7 @@ from pvrpipe.worldmodel.report_captions import (
 )
 from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_panels import number_of, panels_of, task_of, unit_of
-from pvrpipe.worldmodel.report_scatters import correlated, shifted
+from pvrpipe.worldmodel.report_scatters import return_panels, shifted_panels
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import severities_of
 from pvrpipe.worldmodel.report_words import NAMES
@@ -89,7 +89,7 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
     _maps(made, evidence)
     made.add(
         OOD,
-        list(shifted(at, evidence, tables["properties"])),
+        list(shifted_panels(at, evidence, tables["properties"])),
         "No run was probed on a shifted look: the study has no `shifts`.",
     )
     made.add(
@@ -101,7 +101,7 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
     made.add(BLOCKS, list(_ablation(own, "blocks")), "No representation was cut down to some of its blocks.")
     made.add(
         RETURNS,
-        list(correlated(tables["returns"], tables["correlations"])) if "returns" in tables else [],
+        list(return_panels(tables["returns"], tables["correlations"])) if "returns" in tables else [],
         "Errors are not correlated with returns of agents: none were given (`pvrpipe report --returns FILE.csv`), or "
         "of fewer than three representations.",
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import polars as pl
 
-from pvrpipe.schemas.study_record import StoreRecord
 from pvrpipe.worldmodel.report_panels import number_of, panels_of, unit_of
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import CORRELATED, SINGLE, short
@@ -21,7 +20,7 @@ PROPERTIES = {
 }
 
 
-def shifted(table: pl.DataFrame, evidence: Evidence, groups: pl.DataFrame) -> Iterator[dict[str, Any]]:
+def shifted_panels(table: pl.DataFrame, evidence: Evidence, groups: pl.DataFrame) -> Iterator[dict[str, Any]]:
     """Every representation in each look of several factors beside the look it was trained on, by property."""
     stores = {store.pvr: store for _, record in evidence.studies for store in record.stores if store.pvr}
     own = table.filter(look=OWN)
@@ -30,25 +29,32 @@ def shifted(table: pl.DataFrame, evidence: Evidence, groups: pl.DataFrame) -> It
     joined = shifted.join(own.select(*keys, before="mean", before_sem="sem"), on=keys, maintain_order="left")
     for about, rows in panels_of(joined, "horizon", "look"):
         chart = {"x": "error as trained", "y": f"error, {about['look']}", "diagonal": True}
-        names = [n for n in PROPERTIES if any(_has(stores.get(pvr), n) for pvr in rows["pvr"])]
-        for name in names or [None]:
-            points = [
-                {
-                    "label": row["arm"],
-                    "x": row["before"],
-                    "y": row["mean"],
-                    "x_sem": row["before_sem"],
-                    "y_sem": row["sem"],
-                    "filled": name is None or _has(stores.get(row["pvr"]), name),
-                }
-                for row in rows.iter_rows(named=True)
-            ]
-            if name is None:
-                yield {**chart, "keys": about, "points": points}
-            else:
-                keys = {**about, "property": PROPERTIES[name]}
-                text = _grouped(groups, rows.row(0, named=True), name, PROPERTIES[name])
-                yield {**chart, "keys": keys, "text": text, "points": points}
+        having = {
+            name: {pvr for pvr in rows["pvr"] if pvr in stores and getattr(stores[pvr], name)}
+            for name in PROPERTIES
+        }
+        if not any(having.values()):
+            yield {**chart, "keys": about, "points": _points(rows, set(rows["pvr"]))}
+        for name, pvrs in having.items():
+            if pvrs:
+                title = PROPERTIES[name]
+                text = _grouped(groups, rows.row(0, named=True), name, title)
+                keyed = {**about, "property": title}
+                yield {**chart, "keys": keyed, "text": text, "points": _points(rows, pvrs)}
+
+
+def _points(rows: pl.DataFrame, filled: set[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": row["arm"],
+            "x": row["before"],
+            "y": row["mean"],
+            "x_sem": row["before_sem"],
+            "y_sem": row["sem"],
+            "filled": row["pvr"] in filled,
+        }
+        for row in rows.iter_rows(named=True)
+    ]
 
 
 def _grouped(groups: pl.DataFrame, about: dict[str, Any], name: str, title: str) -> str:
@@ -65,11 +71,7 @@ def _grouped(groups: pl.DataFrame, about: dict[str, Any], name: str, title: str)
     return f"Over the trivial prediction, all tasks: {'; '.join(told)}" if told else ""
 
 
-def _has(store: StoreRecord | None, name: str) -> bool:
-    return store is not None and bool(getattr(store, name))
-
-
-def correlated(table: pl.DataFrame, correlations: pl.DataFrame) -> Iterator[dict[str, Any]]:
+def return_panels(table: pl.DataFrame, correlations: pl.DataFrame) -> Iterator[dict[str, Any]]:
     """Errors beside returns, wherever there are three."""
     keys = [key for key in CORRELATED if key in correlations.columns]
     for found in correlations.filter(pl.col("points") > 2).iter_rows(named=True):
