@@ -86,12 +86,13 @@ def draw(task: str, told: dict[str, Curves], path: Path) -> None:
             panel = Panel(picture, box, f"{model}, {task}: held-out {loss}")
             values = [np.array([losses[loss] for _, losses in curve]) for curve in by_store.values()]
             updates = [np.array([update for update, _ in curve], float) for curve in by_store.values()]
-            panel.axes(
-                Range.around("updates", np.concatenate(updates)), Range.around("loss", np.concatenate(values))
+            x_range, y_range = (
+                Range.around(label, np.concatenate(of))
+                for label, of in (("updates", updates), ("loss", values))
             )
+            panel.axes(x_range, y_range, list(by_store))
             for number, (x, y) in enumerate(zip(updates, values, strict=True)):
                 panel.line(x, y, colour_of(number))
-            panel.legend(list(by_store))
     picture.save(path)
 
 

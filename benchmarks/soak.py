@@ -87,10 +87,10 @@ def draw(told: dict[str, list[float]], path: Path) -> None:
     panel = Panel(picture, (0, 0, 900, 420), "Memory that collecting holds, MiB")
     minutes = np.array(told["minutes"])
     most = max(max(told["worker"]), max(told["driver"]))
-    panel.axes(Range("minutes", 0, float(minutes[-1])), Range("MiB", 0, most * 1.15))
-    for number, who in enumerate(("worker", "driver")):
+    names = ("worker", "driver")
+    panel.axes(Range("minutes", 0, float(minutes[-1])), Range("MiB", 0, most * 1.05), names)
+    for number, who in enumerate(names):
         panel.line(minutes, np.array(told[who]), colour_of(number))
-    panel.legend(["worker", "driver"])
     picture.save(path)
 
 

@@ -23,7 +23,7 @@ from pvrpipe.commands.options import (
     took,
 )
 from pvrpipe.commands.terminal import duration, mean_sem, note, tell
-from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError, one_line
+from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
 
 if TYPE_CHECKING:
     from pvrpipe.commands.study_plan import Plan
@@ -64,9 +64,8 @@ def study(
     make_folder(out)
     with locked(out):
         how = How(stage.Engine(engine, address, workers), pick_device(device))
-        before = states_in(out)
         record = conduct(plan, out, how, shlex.join(["pvrpipe", *sys.argv[1:]]))
-        page = reported(out, record, before)
+        page = reported(out, record)
     rows = [
         {"of": kind, "done": done, "of all": len(parts), "not done": ", ".join(sorted(others)) or "-"}
         for kind, parts in (("stores", record.stores), ("runs", record.jobs))
@@ -83,8 +82,7 @@ def study(
         "report": page,
     }
     tell(json_, found, rows, tuple(rows[0]))
-    if page is not None:
-        note(f"what was found: {page}")
+    note(f"what was found: {page}")
     if record.state != "finished":
         note(
             f"without a result: {len(record.unfinished)} of {len(record.stores) + len(record.jobs)} parts, "
@@ -94,39 +92,18 @@ def study(
     return None
 
 
-def states_in(folder: Path) -> dict[str, str]:
-    """What had become of every part of a study when its record was written last."""
-    from pvrpipe.schemas.study_record import read_record
-
-    try:
-        record = read_record(folder)
-    except NotAStudyError:
-        return {}
-    return states_of(record)
-
-
-def states_of(record: StudyRecord) -> dict[str, str]:
-    """State of every store and run by its folder."""
-    runs = {job.run: f"{job.state} {job.failure}" for job in record.jobs}
-    return runs | {store.folder: f"{store.state} {store.failure} {store.id}" for store in record.stores}
-
-
-def reported(out: Path, record: StudyRecord, before: dict[str, str]) -> Path | None:
-    """The page of a study, written unless it is there and nothing has changed since; None without any numbers."""
+def reported(out: Path, record: StudyRecord) -> Path:
+    """The page of a study, written unless the one that is there is of the same record, version and probes."""
     from pvrpipe.schemas.study_record import PAGE
+    from pvrpipe.worldmodel.report_stamp import is_current
 
     page = out / REPORT / PAGE
     tables = [out / record.root / job.run / name for job in record.jobs for name in job.probes]
-    probed = [table.stat().st_mtime_ns for table in tables if table.is_file()]
-    if page.is_file() and states_of(record) == before and max(probed, default=0) <= page.stat().st_mtime_ns:
+    if is_current(page, record, tables):
         return page
     from pvrpipe.worldmodel.report import build_report  # a second that a study without news need not pay
 
-    try:
-        return build_report([out], page.parent).page
-    except NotAStudyError as error:
-        note(one_line(error))
-        return None
+    return build_report([out], page.parent).page
 
 
 def planned(file: Path, root: Path, device: str, *, fetch: bool) -> Plan:
@@ -224,7 +201,7 @@ def report(
         return tell(True, made, [], ())
     for sentence in made.findings:
         print(sentence)
-    lacking = f", {made.unfinished} more parts without numbers" if made.unfinished else ""
+    lacking = f", {made.unfinished} more without numbers" if made.unfinished else ""
     note(f"{made.page}, {made.runs} runs{lacking}, {made.bytes / 1e6:.1f} MB")
     return None
 

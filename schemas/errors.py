@@ -116,5 +116,6 @@ class NotAStudyError(PvrpipeError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception, folded into one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of any exception, folded into one line; of a failed look-up, which is but a key, with its kind."""
+    told = " ".join(str(error).split())
+    return f"{type(error).__name__}: {told}" if isinstance(error, KeyError) else told or type(error).__name__

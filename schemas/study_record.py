@@ -17,8 +17,8 @@ State = Literal["waiting", "finished", "failed", "diverged", "damaged"]
 STATES = {
     "waiting": "not done yet",
     "failed": "failed",
-    "diverged": "a loss or a prediction was not finite",
-    "damaged": "does not verify",
+    "diverged": "diverged (a loss or a prediction that is not finite)",
+    "damaged": "damaged (what does not verify)",
 }
 
 

@@ -13,6 +13,7 @@ INK, GREY, FAINT, PAPER = (32, 33, 36), (95, 99, 104), (225, 227, 230), (255, 25
 #: Okabe & Ito: told apart by everyone.
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0), (86, 180, 233))
 TICKS = 5
+NAME, MOST = 20, 0.6  # pixels that a name in a legend takes, and the share of a panel that all of them may
 LEFT, RIGHT, TOP, BOTTOM = 84, 22, 44, 60  # around what is plotted, for its labels
 Values = NDArray[np.float64]
 
@@ -57,10 +58,12 @@ class Panel:
         self._draw.text((x0 + LEFT, y0 + 8), title, INK, font(19))
         self._x = self._y = Range("", 0, 1)
 
-    def axes(self, x: Range, y: Range) -> None:
-        """Grid, ticks and labels."""
-        self._x, self._y = x, y
-        left, _, right, bottom = self._inner
+    def axes(self, x: Range, y: Range, names: Sequence[str] = ()) -> None:
+        """Grid, ticks, labels, and above all values the names of what is drawn, with their colours."""
+        left, top, right, bottom = self._inner
+        taken = min((NAME * len(names) + NAME // 2) / (bottom - top), MOST) if names else 0.0
+        self._x, self._y = x, Range(y.label, y.low, y.low + (y.high - y.low) / (1 - taken))
+        y = self._y
         for value, text in _told(y.ticks()):
             at = self._at_y(value)
             self._draw.line((left, at, right, at), FAINT)
@@ -72,6 +75,7 @@ class Panel:
         self._draw.line((left, bottom, right, bottom), GREY)
         self._draw.text(((left + right) / 2, bottom + 32), x.label, INK, font(15), anchor="mt")
         self._sideways(y.label)
+        self._legend(names)
 
     def bars(self, edges: Values, heights: Values, below: Values, colour: tuple[int, int, int]) -> None:
         """Bars between edges, on top of others."""
@@ -99,11 +103,11 @@ class Panel:
                 (self._at_x(at), self._at_y(bottom), self._at_x(at), self._at_y(top)), colour, width
             )
 
-    def legend(self, names: Sequence[str]) -> None:
-        """Names with their colours, in the upper right corner."""
+    def _legend(self, names: Sequence[str]) -> None:
+        """In the upper right corner."""
         _, top, right, _ = self._inner
         for row, name in enumerate(names):
-            y = top + 4 + 20 * row
+            y = top + 4 + NAME * row
             width = self._draw.textlength(name, font(14))
             self._draw.rectangle((right - 30 - width, y - 1, right, y + 18), PAPER)
             self._draw.rectangle((right - 26 - width, y + 3, right - 14 - width, y + 15), colour_of(row))
@@ -134,12 +138,11 @@ def histogram(panel: Panel, groups: Mapping[str, Values], label: str, counted: s
     edges = np.linspace(x.low, x.high, bins + 1)
     counts = [np.histogram(values, edges)[0].astype(np.float64) for values in groups.values()]
     highest = float(np.sum(counts, axis=0).max()) or 1.0
-    panel.axes(x, Range(counted, 0, highest * 1.1))
+    panel.axes(x, Range(counted, 0, highest * 1.1), list(groups))
     below = np.zeros(bins)
     for number, heights in enumerate(counts):
         panel.bars(edges, heights, below, colour_of(number))
         below += heights
-    panel.legend(list(groups))
 
 
 def colour_of(number: int) -> tuple[int, int, int]:

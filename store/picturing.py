@@ -116,12 +116,12 @@ def _actions(store: Store, panel: Panel) -> None:
         x = Range.around("action", taken)
     edges = np.linspace(x.low, x.high, BINS + 1)
     shares = [np.histogram(column, edges)[0] / len(column) for column in taken.T]
-    panel.axes(x, Range("share of actions", 0, float(np.max(shares)) * 1.1 or 1.0))
+    names = [f"dimension {number}" for number in range(len(shares))]
+    names = names if len(names) <= 6 else [*names[:5], f"and {len(names) - 5} more"]
+    panel.axes(x, Range("share of actions", 0, float(np.max(shares)) * 1.1 or 1.0), names)
     centres = (edges[:-1] + edges[1:]) / 2
     for number, share in enumerate(shares):
         panel.line(centres, share, colour_of(number))
-    names = [f"dimension {number}" for number in range(len(shares))]
-    panel.legend(names if len(names) <= 6 else [*names[:5], f"and {len(names) - 5} more"])
 
 
 def _dimensions(panel: Panel, label: str, told: Sequence[float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ from .planted import specification
 
 HORIZONS = (1, 8, 33, 500)
 DIVERGENCES = {"dreamerv3": "dynamics_kl_mean", "tdmpc2": "dynamics_mse"}
+#: Representations and their errors, as most tests plant them.
+TRUE = {"from scratch": 1.0, "vc1": 0.8, "autoencoder": 1.3, "random": 1.9}
 FLOOR = 2.0  # what the trivial prediction gets, in units of a factor of 1
 
 
@@ -204,3 +207,13 @@ def _draw(run: Path, task: str, random: np.random.Generator, points: int = 400, 
 def picture_of(data: bytes) -> tuple[int, int]:
     """Size of an encoded picture."""
     return Image.open(BytesIO(data)).size
+
+
+def data_of(page: Path) -> dict[str, list[dict[str, list[dict[str, str]]]]]:
+    """What the charts of a page are drawn from."""
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL
+    )
+    assert found is not None
+    content: dict[str, list[dict[str, list[dict[str, str]]]]] = json.loads(found[1])
+    return content

@@ -23,11 +23,10 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from pvrpipe.worldmodel.report import build_report
 
-from .planted_study import Planted, write_study
+from .planted_study import TRUE, Planted, write_study
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with its driver is installed")
-TRUE = {"from scratch": 1.0, "vc1": 0.8, "autoencoder": 1.3, "random": 1.9}
 
 
 @pytest.fixture(scope="module")

@@ -69,3 +69,4 @@ def test_unknown_name_offers_the_nearest() -> None:
 def test_one_line_folds_a_message() -> None:
     assert one_line(ValueError("a\n  b\tc")) == "a b c"
     assert one_line(ValueError()) == "ValueError"
+    assert one_line(KeyError("open_loop")) == "KeyError: 'open_loop'"

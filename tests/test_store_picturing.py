@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.store.drawing import Range
+from pvrpipe.store.drawing import PAPER, Panel, Range, colour_of
 from pvrpipe.store.picturing import HEAD, MARGIN, PANEL, TILE, WIDTH, draw
 from pvrpipe.store.reading import Store
 
@@ -72,3 +72,16 @@ def test_ticks_are_round_and_inside(low: float, high: float, ticks: list[float] 
 def test_a_range_of_equal_values_has_room() -> None:
     around = Range.around("", np.zeros(4))
     assert around.low < 0 < around.high
+
+
+def test_names_hide_nothing_that_is_drawn() -> None:
+    picture = Image.new("RGB", (700, 330), PAPER)
+    panel = Panel(picture, (0, 0, 700, 330), "rising")
+    x = np.arange(10.0)
+    panel.axes(Range.around("updates", x), Range.around("loss", x), ["one", "a much longer name", "three"])
+    panel.line(x, x, colour_of(3))
+    columns = (np.asarray(picture) == colour_of(3)).all(-1).any(0)
+    first, last = np.flatnonzero(columns)[[0, -1]]
+    assert columns[first : last + 1].all()
+    assert first == pytest.approx(106, abs=5)
+    assert last == pytest.approx(656, abs=5)

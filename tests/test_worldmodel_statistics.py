@@ -91,10 +91,22 @@ def test_correlations_are_those_of_scipy_and_their_intervals_widen_with_fewer_po
     assert ranks.value == pytest.approx(stats.spearmanr(x, y).statistic)
     reach = 1.959964 * np.sqrt((1 + ranks.value**2 / 2) / 37)
     assert ranks.high == pytest.approx(np.tanh(np.arctanh(ranks.value) + reach), abs=1e-6)
+    assert ranks.p == pytest.approx(stats.spearmanr(x, y).pvalue)
     fewer = spearman(x[:10], y[:10])
     assert fewer.high is not None
     assert fewer.low is not None
     assert fewer.high - fewer.low > ranks.high - ranks.low
+
+
+def test_few_ranks_are_permuted_and_three_in_order_prove_nothing() -> None:
+    assert spearman([1, 2, 3], [10, 20, 40]).p == pytest.approx(1 / 3)
+    random = np.random.default_rng(11)
+    for n in (4, 6, 12):
+        x, y = random.integers(0, 9, n).astype(float), random.normal(size=n)  # with ties
+        known = stats.permutation_test(
+            (x,), lambda x, y=y: stats.spearmanr(x, y).statistic, permutation_type="pairings", rng=3
+        )
+        assert spearman(x, y).p == pytest.approx(known.pvalue, abs=1e-9 if n < 8 else 0.02)
 
 
 def test_what_cannot_be_said_is_not_said() -> None:

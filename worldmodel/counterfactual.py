@@ -116,8 +116,7 @@ def probe_pairs(
         "measures": _entries(table, horizons),
     }
     name = runs.PAIRS + str(anew.store.manifest.id)[:12]
-    write_findings(Path(run), f"{name}.parquet", f"{name}.json", labelled(table, about), report)
-    return report
+    return write_findings(Path(run), f"{name}.parquet", f"{name}.json", labelled(table, about), report)
 
 
 def check_pair(source: Store, replay: Store) -> None:

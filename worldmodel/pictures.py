@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pvrpipe.schemas.errors import RunError, one_line
 from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
@@ -50,9 +51,9 @@ def draw(
         seed: decides the samples and the layout.
         device: where the model computes.
     """
-    if not (run / runs.MAP).is_file():
+    if not runs.is_whole(run / runs.MAP):
         _write_map(run, Store.open(frames), rows, seed, device)
-    if not (run / runs.STRIP).is_file():
+    if not runs.is_whole(run / runs.STRIP):
         found = film_strip(run, str(frames), context=context, seed=seed, device=device)
         strip = pl.DataFrame(
             {
@@ -72,13 +73,26 @@ def draw(
 
 def drawn(run: Path) -> bool:
     """Whether nothing is left to draw."""
-    return (run / runs.MAP).is_file() and (run / runs.STRIP).is_file()
+    return runs.is_whole(run / runs.MAP) and runs.is_whole(run / runs.STRIP)
 
 
 def read_map(run: Path) -> tuple[pl.DataFrame, dict[str, float | None]]:
     """A map that :func:`draw` wrote, and how well reward separates in it."""
-    path = run / runs.MAP
-    return pl.read_parquet(path), json.loads(pl.read_parquet_metadata(path)[SEPARATION])
+    return _read(run / runs.MAP), json.loads(pl.read_parquet_metadata(run / runs.MAP)[SEPARATION])
+
+
+def read_strip(run: Path) -> pl.DataFrame:
+    """A film strip that :func:`draw` wrote."""
+    return _read(run / runs.STRIP)
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise RunError(
+            f"{path} is damaged ({one_line(error)[:120]}); remove it, and `pvrpipe study` draws it anew"
+        ) from None
 
 
 def webp(frame: NDArray[np.uint8], side: int) -> bytes:

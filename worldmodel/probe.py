@@ -15,6 +15,7 @@ The measures are in :mod:`pvrpipe.worldmodel.probe_reward`, :mod:`pvrpipe.worldm
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from io import BytesIO
@@ -122,8 +123,7 @@ def probe(
         "groups": groups(table, horizons, model.divergence),
     }
     table_name, report_name = (runs.labelled(name, label) for name in (runs.PROBE_TABLE, runs.PROBE))
-    write_findings(folder, table_name, report_name, labelled(table, about), report)
-    return report
+    return write_findings(folder, table_name, report_name, labelled(table, about), report)
 
 
 def identity_of(subject: Subject, folder: Path) -> dict[str, Any]:
@@ -242,9 +242,11 @@ def labelled(table: pl.DataFrame, about: Mapping[str, Any]) -> pl.DataFrame:
 
 def write_findings(
     folder: Path, table_name: str, report_name: str, table: pl.DataFrame, report: dict[str, Any]
-) -> None:
-    """The table first: a report without it would be numbers from nowhere."""
+) -> dict[str, Any]:
+    """The table first: a report without it would be numbers from nowhere. The report, with the sha256 of its table."""
     data = BytesIO()
     table.write_parquet(data)
     write_whole(folder / table_name, data.getvalue())
+    report = {**report, runs.TABLE_SHA256: hashlib.sha256(data.getvalue()).hexdigest()}
     write_whole(folder / report_name, (canonical_json(report) + "\n").encode())
+    return report

@@ -116,7 +116,7 @@ def mean_sem(table: pl.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
 def groups(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> list[dict[str, Any]]:
     """Errors of the episodes of each split, and within the first of each distribution, variation and factor, open loop.
 
-    A factor that varies is cut into three strata of equally many episodes by its absolute value.
+    A factor that varies is cut into three strata of equally many episodes by its absolute value, none of them empty.
     """
     first = table["split"][0]
     cuts = [
@@ -133,6 +133,8 @@ def groups(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> lis
     found = []
     for by, value, condition in cuts:
         chosen_rows = table.filter(condition)
+        if chosen_rows.is_empty():  # the middle stratum of two episodes
+            continue
         errors = headline(entries(chosen_rows, horizons), divergence)
         found.append({"by": by, "value": value, "episodes": chosen_rows["episode"].n_unique(), **errors})
     return found

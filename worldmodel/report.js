@@ -3,7 +3,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SHAPES = ["circle", "square", "diamond", "triangle", "cross"];
 const NS = "http://www.w3.org/2000/svg";
-const ROW = 26, PAD = 8; // px
+const ROW = 26, PAD = 8, LETTER = 6.7; // px
 
 const tip = document.getElementById("tip"), said = document.getElementById("said");
 
@@ -22,6 +22,9 @@ function html(name, attributes = {}, parent = null, text = null) {
   return node;
 }
 const number = (v) => v === null || v === undefined ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
+/* Names differ at their ends: what does not fit is left out in the middle. */
+const shortened = (label, room) => label.length <= room ? label : `${label.slice(0, Math.ceil(room / 2) - 1)}…${label.slice(-Math.floor(room / 2))}`;
+const give = (sem) => sem ? ` ± ${number(sem)}` : "";
 const colour = (label) => `var(--s${DATA.arms.indexOf(label) < 0 ? 11 : DATA.arms.indexOf(label) % 13})`;
 const shape = (label) => SHAPES[Math.max(0, DATA.arms.indexOf(label)) % SHAPES.length];
 
@@ -111,8 +114,8 @@ function axisY(root, panel, y, low, high, left, right) {
 
 const DRAW = {
   dots(panel, width, label) {
-    const longest = Math.max(...panel.dots.map((d) => d.label.length));
-    const left = Math.min(width * 0.45, 16 + longest * 6.7), bottom = PAD + panel.dots.length * ROW;
+    const longest = Math.max(...panel.dots.map((d) => d.label.length)), room = Math.floor((width * 0.45 - 16) / LETTER);
+    const left = 16 + Math.min(room, longest) * LETTER, bottom = PAD + panel.dots.length * ROW;
     const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 38}` }), marks = [];
     let [low, high] = extent(panel.dots.flatMap((d) => [d.value, d.low, d.high, ...(d.runs || [])]).concat(panel.mark ?? []));
     low = Math.min(low, 0);
@@ -121,7 +124,7 @@ const DRAW = {
     if (panel.mark !== undefined) svg("line", { x1: x(panel.mark), x2: x(panel.mark), y1: PAD, y2: bottom, class: "mark" }, root);
     panel.dots.forEach((d, i) => {
       const y = PAD + (i + 0.5) * ROW, c = colour(d.label);
-      svg("text", { x: left - 8, y: y + 4, "text-anchor": "end", class: d.random ? "label random" : "label" }, root, d.label);
+      svg("text", { x: left - 8, y: y + 4, "text-anchor": "end", class: d.random ? "label random" : "label" }, root, shortened(d.label, room));
       if (d.low !== null && d.low !== undefined) svg("line", { x1: x(d.low), x2: x(d.high), y1: y, y2: y, stroke: c, "stroke-width": 2 }, root);
       for (const run of d.runs || []) svg("line", { x1: x(run), x2: x(run), y1: y + 5, y2: y + 10, stroke: c, "stroke-opacity": 0.6 }, root);
       const node = marker(shape(d.label), x(d.value), y, 5, { fill: c }, root);
@@ -151,19 +154,20 @@ const DRAW = {
   scatter(panel, width, label) {
     const height = 300, left = 56, bottom = height - 40;
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}` }), marks = [];
-    let [lowX, highX] = extent(panel.points.map((p) => p.x)), [low, high] = extent(panel.points.map((p) => p.y));
-    if (panel.diagonal) { low = lowX = 0; high = highX = Math.max(high, highX) * 1.05; }
+    const reach = (axis) => extent(panel.points.flatMap((p) => [p[axis] - (p[`${axis}_sem`] || 0), p[axis] + (p[`${axis}_sem`] || 0)]));
+    let [lowX, highX] = reach("x"), [low, high] = reach("y");
+    if (panel.diagonal) { low = lowX = Math.min(0, low, lowX); high = highX = Math.max(high, highX) * 1.05; }
     else { const m = (highX - lowX || 1) * 0.08, n = (high - low || 1) * 0.08; lowX -= m; highX += m; low -= n; high += n; }
     const x = scale(lowX, highX, left, width - 12), y = scale(low, high, bottom, 24);
     axisX(root, panel, x, lowX, highX, bottom);
     axisY(root, panel, y, low, high, left, width - 12);
-    if (panel.diagonal) svg("line", { x1: x(0), y1: y(0), x2: x(highX), y2: y(high), class: "mark" }, root);
+    if (panel.diagonal) svg("line", { x1: x(lowX), y1: y(low), x2: x(highX), y2: y(high), class: "mark" }, root);
     for (const p of panel.points) {
       const c = colour(p.label);
       if (p.x_sem) svg("line", { x1: x(p.x - p.x_sem), x2: x(p.x + p.x_sem), y1: y(p.y), y2: y(p.y), stroke: c }, root);
       if (p.y_sem) svg("line", { x1: x(p.x), x2: x(p.x), y1: y(p.y - p.y_sem), y2: y(p.y + p.y_sem), stroke: c }, root);
       const node = marker(shape(p.label), x(p.x), y(p.y), 6, { fill: p.filled ? c : "var(--paper)", stroke: c, "stroke-width": 2 }, root);
-      marks.push({ node, text: `${p.label}: ${number(p.x)}, ${number(p.y)}` });
+      marks.push({ node, text: `${p.label}: ${number(p.x)}${give(p.x_sem)}, ${number(p.y)}${give(p.y_sem)}` });
     }
     walkable(root, marks, label);
     return root;
@@ -198,7 +202,12 @@ const DRAW = {
 function rowsOf(panel) {
   if (panel.dots) return [["", panel.x, "low", "high", "runs"], ...panel.dots.map((d) => [d.label + (d.random ? " (random weights)" : ""), d.value, d.low, d.high, (d.runs || []).map(number).join(" ") || d.note || ""])];
   if (panel.lines) return [["", panel.x, panel.y, "low", "high"], ...panel.lines.flatMap((l) => l.x.map((v, i) => [l.label, v, l.y[i], l.low[i], l.high[i]]))];
-  if (panel.points) return [["", panel.x, panel.y, "has the property"], ...panel.points.map((p) => [p.label, p.x, p.y, p.filled ? "yes" : "no"])];
+  if (panel.points) {
+    const property = panel.keys.property, bars = panel.points.some((p) => p.x_sem || p.y_sem);
+    const told = (p) => [...(bars ? [p.x, p.x_sem, p.y, p.y_sem] : [p.x, p.y]), ...(property ? [p.filled ? "yes" : "no"] : [])];
+    const head = bars ? [panel.x, "standard error", panel.y, "standard error"] : [panel.x, panel.y];
+    return [["", ...head, ...(property ? [property] : [])], ...panel.points.map((p) => [p.label, ...told(p)])];
+  }
   if (panel.strip) return [["row", "received", "predicted", "distance"], ...panel.step.map((s, i) => [s, panel.received[i], panel.predicted[i], panel.distance[i]])];
   const rows = DATA.rows[panel.rows];
   return [["episode", "row", "reward", "x", "y"], ...panel.x.map((v, i) => [rows.episode[i], rows.step[i], rows.reward[i], v, panel.y[i]])];

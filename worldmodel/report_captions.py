@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+BARS = "Bar: standard error over runs; of a single run, over its episodes"
+
 
 def chart_of(name: str, title: str, kind: str, text: str, *beside: str) -> dict[str, Any]:
     """What a chart is; of ``beside``, the page shows all values beside each other."""
@@ -24,7 +26,7 @@ BY_PVR = chart_of(
     "errors",
     "Error by representation",
     "dots",
-    "Accumulated over the horizon, open loop, on held-out episodes. Bar: standard error over runs; ticks: the runs.",
+    f"Accumulated over the horizon, open loop, on held-out episodes: mean over runs. {BARS}; ticks: the runs.",
     "model",
     "horizon",
 )
@@ -33,7 +35,7 @@ BY_HORIZON = chart_of(
     "Error by horizon",
     "lines",
     "Mean over runs of the accumulated error, by the rows that were summed; an episode that ends before a horizon is "
-    "summed to its end. Band: standard error over runs.",
+    "summed to its end. Band: standard error over runs; of a single run, over its episodes.",
     "model",
     "error",
 )
@@ -41,9 +43,9 @@ MAPS = chart_of(
     "maps",
     "Latent maps",
     "map",
-    "Held-out rows by their latents, coloured by the reward received there; separation is R² of the reward as the mean "
-    "reward of a row's nearest neighbours in other episodes. Point at a row, or walk with the arrow keys, to see its "
-    "frame.",
+    "Held-out rows by their latents in the run of the first seed, coloured by the reward received there; separation is "
+    "R² of the reward as the mean reward of a row's nearest neighbours in other episodes. Point at a row, or walk with "
+    "the arrow keys, to see its frame.",
     "representation",
     "model",
 )
@@ -52,7 +54,7 @@ OOD = chart_of(
     "In and out of distribution",
     "scatter",
     "Each representation's error on the look it was trained on, and on the same trajectories seen in a shifted look. "
-    "On the dashed line a shift costs nothing. Filled: representations that have the chosen property.",
+    f"On the dashed line a shift costs nothing. Mean over runs. {BARS}. Hollow: without the chosen property.",
     "model",
     "horizon",
 )
@@ -60,7 +62,8 @@ SEVERITY = chart_of(
     "severity",
     "Error by severity",
     "lines",
-    "One factor changed at a time, on the same trajectories; 0 is the look that was trained on.",
+    "One factor changed at a time, on the same trajectories; 0 is the look that was trained on. Mean over runs; band: "
+    "standard error over runs; of a single run, over its episodes.",
     "model",
     "factor",
 )
@@ -68,7 +71,7 @@ ENCODERS = chart_of(
     "encoders",
     "Map from the embedding to the model",
     "dots",
-    "The same representation read through different maps.",
+    f"The same representation read through different maps: mean over runs. {BARS}; ticks: the runs.",
     "model",
     "representation",
 )
@@ -76,7 +79,7 @@ BLOCKS = chart_of(
     "blocks",
     "Transformer blocks kept",
     "dots",
-    "The same representation with fewer of its blocks.",
+    f"The same representation with fewer of its blocks: mean over runs. {BARS}; ticks: the runs.",
     "model",
     "representation",
 )
@@ -84,7 +87,9 @@ RETURNS = chart_of(
     "returns",
     "Errors and returns",
     "scatter",
-    "Mean error of a representation's models, and the return that agents got with it.",
+    "Mean error of a representation's models, and the return that agents got with it: a point for each return that was "
+    "given. Without tasks in that file, errors are means over all tasks; with them, tasks are not mixed. Brackets are "
+    "95 % intervals, p is two-sided.",
     "model",
     "error",
 )
@@ -92,14 +97,16 @@ STRIPS = chart_of(
     "strips",
     "Imagined rollouts",
     "strip",
-    "A latent has no picture; shown is the training frame whose latent is nearest to it: to what was imagined from the "
-    "first frame on, and to what was believed once each frame was seen.",
+    "One held-out episode, in the run of the first seed. A latent has no picture; shown is the training frame whose "
+    "latent is nearest to it: to what was imagined from the first frame on, and to what was believed once each frame "
+    "was seen.",
     "representation",
 )
 COST = chart_of(
     "cost",
     "Cost of a representation",
     "dots",
-    "Seconds that 1,000 frames take on one worker, bytes of a frame, and memory for weights and a batch meanwhile.",
+    "Seconds that 1,000 frames take on one worker, bytes of a frame, and memory for weights and a batch meanwhile, as "
+    "measured when they were embedded; means over tasks and looks.",
     "cost",
 )

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pvrpipe.schemas.study_record import StoreRecord
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.pictures import read_map, read_strip
 from pvrpipe.worldmodel.report_captions import (
     BLOCKS,
     BY_HORIZON,
@@ -32,21 +31,12 @@ from pvrpipe.worldmodel.report_captions import (
     SUMMARY,
 )
 from pvrpipe.worldmodel.report_findings import Findings
+from pvrpipe.worldmodel.report_panels import number_of, panels_of, task_of, unit_of
+from pvrpipe.worldmodel.report_scatters import return_panels, shifted_panels
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
-from pvrpipe.worldmodel.report_tables import SINGLE, severities_of, short
-from pvrpipe.worldmodel.report_words import NAMES, legible
+from pvrpipe.worldmodel.report_tables import severities_of
+from pvrpipe.worldmodel.report_words import NAMES
 
-UNITS = {
-    "reward_error": "accumulated |r̂ − r|",
-    "state_error": "accumulated error, variances",
-    "dynamics_error": "accumulated, nats or squared latents",
-}
-PROPERTIES = {
-    "vit": "ViT",
-    "diverse": "diverse data",
-    "sequential": "sequential data",
-    "language": "language",
-}
 MOMENTS = ("true", "imagined", "seen")
 
 
@@ -99,7 +89,7 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
     _maps(made, evidence)
     made.add(
         OOD,
-        list(_ood(at, evidence, tables["properties"])),
+        list(shifted_panels(at, evidence, tables["properties"])),
         "No run was probed on a shifted look: the study has no `shifts`.",
     )
     made.add(
@@ -111,9 +101,9 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
     made.add(BLOCKS, list(_ablation(own, "blocks")), "No representation was cut down to some of its blocks.")
     made.add(
         RETURNS,
-        list(_correlations(tables["returns"], tables["correlations"])) if "returns" in tables else [],
+        list(return_panels(tables["returns"], tables["correlations"])) if "returns" in tables else [],
         "Errors are not correlated with returns of agents: none were given (`pvrpipe report --returns FILE.csv`), or "
-        "of fewer than three representations and tasks.",
+        "of fewer than three representations.",
     )
     _strips(made, evidence)
     made.add(COST, list(_cost(tables["costs"])), "No embeddings were made, so none have a cost.")
@@ -144,26 +134,11 @@ def _standing_panels(findings: Findings, runs: pl.DataFrame) -> Iterator[dict[st
         }
 
 
-def _panels(table: pl.DataFrame, *more: str) -> Iterator[tuple[dict[str, str], pl.DataFrame]]:
-    """Rows by task, model, error and horizon, as far as the table has them."""
-    keys = ["environment", "variation", "model", "size", "measure", *more]
-    for values, rows in table.group_by(keys, maintain_order=True):
-        found = dict(zip(keys, map(str, values), strict=True))
-        task = short(found.pop("environment"))
-        look = found.pop("variation")
-        named = {
-            "task": task if look == "none" else f"{task}, {look}",
-            "model": f"{found.pop('model')} {found.pop('size')}",
-            "error": NAMES[found.pop("measure")],
-        }
-        yield {**named, **found}, rows
-
-
 def _dots_by(table: pl.DataFrame, label: str) -> Iterator[dict[str, Any]]:
-    for keys, rows in _panels(table, "horizon"):
+    for keys, rows in panels_of(table, "horizon"):
         yield {
             "keys": keys,
-            "x": UNITS[rows["measure"][0]],
+            "x": unit_of(rows),
             "dots": [
                 _dot(row, str(row[label]))
                 for row in rows.sort("mean", maintain_order=True).iter_rows(named=True)
@@ -180,18 +155,18 @@ def _dot(row: dict[str, Any], label: str) -> dict[str, Any]:
         "high": row["mean"] + sem,
         "runs": row["values"],
         "random": row["random_weights"],
-        "note": f"{row['runs']} runs, {row['episodes']} episodes",
+        "note": f"{row['runs']} run{'s' * (row['runs'] > 1)} on {row['episodes']} episodes",
     }
 
 
 def _growth(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    for keys, rows in _panels(table):
+    for keys, rows in panels_of(table):
         lines = [_line(arm, part.sort("horizon"), "steps") for arm, part in _by(rows, "arm")]
         if any(len(line["x"]) > 1 for line in lines):
             yield {
                 "keys": keys,
                 "x": "rows summed",
-                "y": UNITS[rows["measure"][0]],
+                "y": unit_of(rows),
                 "log": True,
                 "lines": lines,
             }
@@ -199,12 +174,12 @@ def _growth(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _severity(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
     graded = severities_of(table)
-    for keys, rows in _panels(graded, "horizon", "factor"):
+    for keys, rows in panels_of(graded, "horizon", "factor"):
         lines = [_line(arm, part.sort("severity"), "severity") for arm, part in _by(rows, "arm")]
         yield {
             "keys": keys,
             "x": f"severity of {keys['factor']}",
-            "y": UNITS[rows["measure"][0]],
+            "y": unit_of(rows),
             "lines": lines,
         }
 
@@ -225,99 +200,24 @@ def _by(table: pl.DataFrame, key: str) -> Iterator[tuple[str, pl.DataFrame]]:
         yield str(value), rows
 
 
-def _ood(table: pl.DataFrame, evidence: Evidence, groups: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    stores = {store.pvr: store for _, record in evidence.studies for store in record.stores if store.pvr}
-    own = table.filter(look=OWN)
-    shifted = table.filter((pl.col("look") != OWN) & ~pl.col("look").str.contains(SINGLE))
-    keys = ["environment", "variation", "arm", "model", "size", "measure", "horizon"]
-    joined = shifted.join(own.select(*keys, before="mean", before_sem="sem"), on=keys, maintain_order="left")
-    for about, rows in _panels(joined, "horizon", "look"):
-        for name, title in PROPERTIES.items():
-            points = [
-                {
-                    "label": row["arm"],
-                    "x": row["before"],
-                    "y": row["mean"],
-                    "x_sem": row["before_sem"],
-                    "y_sem": row["sem"],
-                    "filled": _has(stores.get(row["pvr"]), name),
-                }
-                for row in rows.iter_rows(named=True)
-            ]
-            if name == "vit" or any(point["filled"] for point in points):
-                yield {
-                    "keys": {**about, "property": title},
-                    "x": "error as trained",
-                    "y": f"error, {about['look']}",
-                    "text": _grouped(groups, rows.row(0, named=True), name, title),
-                    "diagonal": True,
-                    "points": points,
-                }
-
-
-def _grouped(groups: pl.DataFrame, about: dict[str, Any], name: str, title: str) -> str:
-    """Errors over the trivial ones of those with a property and of the others, as trained and shifted."""
-    keys = {key: about[key] for key in ("model", "size", "horizon")}
-    told = []
-    for has, who in ((True, title), (False, "others")) if len(groups) else ():
-        of = groups.filter(property=name, has=has, error=about["measure"], **keys)
-        values = [of.filter(look=look)["relative"].to_list() for look in (OWN, about["look"])]
-        if all(values):
-            told.append(
-                f"{who} ({of['pvrs'][0]}): {legible(values[0][0])} as trained, {legible(values[1][0])} shifted"
-            )
-    return f"Over the trivial prediction, all tasks: {'; '.join(told)}" if told else ""
-
-
-def _has(store: StoreRecord | None, name: str) -> bool:
-    return store is not None and bool(getattr(store, name))
-
-
 def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
     """A representation at each value of ``key``, where it has several."""
     stem = table.with_columns(stem=pl.col("pvr").str.replace(r" blocks .*$", ""))
     varied = stem.filter(pl.col(key).n_unique().over("stem", "environment", "model") > 1)
-    for keys, rows in _panels(varied, "horizon"):
+    for keys, rows in panels_of(varied, "horizon"):
         for name, part in _by(rows, "stem"):
             dots = [_dot(row, row["arm"]) for row in part.iter_rows(named=True)]
-            yield {"keys": {**keys, "representation": name}, "x": UNITS[rows["measure"][0]], "dots": dots}
-
-
-def _correlations(table: pl.DataFrame, correlations: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    keys = ("model", "size", "measure", "horizon")
-    for found in correlations.filter(pl.col("points") > 2).iter_rows(named=True):
-        rows = table.filter(**{key: found[key] for key in keys})
-        told = [
-            f"{name.title()} {_number(found[name])}"
-            + (f" (p = {found[f'{name}_p']:.2g})" if found[f"{name}_p"] is not None else "")
-            for name in ("pearson", "spearman")
-        ]
-        yield {
-            "keys": {
-                "model": f"{found['model']} {found['size']}",
-                "error": NAMES[found["measure"]],
-                "horizon": str(found["horizon"]),
-            },
-            "x": UNITS[found["measure"]],
-            "y": "return",
-            "text": f"{', '.join(told)}, {found['points']} points",
-            "points": [
-                {
-                    "label": f"{row['arm']}, {short(row['environment'])}",
-                    "x": row["mean"],
-                    "y": row["return"],
-                    "filled": True,
-                }
-                for row in rows.iter_rows(named=True)
-            ],
-        }
+            yield {"keys": {**keys, "representation": name}, "x": unit_of(rows), "dots": dots}
 
 
 def _pictured(evidence: Evidence, name: str) -> Iterator[tuple[dict[str, str], Path]]:
     for row in evidence.finished.iter_rows(named=True):
         folder = Path(row["run"])
-        if (folder / name).is_file():
-            keys = {"task": short(row["environment"]), "model": f"{row['model']} {row['size']}"}
+        if runs.is_whole(folder / name):
+            keys = {
+                "task": task_of(row["environment"], row["variation"]),
+                "model": f"{row['model']} {row['size']}",
+            }
             yield {**keys, "representation": row["arm"]}, folder
 
 
@@ -327,6 +227,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
         table, separation = read_map(folder)
         rows, reward = made.rows_of(table), table["reward"].to_numpy()
         colours = f"reward from {reward.min():.3g} (blue) to {reward.max():.3g} (orange)"
+        count = f"{len(table)} rows of {table['episode'].n_unique()} episodes"
         for method in ("umap", "pca"):
             place = table.select(f"{method}_x", f"{method}_y").to_numpy()
             low, high = place.min(0), place.max(0)
@@ -335,7 +236,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
             panels.append(
                 {
                     "keys": {**keys, "map": method.upper()},
-                    "text": f"separation {_number(told)} here, {_number(latent)} in the latent; {colours}",
+                    "text": f"separation {number_of(told)} here, {number_of(latent)} in the latent; {count}; {colours}",
                     "x": unit[:, 0].tolist(),
                     "y": unit[:, 1].tolist(),
                     "rows": rows,
@@ -349,7 +250,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
 def _strips(made: Charts, evidence: Evidence) -> None:
     panels = []
     for keys, folder in _pictured(evidence, runs.STRIP):
-        table = pl.read_parquet(folder / runs.STRIP)
+        table = read_strip(folder)
         panels.append(
             {
                 "keys": keys,
@@ -387,7 +288,3 @@ def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:
                     for row in rows.sort(column, maintain_order=True).iter_rows(named=True)
                 ],
             }
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None or value != value else f"{value:.2f}"

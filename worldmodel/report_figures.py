@@ -16,12 +16,15 @@ import matplotlib
 import polars as pl
 
 from pvrpipe.store.files import make_folder
+from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map
+from pvrpipe.worldmodel.report_panels import task_of
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import short
 from pvrpipe.worldmodel.report_words import NAMES
 
+LETTER = 0.06  # inches that one of a turned label takes
 COLUMN, TEXT = 3.25, 5.5  # inches: of a two-column paper, and of NeurIPS' text
 STYLE: dict[Any, Any] = {
     "font.size": 7,
@@ -53,7 +56,7 @@ def draw_figures(evidence: Evidence, errors: pl.DataFrame, horizons: Sequence[in
             own.select("environment", "variation").unique(maintain_order=True).rows()
         ):
             task = own.filter(environment=environment, variation=variation)
-            name = short(environment) if variation == "none" else f"{short(environment)}-{variation}"
+            name = slug(short(environment) if variation == "none" else f"{short(environment)}-{variation}")
             for error, stem in PAPER.items():
                 _draw_paper(task.filter(measure=error), NAMES[error], folder / "paper" / f"{stem}-{name}")
             _draw_maps(evidence, environment, variation, folder / "paper" / f"figure-8-latent-maps-{name}")
@@ -64,15 +67,15 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
     parts = list(rows.group_by("model", "size", "environment", "variation", maintain_order=True))
     count = max(len(part) for _, part in parts)
     with _figure(path, len(parts), 1, (COLUMN, len(parts) * (0.55 + 0.16 * count))) as axes:
-        for axis, ((model, size, environment, _), part) in zip(axes[:, 0], parts, strict=True):
+        for axis, ((model, size, environment, variation), part) in zip(axes[:, 0], parts, strict=True):
             ordered = part.sort("mean", descending=True, maintain_order=True)
             axis.errorbar(
                 ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
             )
-            axis.set_title(f"{short(str(environment))}, {model} {size}", loc="left")
+            axis.set_title(f"{task_of(str(environment), str(variation))}, {model} {size}", loc="left")
             axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
             axis.set_xlim(left=0)
-            axis.margins(y=0.3)
+            axis.set_ylim(-0.8, len(ordered) - 0.2)
             axis.ticklabel_format(axis="x", scilimits=SCIENTIFIC)
             axis.locator_params(axis="x", nbins=5)
 
@@ -83,16 +86,25 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
     horizons = sorted(rows["horizon"].unique(), reverse=True)
     if not models:
         return
-    with _figure(path, len(horizons), len(models), (TEXT, 1.5 * len(horizons) + 0.5)) as axes:
+    arms = rows["arm"].unique(maintain_order=True).to_list()
+    turned = len(arms) > 3
+    below = LETTER * max(map(len, arms)) if turned else 0.0
+    with _figure(path, len(horizons), len(models), (TEXT, 1.4 * len(horizons) + 0.5 + below)) as axes:
         for column, (model, size) in enumerate(models):
             for line, horizon in enumerate(horizons):
                 axis = axes[line, column]
                 part = rows.filter(model=model, size=size, horizon=horizon)
                 colours = ["#555555" if random else "#0072b2" for random in part["random_weights"]]
                 axis.bar(
-                    part["arm"], part["mean"], yerr=part["sem"].fill_null(0.0), color=colours, ecolor="black"
+                    [arms.index(arm) for arm in part["arm"]],
+                    part["mean"],
+                    yerr=part["sem"].fill_null(0.0),
+                    color=colours,
+                    ecolor="black",
                 )
-                axis.tick_params(axis="x", rotation=60 if len(part) > 3 else 0)
+                last = line == len(horizons) - 1
+                axis.set_xlim(-0.6, len(arms) - 0.4)
+                axis.set_xticks(range(len(arms)), arms if last else [], rotation=90 if turned else 0)
                 axis.ticklabel_format(axis="y", scilimits=SCIENTIFIC)
                 axis.set_ylabel(f"{name}, {horizon} rows")
                 if line == 0:
@@ -102,7 +114,7 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
 def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path) -> None:
     """UMAPs coloured by reward: a row for each model, a column for each representation."""
     drawn = evidence.finished.filter(environment=environment, variation=variation)
-    drawn = drawn.filter([(Path(run) / runs.MAP).is_file() for run in drawn["run"]])
+    drawn = drawn.filter([runs.is_whole(Path(run) / runs.MAP) for run in drawn["run"]])
     if not len(drawn):
         return
     models = drawn.select("model", "size").unique(maintain_order=True).rows()
@@ -142,5 +154,5 @@ def _figure(path: Path, rows: int, columns: int, inches: tuple[float, float]) ->
     figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure.subplots(rows, columns, squeeze=False)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, dpi=300)
+    figure.savefig(f"{path}.svg", metadata={"Date": None})  # a name may have dots of its own
+    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None}, dpi=300)

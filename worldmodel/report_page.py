@@ -14,10 +14,12 @@ import polars as pl
 from pvrpipe.schemas.study_record import STATES
 from pvrpipe.worldmodel.report_charts import Charts
 from pvrpipe.worldmodel.report_findings import ALPHA, Findings
-from pvrpipe.worldmodel.report_sources import Evidence
+from pvrpipe.worldmodel.report_sources import OWN, Evidence
+from pvrpipe.worldmodel.report_stamp import stamp_of
 from pvrpipe.worldmodel.report_tables import ends_of, short
 from pvrpipe.worldmodel.report_words import (
     NAMES,
+    TRIVIAL,
     about_of,
     grouped,
     legible,
@@ -33,6 +35,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
     arms.sort(key=lambda arm: arm != findings.reference)  # the reference has the colour of the text
     data = {"arms": arms, "charts": charts.charts, "frames": charts.frames, "rows": charts.rows}
     parts = {
+        "STAMP": stamp_of([record for _, record in evidence.studies]),
         "TITLE": escape(title_of(evidence)),
         "STYLE": _file("css"),
         "SCRIPT": _file("js"),
@@ -40,7 +43,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "LEAD": _lead(evidence, tables["unfinished"]),
         "FOUND": _found(findings, tables["errors"]),
         "COMPARISONS": _comparisons(findings),
-        "ABSENT": _absent(charts.absent),
+        "ABSENT": _absent(charts.absent if findings.standings else ()),
         "PROVENANCE": _provenance(evidence, tables["unfinished"]),
         "COMMANDS": _commands(evidence),
         "FOOTER": "Made by <code>pvrpipe report</code>. Tables are in <code>tables/</code>, figures in "
@@ -64,33 +67,43 @@ def _file(suffix: str) -> str:
 
 def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     runs = evidence.finished
+    if runs.is_empty():
+        return f"<p>No run has numbers.</p>{_lacking(unfinished)}"
     tasks = runs.select("environment", "variation").unique(maintain_order=True).rows()
     names = ", ".join(short(e) if v == "none" else f"{short(e)} ({v})" for e, v in tasks)
     arms = ", ".join(runs["arm"].unique(maintain_order=True))
     models = ", ".join(f"{m} {s}" for m, s in runs.select("model", "size").unique(maintain_order=True).rows())
     seeds = runs["seed"].n_unique()
-    counted = f"{seeds} seed{'s' * (seeds > 1)}"
-    text = f"<p>{len(runs)} runs: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}.</p>"
+    counted = _counted(seeds, "seed")
+    probed = evidence.scores.filter(look=OWN)["episodes"]
+    held = f"each probed on {_range(probed.min(), probed.max())} held-out episodes"
+    text = f"<p>{_counted(len(runs), 'run')}: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}; {held}.</p>"
     random = runs.filter(pl.col("random_weights"))["arm"].unique(maintain_order=True).to_list()
     if random:
         text += f'<p class="alarm">Random weights, nobody trained these encoders: {escape(", ".join(random))}.</p>'
-    if len(unfinished):
-        states = ", ".join(
-            f"{count} {STATES[str(state)]}"
-            for state, count in unfinished["state"].value_counts(sort=True).rows()
-        )
-        which = '<a href="#provenance">which</a>'
-        text += (
-            f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
-        )
-    return text
+    return text + _lacking(unfinished)
+
+
+def _range(low: Any, high: Any) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _lacking(unfinished: pl.DataFrame) -> str:
+    if unfinished.is_empty():
+        return ""
+    counts = unfinished["state"].value_counts(sort=True).sort("count", "state", descending=[True, False])
+    states = ", ".join(f"{count} {STATES[str(state)]}" for state, count in counts.rows())
+    which = '<a href="#provenance">which</a>'
+    return f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
 
 
 def _found(findings: Findings, errors: pl.DataFrame) -> str:
+    if not findings.standings:
+        return "<p><strong>Nothing: there are no errors to be compared.</strong></p>"
     claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
     count = len(findings.comparisons)
     head = (
-        f"Of {count} comparisons with {findings.reference}, {claims} find a difference."
+        f"Of {_counted(count, 'comparison')} with {findings.reference}, {claims} find a difference."
         if count
         else "There is nothing to compare."
     )
@@ -110,11 +123,25 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
         f" Episodes end before {horizon} rows: what is said of that horizon is said of {steps:.0f} rows on average."
         for horizon, steps in ends_of(errors, horizons).items()
     )
+    sure += "".join(f" {sentence}" for sentence in _uncompared(findings, errors))
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
         f'{_folded("In sentences", f"""<ul class="findings">{sentences}</ul>""")}'
         f'<p class="about">{escape(sure)}</p>'
     )
+
+
+def _uncompared(findings: Findings, errors: pl.DataFrame) -> list[str]:
+    """What has no standing, since its trivial prediction is never wrong."""
+    stood = {about_of(s) for s in findings.standings}
+    horizons = sorted({s.horizon for s in findings.standings})
+    known = errors.filter(pl.col("horizon").is_in(horizons), look=OWN)
+    rows = known.select("model", "size", "measure", "horizon").unique(maintain_order=True).rows()
+    return [
+        f"{model} {size}, {NAMES[error]} over {horizon} rows is compared with nothing: {TRIVIAL[error]} is 0."
+        for model, size, error, horizon in rows
+        if (model, size, error, horizon) not in stood
+    ]
 
 
 def _standings(findings: Findings) -> str:
@@ -156,7 +183,7 @@ def _comparisons(findings: Findings) -> str:
     ]
     head = ["model", "error", "horizon", "representation", "against", "P(smaller error)", "p", "q", "verdict"]
     table = _table(head, rows, "Every comparison of the report, each with its test.")
-    return _folded(f"{len(rows)} comparisons", table) if rows else "<p>None.</p>"
+    return _folded(_counted(len(rows), "comparison"), table) if rows else "<p>None.</p>"
 
 
 def _absent(sentences: Sequence[str]) -> str:
@@ -195,7 +222,15 @@ def _provenance(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     missing = (
         _table(["what", "state", "why"], unfinished.rows(), "Without numbers.") if len(unfinished) else ""
     )
-    return missing + _folded(f"{len(rows)} stores", stores) + _folded(f"{len(evidence.runs)} runs", runs)
+    return (
+        missing
+        + _folded(_counted(len(rows), "store"), stores)
+        + _folded(_counted(len(evidence.runs), "run"), runs)
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _folded(summary: str, content: str) -> str:
@@ -219,7 +254,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> 
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption>"
+        f"<table><caption><span>{escape(caption)}</span></caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.runs import read_run
 
 ERRORS = ("reward_error", "state_error", "dynamics_error")
+CHANGED = "what its probe wrote; probe it again"
 OWN = "own"  # the look that a run was trained on
 #: What a run is; equal in all but ``seed``, runs are repeats of one another.
 RUN_KEYS = ("environment", "variation", "pvr", "encoder", "blocks", "model", "size", "seed")
@@ -54,24 +54,30 @@ class Evidence:
         return self.scores.filter(prediction="open_loop", control="model", **wanted)
 
 
+#: Columns of the means of a run, and of no run.
+MEANS = {
+    **dict.fromkeys(("look", "prediction", "control", "measure"), pl.String),
+    "horizon": pl.Int64,
+    **dict.fromkeys(("accumulated", "per_step", "steps", "sem"), pl.Float64),
+    "episodes": pl.UInt32,
+    "run": pl.String,
+}
+
+
 def evidence_of(folders: Sequence[Path]) -> Evidence:
-    """Read studies and the probes of all their runs.
+    """Read studies and the probes of all their runs, of which none may have numbers.
 
     Raises:
-        NotAStudyError: one of the folders holds none, or none of their runs has been probed.
+        NotAStudyError: one of the folders holds none, or none of their runs was begun.
     """
     studies = tuple((folder, read_record(folder)) for folder in folders)
     parts = [part for folder, record in studies for part in _of_study(folder, record)]
-    found = _evidence(studies, parts)
-    if found is None:
-        states = ", ".join(
-            f"{n} {state}" for state, n in Counter(part.row["state"] for part in parts).items()
-        )
+    if all(part.row["state"] == "waiting" for part in parts):
         raise NotAStudyError(
-            f"no run of {', '.join(map(str, folders))} has numbers yet ({states or 'there is none'}); "
+            f"no run of {', '.join(map(str, folders))} has numbers yet ({len(parts)} waiting); "
             "go on with `pvrpipe study`"
         )
-    return found
+    return _evidence(studies, parts)
 
 
 def evidence_of_runs(folders: Sequence[Path]) -> Evidence:
@@ -85,11 +91,10 @@ def evidence_of_runs(folders: Sequence[Path]) -> Evidence:
     for folder in folders:
         study = (folder / RECORD).is_file()
         parts += _of_study(folder, read_record(folder)) if study else [_of_run(folder)]
-    found = _evidence((), _told_apart(parts))
-    if found is None:
+    if all(part.scores is None for part in parts):
         told = next((f"{part.row['run']} {part.row['failure']}" for part in parts), "there is no run")
         raise NotAStudyError(f"no run has numbers to compare: {told}")
-    return found
+    return _evidence((), _told_apart(parts))
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,15 @@ def _of_run(folder: Path) -> Part:
         "run": str(folder),
         "random_weights": record.random_weights,
     }
+    trained |= _probed_as(folder)
     if not path.is_file():
         lacking = {"state": "waiting", "failure": f"was not probed; first run `pvrpipe probe {folder}`"}
         return _part(row, lacking, trained)
+    if record.state != "finished":
+        told = "is not trained to its end; go on with `pvrpipe train-model`, then probe it"
+        return _part(row, {"state": "waiting", "failure": told}, trained)
+    if not runs.has_its_table(folder):
+        return _part(row, {"state": "damaged", "failure": f"{path.name} is not {CHANGED}"}, trained)
     try:
         table = pl.read_parquet(path)
         about = table.row(0, named=True)
@@ -154,6 +165,15 @@ def _of_run(folder: Path) -> Part:
         return _part(row, _finite(_means(table.lazy().filter(split=about["split"]), OWN)), trained)
     except pl.exceptions.PolarsError as error:
         return _part(row, _unread(error), trained)
+
+
+def _probed_as(folder: Path) -> dict[str, Any]:
+    """How a run was probed, as far as errors of another probe are errors of something else."""
+    try:
+        found = json.loads((folder / runs.PROBE).read_bytes())
+        return {name: found[name] for name in ("split", "context")}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _part(
@@ -175,7 +195,7 @@ def _told_apart(parts: Sequence[Part]) -> list[Part]:
         differs = [
             name
             for name in part.trained
-            if len({repr(other.trained.get(name)) for other in others if other.trained}) > 1
+            if len({repr(other.trained[name]) for other in others if name in other.trained}) > 1
         ]
         told = "".join(f", {name.replace('_', ' ')} {part.trained[name]}" for name in differs)
         return replace(part, row={**part.row, "pvr": part.row["pvr"] + told})
@@ -187,8 +207,8 @@ def _blocks(blocks: Iterable[int] | None) -> str:
     return "all" if blocks is None else ",".join(map(str, blocks))
 
 
-def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence | None:
-    """All runs, each once however often it was named; None where none has numbers."""
+def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence:
+    """All runs, each once however often it was named."""
     kept: dict[Path, Part] = {}
     for part in parts:
         kept.setdefault(part.place, part)
@@ -197,12 +217,14 @@ def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence | None:
         for part in kept.values()
         if part.scores is not None
     ]
-    if not scores:
-        return None
     known = pl.DataFrame([part.row for part in kept.values()]).with_columns(_arm())
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
     return Evidence(
-        studies, known, pl.concat(scores, how="diagonal").join(about, on="run", maintain_order="left")
+        studies,
+        known,
+        pl.concat([pl.DataFrame(schema=MEANS), *scores], how="diagonal_relaxed").join(
+            about, on="run", maintain_order="left"
+        ),
     )
 
 
@@ -225,6 +247,8 @@ def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> 
             return {"state": "waiting", "failure": told}
         for name in job.probes:
             label = name.removeprefix("probe").removesuffix(".parquet").removeprefix("-")
+            if (run / name).is_file() and not runs.has_its_table(run, label):
+                return {"state": "damaged", "failure": f"{name} is not {CHANGED}"}
             tables.append(_means(pl.scan_parquet(run / name).filter(split=asked.splits[0]), label or OWN))
     except (PvrpipeError, OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
         return _unread(error)

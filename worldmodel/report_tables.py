@@ -17,6 +17,7 @@ from pvrpipe.worldmodel.report_findings import Findings, relative_errors
 from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
 from pvrpipe.worldmodel.statistics import aggregate, interquartile_mean, pearson, spearman
 
+CORRELATED = ("environment", "model", "size", "measure", "horizon")  # within which errors go with returns
 COLUMNS = "give a CSV with the columns pvr, model, return and perhaps environment"
 OF_RUNS = ("environment", "variation", "arm", "model", "size")
 PROPERTIES = ("vit", "diverse", "sequential", "language")  # of published representations
@@ -55,7 +56,7 @@ def errors_of(evidence: Evidence) -> pl.DataFrame:
     """Open-loop errors, a row per task, arm, look, error and horizon: means over runs of means over episodes.
 
     ``sem`` is the standard error over runs (of one run: over its episodes), ``iqm`` the interquartile mean over runs,
-    ``values`` the runs' own, by seed.
+    ``values`` the runs' own, by seed, and ``episodes`` those that each run was probed on.
     """
     rows = evidence.errors().filter(pl.col("measure").is_in(ERRORS))
     keys = [*OF_RUNS, "look", "measure", "horizon"]
@@ -67,7 +68,7 @@ def errors_of(evidence: Evidence) -> pl.DataFrame:
         .otherwise(pl.col("sem").first()),
         per_step=pl.col("per_step").mean(),
         steps=pl.col("steps").mean(),
-        episodes=pl.col("episodes").sum(),
+        episodes=pl.col("episodes").max(),
         pvr=pl.col("pvr").first(),
         encoder=pl.col("encoder").first(),
         blocks=pl.col("blocks").first(),
@@ -149,7 +150,10 @@ def unfinished_of(evidence: Evidence) -> pl.DataFrame:
 
 
 def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
-    """Errors on the look that was trained on beside the mean returns that agents got elsewhere.
+    """Errors on the look that was trained on beside the mean returns that agents got elsewhere, a row for each return.
+
+    Errors are means over all that a return is of: maps and looks, and tasks too where the file names none. What was not
+    done on all of these is left out.
 
     Args:
         path: a CSV with ``pvr``, ``model``, ``return`` and perhaps ``environment``.
@@ -178,7 +182,16 @@ def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
                 f"{how}{name} {unknown[0]!r} was not compared; there is {', '.join(known)}"
             )
     means = given.group_by(on, maintain_order=True).agg(pl.col("return").mean())
-    return errors.filter(look=OWN).join(means, on=on, how="inner", maintain_order="left")
+    keys = [*on, "size", "measure", "horizon"]
+    matched = errors.filter(look=OWN).join(means, on=on, how="inner", maintain_order="left")
+    found = matched.group_by(keys, maintain_order=True).agg(
+        pl.col("mean").mean(),
+        pl.col("return").first(),
+        runs=pl.col("runs").sum(),
+        tasks=pl.struct("environment", "variation").n_unique(),
+    )
+    alike = [key for key in keys if key != "pvr"]
+    return found.filter(pl.col("tasks") == pl.col("tasks").max().over(alike))
 
 
 def properties_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
@@ -216,9 +229,9 @@ def properties_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
 
 
 def correlations_of(returns: pl.DataFrame, horizons: Sequence[int]) -> pl.DataFrame:
-    """Linear and rank correlation of errors with returns, over representations and tasks."""
+    """Linear and rank correlation of errors with returns over representations, of each task where returns name it."""
     rows = []
-    keys = ["model", "size", "measure", "horizon"]
+    keys = [key for key in CORRELATED if key in returns.columns]
     at = returns.filter(pl.col("horizon").is_in(list(horizons)))
     for about, part in at.group_by(keys, maintain_order=True):
         found = {

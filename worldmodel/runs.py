@@ -47,6 +47,8 @@ from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
 PROBE, PROBE_TABLE, PAIRS = "metrics.json", "probe.parquet", "pairs-"
+MAGIC = b"PAR1"  # at the end of a Parquet file
+TABLE_SHA256 = "table_sha256"  # in a probe's report, of its table
 MAP, STRIP = "map.parquet", "strip.parquet"
 #: What was found of a run once it was trained; it goes when the run goes.
 FOUND = ("metrics*.json", "probe*.parquet", f"{PAIRS}*", MAP, STRIP)
@@ -106,6 +108,25 @@ def labelled(name: str, label: str) -> str:
     """``probe.parquet`` of another look than the run's own: ``probe-LABEL.parquet``."""
     stem, _, suffix = name.partition(".")
     return f"{stem}-{label}.{suffix}" if label else name
+
+
+def has_its_table(run: Path, label: str = "") -> bool:
+    """Whether a probe's table is the one that its report is of; where that does not say, any whole Parquet file."""
+    report, table = (run / labelled(name, label) for name in (PROBE, PROBE_TABLE))
+    try:
+        known = json.loads(report.read_bytes()).get(TABLE_SHA256) if report.is_file() else None
+    except (ValueError, AttributeError):
+        return False
+    return is_whole(table) and known in (None, sha256_of(table))
+
+
+def is_whole(table: Path) -> bool:
+    """Whether a Parquet file is there that ends as one does."""
+    if not table.is_file():
+        return False
+    with table.open("rb") as file:
+        file.seek(max(0, table.stat().st_size - len(MAGIC)))
+        return file.read() == MAGIC
 
 
 def versions() -> dict[str, str]:

@@ -159,7 +159,7 @@ def _probed(job: Job, label: str, store: str, backbone: nn.Module | None) -> dic
 def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
     """What an earlier probe of this run found, if it was asked the same of the same store."""
     path = job.run / runs.labelled(runs.PROBE, label)
-    if not path.is_file() or not (job.run / runs.labelled(runs.PROBE_TABLE, label)).is_file():
+    if not path.is_file() or not runs.has_its_table(job.run, label):
         return None
     asked = {
         "store_id": _id_of(store),

@@ -1,0 +1,124 @@
+"""What a report claims of studies whose truth is planted: what it must find, and what it must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy import stats
+
+from pvrpipe.worldmodel.report import build_report
+from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
+from pvrpipe.worldmodel.report_sources import evidence_of
+from pvrpipe.worldmodel.report_tables import errors_of
+
+from .planted_study import FLOOR, TRUE, Planted, data_of, write_study
+
+COMPARED = (33, 500)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("planted"), Planted(TRUE))
+
+
+def test_a_planted_order_and_its_sizes_are_recovered(study: Path) -> None:
+    findings = findings_of(evidence_of([study]), COMPARED)
+    assert findings.reference == "from scratch"
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for s in findings.standings:
+        groups.setdefault((s.model, s.error, s.horizon), []).append(s.pvr)
+        assert s.relative.value == pytest.approx(TRUE[s.pvr] / FLOOR, rel=0.06)
+        assert s.relative.low is not None
+        assert s.relative.high is not None
+        assert s.relative.low < s.relative.value < s.relative.high
+        assert (s.runs, s.tasks) == (12, 2)
+    assert len(groups) == 2 * 3 * 2
+    assert all(order == ["vc1", "from scratch", "autoencoder", "random"] for order in groups.values())
+    verdicts = {(c.pvr, c.verdict) for c in findings.comparisons}
+    assert verdicts == {("vc1", "better"), ("autoencoder", "worse"), ("random", "worse")}
+
+
+def test_in_a_null_study_no_difference_is_claimed(tmp_path: Path) -> None:
+    same = dict.fromkeys(TRUE, 1.0)
+    folder = write_study(tmp_path, Planted(same, noise=0.2))
+    found = build_report([folder], folder / "report", figures=False)
+    assert (found.comparisons, found.claims) == (24, 0)
+    assert "0 find a difference" in found.page.read_text()
+
+
+def test_of_null_studies_about_one_in_twenty_makes_any_claim() -> None:
+    """The claim of the page, over 200 studies of 24 comparisons each; more than 8 % would be unlikely at 5 %."""
+    random = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        ours = random.normal(size=(24, 6))
+        theirs = random.normal(size=(24, 6))
+        tests = [permutation_test([a], [b])[0] for a, b in zip(ours, theirs, strict=True)]
+        wrong += bool((stats.false_discovery_control(tests) <= 0.05).any())
+    assert wrong <= 16
+
+
+def test_the_permutation_test_is_that_of_scipy() -> None:
+    random = np.random.default_rng(1)
+    for n, m in ((5, 5), (4, 6), (3, 3)):
+        a, b = random.normal(size=n), random.normal(0.8, size=m)
+        p, least = permutation_test([a], [b])
+        assert p == pytest.approx(stats.mannwhitneyu(a, b, method="exact").pvalue)
+        assert least == pytest.approx(
+            stats.mannwhitneyu(np.arange(n), n + np.arange(m), method="exact").pvalue
+        )
+    many, others = [random.normal(size=8) for _ in range(4)], [random.normal(0.6, size=8) for _ in range(4)]
+    drawn, _ = permutation_test(many, others)
+    z = [stats.mannwhitneyu(a, b).statistic / 64 - 0.5 for a, b in zip(many, others, strict=True)]
+    normal = 2 * stats.norm.sf(abs(np.mean(z)) / np.sqrt((17 / (12 * 64)) / 4))
+    assert drawn == pytest.approx(normal, abs=0.02)
+
+
+def test_two_runs_are_too_few_to_tell(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, Planted({"from scratch": 1.0, "vc1": 9.0}, tasks=("dmc:one",), seeds=2))
+    findings = findings_of(evidence_of([folder]), COMPARED)
+    assert {c.verdict for c in findings.comparisons} == {"too few runs"}
+
+
+def test_errors_are_means_over_runs_of_means_over_episodes(study: Path) -> None:
+    rows = errors_of(evidence_of([study])).filter(
+        environment="dmc:one", arm="vc1", model="tdmpc2", look="own", measure="reward_error", horizon=33
+    )
+    tables = [
+        pl.read_parquet(p) for p in sorted(study.parents[1].glob("runs/one-vc1-tdmpc2-s?/probe.parquet"))
+    ]
+    means = [
+        t.filter(prediction="open_loop", control="model", measure="reward_error", horizon=33)[
+            "accumulated"
+        ].mean()
+        for t in tables
+    ]
+    assert len(means) == 6
+    assert rows["mean"][0] == pytest.approx(np.mean(means))  # type: ignore[arg-type]
+    assert rows["sem"][0] == pytest.approx(stats.sem(means))
+    assert rows["iqm"][0] == pytest.approx(stats.trim_mean(means, 0.25))
+    assert rows["values"][0].to_list() == pytest.approx(means)
+
+
+def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_path: Path) -> None:
+    """Of the planted ones, every second is a transformer; random weights, autoencoders and scratch belong to nobody."""
+    factors = {"from scratch": 9.0, "random": 9.0, "a": 0.5, "b": 1.0, "c": 0.7, "autoencoder": 9.0, "d": 0.9}
+    planted = Planted(factors, tasks=("dmc:one",), models=("tdmpc2",), seeds=2, noise=0, shifts={"ood": 3.0})
+    report = build_report([write_study(tmp_path, planted)], tmp_path / "report", figures=False)
+    found = pl.read_parquet(tmp_path / "report" / "tables" / "properties.parquet")
+    assert set(found["property"]) == {"vit"}
+    values = {
+        (row["has"], row["look"]): (row["relative"] * FLOOR, row["pvrs"])
+        for row in found.filter(error="reward_error", horizon=33).iter_rows(named=True)
+    }
+    assert values == {
+        (True, "own"): (pytest.approx(0.7, abs=0.1), 3),
+        (False, "own"): (pytest.approx(1.0, abs=0.1), 1),
+        (True, "ood"): (pytest.approx(2.1, abs=0.3), 3),
+        (False, "ood"): (pytest.approx(3.0, abs=0.3), 1),
+    }
+    charts = {chart["id"]: chart["panels"] for chart in data_of(report.page)["charts"]}
+    assert charts["ood"][0]["text"].startswith("Over the trivial prediction, all tasks: ViT (3): 0.3")
