@@ -16,9 +16,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.worldmodel import ranks
+from pvrpipe.schemas.errors import InvalidValueError, UnreachableError
+from pvrpipe.worldmodel import ranks, ray_engine
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+from pvrpipe.worldmodel.ray_engine import train_together
 from pvrpipe.worldmodel.runs import METRICS, read_run
 from pvrpipe.worldmodel.training import TrainConfig, train
 
@@ -110,8 +111,6 @@ def test_what_a_process_draws_is_its_part_of_what_one_would(monkeypatch: pytest.
 def test_ray_train_does_what_one_process_does_and_raises_what_it_raises(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pvrpipe.worldmodel.ray_engine import train_together
-
     config = CONFIGS["dinowm"]
     monkeypatch.chdir(store.parent)  # a relative path, as in the default workspace
     result = train_together(config, store.name, tmp_path / "together", workers=2)
@@ -129,8 +128,6 @@ def test_paths_reach_the_workers_whole(tmp_path: Path, monkeypatch: pytest.Monke
     """Ray Train gives its workers a working folder of their own, where ``data/…`` is nothing."""
     import ray.train.torch
 
-    from pvrpipe.worldmodel import ray_engine
-
     given: dict[str, Any] = {}
 
     class Trainer:
@@ -142,19 +139,15 @@ def test_paths_reach_the_workers_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for store, whole in (("data/store", str(tmp_path / "data/store")), ("s3://lab/store", "s3://lab/store")):
         with pytest.raises(InterruptedError):
-            ray_engine.train_together(CONFIGS["dinowm"], store, Path("data/run"), workers=2)
+            train_together(CONFIGS["dinowm"], store, Path("data/run"), workers=2)
         assert given["arguments"][1:] == (whole, tmp_path / "data/run")
 
 
-def test_a_mistake_is_not_made_again_by_workers_that_begin_again(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray Train starts all workers anew whatever the failure was; those then find the mistake and end."""
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ray Train as it is to a mistake: it starts the worker anew whatever the failure was. How each time ended."""
     import ray.train.torch
 
-    from pvrpipe.worldmodel import ray_engine
-
-    trained: list[int] = []
     ended: list[str] = []
 
     class Trainer:
@@ -165,23 +158,52 @@ def test_a_mistake_is_not_made_again_by_workers_that_begin_again(
             for _ in range(2):
                 try:
                     self.part(self.asked)
-                except InvalidValueError:
-                    ended.append("failed")
+                except (InvalidValueError, UnreachableError) as error:
+                    ended.append(type(error).__name__)
                 else:
                     ended.append("returned")
                     break
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        trained.append(1)
-        return train(*arguments, **options)
-
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     monkeypatch.setattr(ray_engine, "_ray", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(ray_engine, "_refuse_too_many", lambda *_: None)
-    monkeypatch.setattr(ray_engine, "train", counted)
-    with pytest.raises(InvalidValueError, match="has 999 rows"):
-        ray_engine.train_together(
-            replace(CONFIGS["dinowm"], length=999), str(store), tmp_path / "run", workers=1
-        )
-    assert (len(trained), ended) == (1, ["failed", "returned"])
-    assert list(tmp_path.iterdir()) == []
+    return ended
+
+
+def test_a_mistake_is_not_made_again_by_workers_that_begin_again(
+    store: Path, tmp_path: Path, in_this_process: list[str]
+) -> None:
+    """Those find the mistake and end; a run that was to be replaced is still there."""
+    config, run = replace(CONFIGS["dinowm"], updates=2, log_every=1, save_every=1), tmp_path / "run"
+    for there in (False, True):
+        in_this_process.clear()
+        with pytest.raises(InvalidValueError, match="has 999 rows"):
+            train_together(replace(config, length=999), str(store), run, workers=1, overwrite=True)
+        assert in_this_process == ["InvalidValueError", "returned"]
+        assert run.exists() == there
+        assert not there or read_run(run).state == "finished"
+        if not there:
+            train(config, store, run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_workers_that_begin_again_replace_a_run_no_second_time(
+    store: Path, tmp_path: Path, in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = replace(CONFIGS["dinowm"], updates=4, log_every=1, save_every=1), tmp_path / "run"
+    train(config, store, run)
+    began: list[int] = []
+
+    def broken_off(*arguments: Any, **options: Any) -> Any:
+        def stop(done: float, total: float, note: str = "") -> None:
+            began.append(int(done))
+            if len(in_this_process) == 0 and done == 2:
+                raise UnreachableError("the store's server does not answer")
+
+        return train(*arguments, **{**options, "progress": stop})
+
+    monkeypatch.setattr(ray_engine, "train", broken_off)
+    train_together(replace(config, seed=7), str(store), run, workers=1, overwrite=True)
+    assert in_this_process == ["UnreachableError", "returned"]
+    assert began[-3:] == [2, 3, 4]
+    assert read_run(run).config["seed"] == 7

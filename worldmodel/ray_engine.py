@@ -30,7 +30,8 @@ from pvrpipe.store.places import is_url
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
-from pvrpipe.worldmodel.runs import updates_done
+from pvrpipe.worldmodel.ranks import told_by_first
+from pvrpipe.worldmodel.runs import RECORD, updates_done
 from pvrpipe.worldmodel.training import TrainConfig, TrainResult, train
 
 AGAIN = 2  # times that a job whose process or node died is begun again
@@ -115,8 +116,6 @@ def train_together(
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     run, store = run.absolute(), store if is_url(store) else str(Path(store).absolute())
-    if overwrite:  # here, for workers that begin again are not to
-        runs.remove(run)
     scratch = run.parent / f".{run.name}-ray"
     trainer = TorchTrainer(
         _train_part,
@@ -126,6 +125,7 @@ def train_together(
             "backing": backing,
             "looking": looking,
             "mistake": scratch / MISTAKE,
+            "replaced": _written(run) if overwrite else None,
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=device.startswith("cuda")),
         run_config=RunConfig(
@@ -176,13 +176,30 @@ def _train_part(asked: dict[str, Any]) -> None:
         return
     device = get_device() if asked["device"].startswith("cuda") else "cpu"
     backbone = asked["looking"] and asked["looking"](str(device))
+    # Only the run that was there is replaced, not what these workers have begun before one of them died.
+    there = asked["replaced"]
+    overwrite = told_by_first(there is not None and there == _written(asked["arguments"][2]))
     try:
-        train(*asked["arguments"], device=device, backing=asked["backing"], backbone=backbone)
+        train(
+            *asked["arguments"],
+            device=device,
+            overwrite=overwrite,
+            backing=asked["backing"],
+            backbone=backbone,
+        )
     except (UnreachableError, StoreBusyError):
         raise
     except PvrpipeError as error:
         write_whole(asked["mistake"], json.dumps([type(error).__name__, str(error)]).encode())
         raise
+
+
+def _written(run: Path) -> int | None:
+    """When a run was begun or ended, in nanoseconds; None where there is none."""
+    try:
+        return (run / RECORD).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager
