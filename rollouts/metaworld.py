@@ -131,8 +131,6 @@ class TableEnvironment:
         set_state(model, data, physics)
         mujoco.mj_forward(model, data)
         set_state(model, data, physics)  # the solver's warm start too
-        for site in self._env._target_site_config:
-            self._env._set_pos_site(*site)
         self._observation = self._env._get_obs()
 
     def redress(self, look: Look) -> None:

@@ -66,7 +66,10 @@ def collected_varied_and_replayed(folder: Path, name: str, policy: str, variatio
         assert np.array_equal(array, rows[name_]) == (name_ != "frame")
 
 
-@pytest.mark.parametrize("name", ["metaworld:push", "metaworld:assembly", "metaworld:soccer"])
+# The last two have their goal marked where the model does not: it moves when a step computes what follows.
+@pytest.mark.parametrize(
+    "name", [f"metaworld:{task}" for task in ("push", "assembly", "soccer", "disassemble", "pick-out-of-hole")]
+)
 def test_meta_world_repeats_an_episode_and_goes_back_to_any_row(name: str) -> None:
     played, fresh = make_environment(name, size=32), make_environment(name, size=32)
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 4)).astype(np.float32)

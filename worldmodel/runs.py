@@ -231,13 +231,6 @@ def same_run(folder: Path, draft: RunRecord) -> RunRecord:
     return existing
 
 
-def remove(folder: Path) -> None:
-    """Remove a run, and nothing else that lies in its folder, unless somebody trains there."""
-    if (folder / RECORD).exists():
-        with locked(folder):
-            _clear(folder)
-
-
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
