@@ -68,7 +68,8 @@ def collected_varied_and_replayed(folder: Path, name: str, policy: str, variatio
 
 # The last two have their goal marked where the model does not: it moves when a step computes what follows.
 @pytest.mark.parametrize(
-    "name", [f"metaworld:{task}" for task in ("push", "assembly", "soccer", "disassemble", "pick-out-of-hole")]
+    "name",
+    [f"metaworld:{task}" for task in ("push", "assembly", "soccer", "disassemble", "pick-out-of-hole")],
 )
 def test_meta_world_repeats_an_episode_and_goes_back_to_any_row(name: str) -> None:
     played, fresh = make_environment(name, size=32), make_environment(name, size=32)
