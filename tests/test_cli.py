@@ -212,7 +212,7 @@ def test_lists(tmp_path: Path) -> None:
     assert listed["dinov2-b"]["licence"] == "Apache-2.0"
     shown = run("pvrs", cwd=tmp_path)
     assert {"vit,", "diverse", "facebook/vc1-base", "413569a"} <= set(shown.stdout.split())
-    assert "facebook/dinov3-vits16-pretrain-lvd1689m is behind a form" in shown.stderr
+    assert "facebook/dinov3-vits16-pretrain-lvd1689m, and Meta's .pth, are behind a form" in shown.stderr
 
 
 def test_root_comes_from_the_environment(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def assert_same_training(together: Path, alone: Path) -> None:
     assert (read_run(together).processes, read_run(alone).processes) == (2, 1)
     there, here = (safetensors.numpy.load_file(run / CHECKPOINT) for run in (together, alone))
     for name in here:
-        np.testing.assert_allclose(there[name], here[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(there[name], here[name], rtol=1e-3, atol=3e-5, err_msg=name)
     logs = [[json.loads(line) for line in (r / METRICS).read_text().splitlines()] for r in (together, alone)]
     for there, here in zip(*logs, strict=True):
         for part in ("train", "val"):
