@@ -1,4 +1,4 @@
-"""Embedding one shard: read ahead, encode, write, commit. A plain callable that knows no scheduler.
+"""Embedding one shard: read ahead, encode, write, commit. It knows no scheduler.
 
 Bits are promised for equal batch sizes. So a shard has one batch size throughout, from its first frame: when the
 device runs out of memory, the shard is begun again with smaller batches, and its commit record says so. The
@@ -98,19 +98,12 @@ class ShardEmbedder:
             _refuse_another(target.specification, encoder, self.store.column("frame").shape)
         self._reader = ShardReader(self.store, self.encoders[0].device)
 
-    def __call__(self, shard: int) -> ShardOutcome:
+    def attempt(self, shard: int) -> ShardOutcome:
         """Embed one shard and commit it in every store that lacks it.
 
-        What stops it for one store, an embedding that is not finite or does not fit its dtype, does not stop it
-        for the others.
-
-        Raises:
-            StoreError: its frames cannot be read; names episode and step.
+        What stops it is in its outcome, and does not stop others: frames that cannot be read (episode and step are
+        named), for one store an embedding that is not finite or does not fit its dtype.
         """
-        return self._computed(shard)()
-
-    def attempt(self, shard: int) -> ShardOutcome:
-        """As calling it, but a shard that cannot be embedded does not stop the others."""
         return self._attempted(shard)()
 
     def each(self, shards: Iterable[int]) -> Iterator[ShardOutcome]:
