@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.records import Episode, EpisodeInfo
@@ -24,6 +25,18 @@ from .hub import Hub, serving_hub
 from .serving import Served, serving
 
 WriteStore = Callable[..., Path]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers whatever ran before it, and in whichever process."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """And whether or not a fixture that it shares with others had to be made first."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

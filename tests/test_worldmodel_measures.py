@@ -126,8 +126,9 @@ def test_units_that_never_fire_are_dormant() -> None:
     assert dormant_units(np.array([1.0, 1.0, 0.0, 0.01])) == 2
     network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 1))
     with torch.no_grad():
-        network[0].weight[:2] = 0
-        network[0].bias[:2] = -1
+        network[0].weight.copy_(torch.eye(3).repeat(3, 1)[:8])
+        network[0].bias.zero_()
+        network[0].bias[:2] = -100
     with watched(network) as activity:
         for part in torch.randn(100, 3).split(30):
             network(part)
