@@ -42,7 +42,10 @@ class TrainOptions:
         int, typer.Option(min=1, help="Updates between two checkpoints, each with validation losses.")
     ] = 500
     patience: Annotated[
-        int, typer.Option(min=0, help="Stop after so many checkpoints without a better validation; 0: never.")
+        int,
+        typer.Option(
+            min=0, help="Stop after so many checkpoints no better than the best, and keep that; 0: never."
+        ),
     ] = 0
     encoder: Annotated[
         Literal["auto", "linear", "mlp", "attention", "cnn"],

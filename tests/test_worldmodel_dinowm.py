@@ -60,6 +60,25 @@ def test_what_comes_later_never_changes_what_was_predicted(
                 assert (moved[:, row:] > 1e-6).all()
 
 
+@torch.no_grad()
+def test_every_place_in_frame_and_time_is_told_apart() -> None:
+    """Tokens that change places predict something else, and each frame's place has its part in what is predicted."""
+    model, batch = random_model(TOKENS), batch_of(TOKENS, HISTORY)
+    frames, action, order = model._frames(batch), batch["action"], torch.tensor([4, 0, 1, 2, 3])
+
+    def last(frames: Tensor) -> Tensor:
+        return model._next(frames, action)[0][:, -1]
+
+    usual = last(frames)
+    assert (last(frames[:, :, order]) - usual[:, order]).abs().max() > 1e-3
+    for row in range(HISTORY):
+        model.place[row] += 1
+        assert (last(frames) - usual).abs().max() > 1e-3
+        model.place[row] -= 1
+    model.place.zero_()
+    torch.testing.assert_close(last(frames[:, :, order]), last(frames)[:, order])
+
+
 @KINDS
 @torch.no_grad()
 def test_open_loop_is_one_step_after_another_over_the_last_three_frames(

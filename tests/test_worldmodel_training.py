@@ -159,10 +159,50 @@ def test_training_stops_once_validation_no_longer_falls(
     losses = [line["val"]["loss"] for line in lines if "val" in line]
     assert result.updates == 2 * len(losses) < 400
     assert min(losses) == losses[-3]
+    assert result.val["loss"] == losses[-3]
+    assert result.kept == result.updates - 4
     assert train(config, store, tmp_path / "run") == result
     (row,) = runs.listed(tmp_path)
     assert (row["state"], row["updates"]) == ("finished", f"{result.updates} of 400")
-    assert row["val_loss"] == losses[-1]
+    assert row["val_loss"] == losses[-3]
+
+
+def test_an_early_stop_keeps_the_best_weights_wherever_it_was_killed(
+    write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = write_embeddings(), short("dreamerv3", updates=400, learning_rate=0.3, patience=2)
+    kept = train(config, store, tmp_path / "run").kept
+    assert kept is not None
+    known = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    train(short("dreamerv3", updates=kept, learning_rate=0.3), store, tmp_path / "best")
+    assert known[checkpoints.CHECKPOINT] == (tmp_path / "best" / checkpoints.CHECKPOINT).read_bytes()
+    assert checkpoints.BEST not in known
+
+    def killed_after(place: Any, name: str, count: int) -> None:
+        """Train until that was done so often, as if killed right after; then to the end."""
+        calls, act = iter(range(1, count + 1)), getattr(place, name)
+
+        def acting(*arguments: Any) -> None:
+            if name != "finish":
+                act(*arguments)
+            if next(calls) == count:
+                raise KeyboardInterrupt
+
+        run = tmp_path / f"{name}-{count}"
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, acting)
+            with pytest.raises(KeyboardInterrupt):
+                train(config, store, run)
+        train(config, store, run)
+        found = {file.name: file.read_bytes() for file in run.glob("*.*")}
+        assert found.keys() == known.keys()
+        for file in (checkpoints.CHECKPOINT, runs.METRICS):
+            assert found[file] == known[file], (name, count, file)
+
+    killed_after(checkpoints, "save", kept // 2)  # before it was noted that this one is the best
+    killed_after(checkpoints, "mark_best", 1)
+    killed_after(checkpoints, "keep_best", 1)
+    killed_after(runs, "finish", 1)
 
 
 @pytest.mark.parametrize("model", MODELS)

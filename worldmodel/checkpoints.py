@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pvrpipe.worldmodel.inputs import BACKBONE
 from pvrpipe.worldmodel.models import own_tensors
 from pvrpipe.worldmodel.optimizer import Updater
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
@@ -81,6 +82,22 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, back
         for name, value in wanted.items():
             value.copy_(found[name])
     return update
+
+
+def mark_best(folder: Path) -> None:
+    """Note that the checkpoint is the best so far."""
+    temporary = temporary_beside(folder / BEST)
+    try:
+        with disk_errors(folder / BEST):
+            shutil.copyfile(folder / CHECKPOINT, temporary)
+            settle(temporary, folder / BEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_best(folder: Path) -> None:
+    """Make the best checkpoint the run's only one."""
+    settle(folder / BEST, folder / CHECKPOINT)
 
 
 def tuned(folder: Path) -> dict[str, Tensor]:

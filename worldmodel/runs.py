@@ -5,6 +5,7 @@
     data/runs/NAME/
     ├── run.json                 configuration, store, encoder, versions, state, result
     ├── checkpoint.safetensors   parameters and optimizer state
+    ├── best.safetensors         the best so far, while a run with `--patience` trains; in the end the checkpoint
     ├── metrics.jsonl            training and validation losses by update
     ├── metrics.json             what `pvrpipe probe` found
     ├── probe.parquet            the same, episode by episode
@@ -42,7 +43,7 @@ from pvrpipe.store.files import (
     write_whole,
 )
 from pvrpipe.store.workspace import RUN, latest_first
-from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+from pvrpipe.worldmodel.checkpoints import BEST, CHECKPOINT
 from pvrpipe.worldmodel.models import Setting
 
 RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
@@ -235,7 +236,7 @@ def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     found = [path.name for pattern in FOUND for path in folder.glob(pattern)]
-    for name in (CHECKPOINT, METRICS, *found, RECORD):
+    for name in (CHECKPOINT, BEST, METRICS, *found, RECORD):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -267,7 +268,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "state": record.state,
         "updates": str(done) if done == wanted else f"{done} of {wanted}",
         "loss": last["train"].get("loss"),
-        "val_loss": last["val"].get("loss"),
+        "val_loss": (record.result or last)["val"].get("loss"),
     }
 
 
@@ -275,7 +276,7 @@ class MetricsLog:
     """Losses by update, to ``metrics.jsonl`` and to TensorBoard.
 
     The file holds nothing that a rerun would not repeat. ``last`` holds the newest losses of each part, ``validation``
-    all validation losses in order.
+    all of validation by update.
 
     Args:
         folder: of the run.
@@ -287,7 +288,8 @@ class MetricsLog:
         self.path, self._board = folder / METRICS, None
         kept = [line for line in _lines(self.path) if _entry(line)["update"] <= done]
         self.last = _last_of(kept)
-        self.validation = [_entry(line)["val"]["loss"] for line in kept if "val" in _entry(line)]
+        entries = [_entry(line) for line in kept]
+        self.validation = {e["update"]: e["val"] for e in entries if "val" in e}
         if writes:
             from torch.utils.tensorboard import SummaryWriter  # a second, which reading a run does not need
 
@@ -298,13 +300,23 @@ class MetricsLog:
         """Append one line, and one point to each curve."""
         self.last[part] = dict(values)
         if part == "val":
-            self.validation.append(values["loss"])
+            self.validation[update] = self.last[part]
         if self._board is None:
             return
         with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{part}/{name}", value, update)
+
+    @property
+    def best(self) -> int:
+        """The update after which the validation loss was least, the first of several; 0 before any."""
+        return min(self.validation, key=lambda update: self.validation[update]["loss"], default=0)
+
+    @property
+    def losses(self) -> list[float]:
+        """Of validation, in order."""
+        return [values["loss"] for values in self.validation.values()]
 
     @property
     def note(self) -> str:

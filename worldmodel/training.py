@@ -86,7 +86,7 @@ class TrainConfig:
     precision: Precision = "fp32"
     """what products are computed in; weights, optimizer and the recurrence of dreamerv3 stay in float32"""
     patience: int = 0
-    """stop once the validation loss has not fallen for so many checkpoints; 0: train to the end"""
+    """stop once the validation loss has not fallen for so many checkpoints, and keep the best; 0: train to the end"""
     log_every: int = 50
     """updates between two lines of training losses"""
     save_every: int = 500
@@ -127,7 +127,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What ``pvrpipe train-model --json`` prints; losses are those last logged."""
+    """What ``pvrpipe train-model --json`` prints; losses as last logged, of validation those of the kept weights."""
 
     run: str
     updates: int
@@ -137,6 +137,8 @@ class TrainResult:
     """where windows were read from"""
     train: dict[str, float]
     val: dict[str, float]
+    kept: int | None = None
+    """with ``patience``, the update of the best checkpoint, which is the one kept; None: the last"""
 
 
 def train(
@@ -222,10 +224,13 @@ def train(
             progress(0, config.updates, "looking at training rows")
             standardise(model, store)
         log = runs.MetricsLog(folder, done, writes=first)
+        choosy = first and config.patience > 0
+        if choosy and log.best == done > 0:  # killed before that was noted, or after the run's end
+            checkpoints.mark_best(folder)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
         began, k = time.perf_counter(), done
-        while k < config.updates and not stale(log.validation, config.patience):
+        while k < config.updates and not stale(log.losses, config.patience):
             k += 1
             batch = data(k)
             terms = update(batch, model.draw(batch, chance(config.seed, k)))
@@ -242,6 +247,8 @@ def train(
                 log.write(k, "val", judged)
                 if first:
                     checkpoints.save(folder, k, model, updater)
+                if choosy and log.best == k:
+                    checkpoints.mark_best(folder)
             progress(k, config.updates, log.note)
         seconds = max(time.perf_counter() - began, 1e-9)
         log.close()
@@ -252,8 +259,11 @@ def train(
             data_wait_fraction=data.waited / seconds,
             backing=data.backing,
             train=log.last["train"],
-            val=log.last["val"],
+            val=log.validation[log.best] if config.patience else log.last["val"],
+            kept=log.best if config.patience else None,
         )
+        if choosy:
+            checkpoints.keep_best(folder)
         if first:
             runs.finish(folder, record, asdict(result))
     return result
