@@ -20,7 +20,7 @@ from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting
-from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, webp
+from pvrpipe.worldmodel.pictures import MOMENT, POINT, SEPARATION, webp, write_pictures
 from pvrpipe.worldmodel.training import TrainConfig
 
 from .conftest import rollout_specification
@@ -194,14 +194,14 @@ def _draw(run: Path, task: str, random: np.random.Generator, points: int = 400, 
     about = {"episode": np.arange(points) // 20, "step": np.arange(points) % 20}
     table = pl.DataFrame({**about, "reward": seen.uniform(size=points), **places, "frame": frames})
     separation = json.dumps({"latent": 0.5, "pca": 0.2, "umap": 0.4})
-    table.write_parquet(run / runs.MAP, metadata={SEPARATION: separation})
+    write_pictures(run / runs.MAP, table, {SEPARATION: separation})
     pictures = {
         name: [webp(f, MOMENT) for f in random.integers(0, 256, (moments, 8, 8, 3), np.uint8)]
         for name in ("true", "imagined", "seen")
     }
     numbers = {name: random.uniform(size=moments) for name in ("received", "predicted", "distance")}
     strip = pl.DataFrame({"episode": [0] * moments, "step": list(range(moments)), **pictures, **numbers})
-    strip.write_parquet(run / runs.STRIP)
+    write_pictures(run / runs.STRIP, strip, {})
 
 
 def picture_of(data: bytes) -> tuple[int, int]:

@@ -17,9 +17,10 @@ import polars as pl
 import pytest
 
 from pvrpipe.commands.studies import reported
-from pvrpipe.schemas.errors import NotAStudyError, RunError
+from pvrpipe.schemas.errors import NotAStudyError
 from pvrpipe.schemas.study_record import StudyRecord, read_record
 from pvrpipe.store.workspace import slug
+from pvrpipe.worldmodel.pictures import drawn
 from pvrpipe.worldmodel.report import Report, build_report
 from pvrpipe.worldmodel.report_sources import evidence_of
 from pvrpipe.worldmodel.report_tables import errors_of
@@ -193,12 +194,15 @@ def test_a_damaged_map_is_no_map_and_no_traceback(tmp_path: Path) -> None:
     study = write_study(tmp_path, planted)
     (folder,) = (tmp_path / "runs").iterdir()
     data = (folder / "map.parquet").read_bytes()
-    (folder / "map.parquet").write_bytes(data[: len(data) // 2])
-    page = build_report([study], tmp_path / "report").page
-    assert {"maps", "strips"} & {chart["id"] for chart in data_of(page)["charts"]} == {"strips"}  # type: ignore[comparison-overlap]
-    (folder / "map.parquet").write_bytes(data[:100] + bytes(200) + data[300:])
-    with pytest.raises(RunError, match=r"map.parquet is damaged .*; remove it"):
-        build_report([study], tmp_path / "report")
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    for damaged in (data[:middle], flipped, data[:100] + bytes(200) + data[300:]):
+        (folder / "map.parquet").write_bytes(damaged)
+        assert not drawn(folder)
+        page = build_report([study], tmp_path / "report").page
+        assert {"maps", "strips"} & {chart["id"] for chart in data_of(page)["charts"]} == {"strips"}  # type: ignore[comparison-overlap]
+    (folder / "map.parquet").write_bytes(data)
+    assert drawn(folder)
 
 
 def test_an_error_whose_trivial_prediction_is_never_wrong_is_said_to_have_no_standing(tmp_path: Path) -> None:

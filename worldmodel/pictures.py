@@ -14,8 +14,8 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pyarrow import parquet
 
-from pvrpipe.schemas.errors import RunError, one_line
 from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
@@ -51,9 +51,9 @@ def draw(
         seed: decides the samples and the layout.
         device: where the model computes.
     """
-    if not runs.is_whole(run / runs.MAP):
+    if not runs.is_sound(run / runs.MAP):
         _write_map(run, Store.open(frames), rows, seed, device)
-    if not runs.is_whole(run / runs.STRIP):
+    if not runs.is_sound(run / runs.STRIP):
         found = film_strip(run, str(frames), context=context, seed=seed, device=device)
         strip = pl.DataFrame(
             {
@@ -68,31 +68,22 @@ def draw(
                 "distance": found.distance,
             }
         )
-        _write(run / runs.STRIP, strip, {})
+        write_pictures(run / runs.STRIP, strip, {})
 
 
 def drawn(run: Path) -> bool:
     """Whether nothing is left to draw."""
-    return runs.is_whole(run / runs.MAP) and runs.is_whole(run / runs.STRIP)
+    return runs.is_sound(run / runs.MAP) and runs.is_sound(run / runs.STRIP)
 
 
 def read_map(run: Path) -> tuple[pl.DataFrame, dict[str, float | None]]:
     """A map that :func:`draw` wrote, and how well reward separates in it."""
-    return _read(run / runs.MAP), json.loads(pl.read_parquet_metadata(run / runs.MAP)[SEPARATION])
+    return pl.read_parquet(run / runs.MAP), json.loads(pl.read_parquet_metadata(run / runs.MAP)[SEPARATION])
 
 
 def read_strip(run: Path) -> pl.DataFrame:
     """A film strip that :func:`draw` wrote."""
-    return _read(run / runs.STRIP)
-
-
-def _read(path: Path) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        raise RunError(
-            f"{path} is damaged ({one_line(error)[:120]}); remove it, and `pvrpipe study` draws it anew"
-        ) from None
+    return pl.read_parquet(run / runs.STRIP)
 
 
 def webp(frame: NDArray[np.uint8], side: int) -> bytes:
@@ -123,10 +114,12 @@ def _write_map(run: Path, frames: Store, rows: int, seed: int, device: str | tor
             "frame": [webp(next(left[number]), POINT) for number in found.episode.tolist()],
         }
     )
-    _write(run / runs.MAP, table, {SEPARATION: json.dumps(found.separation)})
+    write_pictures(run / runs.MAP, table, {SEPARATION: json.dumps(found.separation)})
 
 
-def _write(path: Path, table: pl.DataFrame, about: dict[str, str]) -> None:
+def write_pictures(path: Path, table: pl.DataFrame, about: dict[str, str]) -> None:
+    """A table of small pictures; its pages carry checksums, by which damage is seen."""
     data = BytesIO()
-    table.write_parquet(data, metadata=about)
+    arrow = table.to_arrow().replace_schema_metadata(about)
+    parquet.write_table(arrow, data, compression="zstd", write_page_checksum=True)
     write_whole(path, data.getvalue())

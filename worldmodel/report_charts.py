@@ -38,6 +38,7 @@ from pvrpipe.worldmodel.report_tables import severities_of
 from pvrpipe.worldmodel.report_words import NAMES
 
 MOMENTS = ("true", "imagined", "seen")
+WITHOUT = "the study says `maps: false`, its runs are not done, or a file is damaged (`pvrpipe study` draws it anew)."
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
 def _pictured(evidence: Evidence, name: str) -> Iterator[tuple[dict[str, str], Path]]:
     for row in evidence.finished.iter_rows(named=True):
         folder = Path(row["run"])
-        if runs.is_whole(folder / name):
+        if runs.is_sound(folder / name):
             keys = {
                 "task": task_of(row["environment"], row["variation"]),
                 "model": f"{row['model']} {row['size']}",
@@ -242,9 +243,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
                     "rows": rows,
                 }
             )
-    made.add(
-        MAPS, panels, "No latents were laid out: the study says `maps: false`, or its runs are not done."
-    )
+    made.add(MAPS, panels, f"No latents were laid out: {WITHOUT}")
 
 
 def _strips(made: Charts, evidence: Evidence) -> None:
@@ -262,9 +261,7 @@ def _strips(made: Charts, evidence: Evidence) -> None:
                 "distance": table["distance"].to_list(),
             }
         )
-    made.add(
-        STRIPS, panels, "No rollouts were drawn: the study says `maps: false`, or its runs are not done."
-    )
+    made.add(STRIPS, panels, f"No rollouts were drawn: {WITHOUT}")
 
 
 def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy
+import pyarrow
 import torch
+from pyarrow import parquet
 from pydantic import Field, ValidationError, field_validator
 
 import pvrpipe
@@ -128,6 +130,15 @@ def is_whole(table: Path) -> bool:
     with table.open("rb") as file:
         file.seek(max(0, table.stat().st_size - len(MAGIC)))
         return file.read() == MAGIC
+
+
+def is_sound(table: Path) -> bool:
+    """Whether a Parquet file is there whose pages are those that were written, by their checksums."""
+    try:
+        parquet.read_table(table, page_checksum_verification=True)
+    except (OSError, pyarrow.ArrowException):
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:
