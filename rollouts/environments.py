@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from pvrpipe.rollouts.patience import not_for_ever
 from pvrpipe.rollouts.variation import PLAIN, Look
 from pvrpipe.schemas.errors import (
     InvalidValueError,
@@ -241,7 +242,8 @@ def make_environment(
             raise InvalidValueError(f"{option} is {value}; give 1 to {most:,}")
     make: Callable[..., Environment] = _family(prefix).make
     try:
-        made = make(name, size=size, camera=camera, action_repeat=action_repeat, max_steps=max_steps)
+        with not_for_ever(name):
+            made = make(name, size=size, camera=camera, action_repeat=action_repeat, max_steps=max_steps)
     except Exception as error:
         if prefix in FAMILIES or isinstance(error, PvrpipeError):
             raise

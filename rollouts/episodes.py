@@ -39,7 +39,7 @@ class Trying(NamedTuple):
 
 
 class Played(NamedTuple):
-    """Said by a worker once an episode is played: what it does next is writing, however long that takes."""
+    """Said by a worker once an episode, or a stretch of it, is there: what it does next is writing, however long."""
 
     shard: int
     rows: int  # of the shard that are done

@@ -27,6 +27,7 @@ from pvrpipe.rollouts.import_source import Array, Source, Trajectory, kept_trans
 from pvrpipe.schemas.errors import SourceError
 
 FILE = "$store$_{what}_ckpt.{number}.gz"
+PARTS = ("observation", "action", "reward", "terminal")
 PADDING = 3  # rows of zeros that an episode may begin with: stacks of four frames
 SECONDS = 4 / 60  # four frames of the console
 
@@ -38,14 +39,15 @@ def open_source(given: str, _: str | None) -> Source:
         SourceError: it holds no such files, or not all four of a number.
     """
     folder = Path(given)
-    found = [re.fullmatch(r"\$store\$_observation_ckpt\.(\d+)\.gz", p.name) for p in folder.glob("*.gz")]
-    numbers = sorted(int(match[1]) for match in found if match)
+    parts = "|".join(PARTS)
+    found = [re.fullmatch(rf"\$store\$_(?:{parts})_ckpt\.(\d+)\.gz", p.name) for p in folder.glob("*.gz")]
+    numbers = sorted({int(match[1]) for match in found if match})
     if not numbers:
         raise SourceError(
             f"{folder} holds no {FILE.format(what='observation', number='N')}; give the folder with the replay logs"
         )
     for number in numbers:
-        for what in ("action", "reward", "terminal"):
+        for what in PARTS:
             if not (folder / FILE.format(what=what, number=number)).is_file():
                 raise SourceError(f"{folder} has no {FILE.format(what=what, number=number)}; get it too")
     return Source(
@@ -65,7 +67,7 @@ def _name(folder: Path) -> str:
 def _of_file(folder: Path, number: int) -> Iterator[Trajectory]:
     path = folder / FILE.format(what="observation", number=number)
     columns = {}
-    for what in ("action", "reward", "terminal"):
+    for what in PARTS[1:]:
         file = folder / FILE.format(what=what, number=number)
         with reading(file), gzip.open(file) as opened:
             columns[what] = np.load(io.BytesIO(opened.read()), allow_pickle=False)
@@ -88,8 +90,7 @@ def _of_file(folder: Path, number: int) -> Iterator[Trajectory]:
 def _episodes(terminal: Array) -> Iterator[tuple[int, int]]:
     """First row and the one behind the last, of every episode of a file; the last may go on elsewhere."""
     ends = (np.flatnonzero(terminal) + 1).tolist()
-    edges = [0, *ends] + ([len(terminal)] if not ends or ends[-1] < len(terminal) else [])
-    return itertools.pairwise(edges)
+    return itertools.pairwise(dict.fromkeys([0, *ends, len(terminal)]))
 
 
 def _padding(columns: dict[str, Array], first: int, end: int, stream: FrameStream) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def open_source(given: str, camera: str | None) -> Source:
     with reading(folder / INFO):
         info = json.loads((folder / INFO).read_text())
         version, features = str(info["codebase_version"]), info["features"]
+        rate = float(info["fps"])
+        if not 0 < rate < math.inf:
+            raise ValueError(f"fps is {info['fps']}")
     if not version.startswith("v3."):
         raise SourceError(
             f"{folder} is of LeRobotDataset {version}, v3 is read here; bring it there with "
@@ -104,7 +108,7 @@ def open_source(given: str, camera: str | None) -> Source:
         camera=label,
         state_names=tuple(n for key in states for n in _element_names(key, features[key])),
         packages=("av",) if layout.is_video else (),
-        seconds=1 / float(info["fps"]),
+        seconds=1 / rate,
         has_success=SUCCESS in features,
         remarks=() if REWARD in features else (f"{folder} has no {REWARD}: all rewards are 0",),
     )
@@ -171,9 +175,19 @@ def _spans(path: Path) -> list[tuple[int, int]]:
 
 
 def _trajectories(layout: _Layout) -> Iterator[Trajectory]:
-    files = _Files()
-    for row in _episodes(layout.folder):
+    files, wanted = _Files(), int(layout.info["total_episodes"])
+    there = 0
+    for there, row in enumerate(_episodes(layout.folder), 1):
+        if int(row["episode_index"]) != there - 1:
+            raise SourceError(
+                f"{layout.folder}/meta/episodes has episode {row['episode_index']} where {there - 1} is to come; "
+                "get it again"
+            )
         yield _trajectory(layout, row, files)
+    if there != wanted:
+        raise SourceError(
+            f"{layout.folder}/meta/episodes has {there} episodes, {INFO} says {wanted}; get it again"
+        )
 
 
 def _episodes(folder: Path) -> Iterator[Row]:
@@ -208,6 +222,8 @@ def _trajectory(layout: _Layout, row: Row, files: _Files) -> Trajectory:
     if layout.is_video:
         video = layout.file(layout.info["video_path"], row, f"videos/{layout.camera}")
         start, rate = float(row[f"videos/{layout.camera}/from_timestamp"]), float(layout.info["fps"])
+        if not start >= 0:
+            raise SourceError(f"{name} begins at second {start} of {video}; get meta/episodes again")
         if round(start * rate) + rows > files.frames_in(video):
             raise SourceError(
                 f"{video} has {files.frames_in(video)} frames, but {name} ends behind them; get it again"

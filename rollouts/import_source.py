@@ -8,17 +8,14 @@ observations. ``rollouts/import_<format>.py`` brings its format to this form, wh
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import MissingExtraError, PvrpipeError, SourceError, UnknownNameError, one_line
@@ -27,19 +24,6 @@ Array = NDArray[Any]
 Frames = NDArray[np.uint8]
 
 STEP_SECONDS = 0.05  # where a data set does not say how long a step took
-#: What libraries raise of files that are not what they should be.
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pa.ArrowException,
-    pl.exceptions.PolarsError,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +84,9 @@ def reading(where: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except PvrpipeError:
+    except (PvrpipeError, NameError, AssertionError):  # a mistake of ours is no damage
         raise
-    except DAMAGE as error:
+    except Exception as error:  # a damaged file makes a library raise anything
         what = f"has no {error}" if isinstance(error, KeyError) else one_line(error)[:200]
         raise SourceError(
             f"{where} cannot be read ({what}); is it cut short, or of another format? Get it again, or leave it out"
@@ -242,13 +226,23 @@ def opened_hdf5(path: Path) -> Any:
 
     Raises:
         MissingExtraError: h5py is not installed.
-        SourceError: it is no whole HDF5 file.
+        SourceError: it is no whole HDF5 file, or has data in other files of the machine.
     """
     if path.is_dir():
         raise SourceError(f"{path} is a folder; give the HDF5 file in it")
     h5py = required("h5py", "reading HDF5", "convert")
     with reading(path):
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
+        file.visititems(partial(_refuse_elsewhere, path))
+        return file
+
+
+def _refuse_elsewhere(path: Path, name: str, found: Any) -> None:
+    """A file may come from a stranger: what it says lies elsewhere on this machine is not read."""
+    if getattr(found, "is_virtual", False) or getattr(found, "external", None):
+        raise SourceError(
+            f"{path} has its '{name}' in other files; copy the data into one (h5repack), or leave it out"
+        )
 
 
 def own_members(group: Any) -> list[str]:

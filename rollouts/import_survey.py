@@ -10,6 +10,8 @@ import numpy as np
 from pvrpipe.rollouts.import_source import Array, Source, Trajectory, all_of, as_rgb, reading
 from pvrpipe.schemas.errors import SourceError
 
+MOST_ACTIONS = 4096  # of which one is taken; each is a number of every row
+
 
 @dataclass
 class Survey:
@@ -58,6 +60,10 @@ def _check(found: Trajectory, source: Source) -> None:
         raise SourceError(
             f"{found.name} of {source.name} has actions of {found.action.dtype} {list(found.action.shape[1:])}; "
             "they must be vectors of numbers, or integers"
+        )
+    if found.action.dtype.kind not in "biuf":
+        raise SourceError(
+            f"{found.name} of {source.name} has actions of {found.action.dtype}; they must be numbers"
         )
     lengths = {"rewards": (found.reward, length), "states": (found.state, length + 1)}
     lengths["successes"] = (found.success, length + 1)
@@ -118,9 +124,10 @@ def bounds_of(source: Source, survey: Survey) -> tuple[Array, Array]:
     assert survey.high is not None
     if survey.discrete:
         count = source.actions or int(survey.high) + 1
-        if int(survey.low) < 0 or int(survey.high) >= count:
+        if int(survey.low) < 0 or int(survey.high) >= count or count > MOST_ACTIONS:
+            most = min(count, MOST_ACTIONS) - 1
             raise SourceError(
-                f"{source.name} has actions from {survey.low} to {survey.high}; one of {count} is 0 to {count - 1}"
+                f"{source.name} has actions from {survey.low} to {survey.high}; one of several is 0 to {most}"
             )
         return np.zeros(count), np.ones(count)
     if source.bounds is not None and np.isfinite(source.bounds).all():

@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from pvrpipe.rollouts.import_source import Array, Source, Trajectory, flat, opened_hdf5, reading, same_length
+from pvrpipe.rollouts.import_source import (
+    Array,
+    Source,
+    Trajectory,
+    flat,
+    opened_hdf5,
+    own_members,
+    reading,
+    same_length,
+)
 from pvrpipe.schemas.errors import SourceError
 
 SUFFIXES = (".npz", ".hdf5")
@@ -83,7 +92,7 @@ def _rows_of_member(path: Path, name: str) -> int:
 
 def _of_hdf5(path: Path) -> Iterator[Trajectory]:
     with opened_hdf5(path) as file:
-        if missing := {*NEEDED, "observation", "step_type"} - set(file):
+        if missing := {*NEEDED, "observation", "step_type"} - set(own_members(file)):
             raise SourceError(
                 f"{path} has no {', '.join(sorted(missing))}: it is no shard of V-D4RL; see docs/commands.md"
             )
@@ -102,8 +111,7 @@ def _of_hdf5(path: Path) -> Iterator[Trajectory]:
 def _episodes(kind: Array) -> Iterator[tuple[int, int]]:
     """First row and the one behind the last, of every episode of a shard."""
     begins = np.flatnonzero((kind == FIRST) | (np.roll(kind, 1) == LAST))
-    edges = [0, *(int(row) for row in begins if row), len(kind)]
-    return itertools.pairwise(edges)
+    return itertools.pairwise(dict.fromkeys([0, *begins.tolist(), len(kind)]))
 
 
 def _slice(dataset: Any, first: int, end: int) -> Array:

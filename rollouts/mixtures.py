@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -61,13 +62,24 @@ def parse_mixture(what: str, text: str, parse: Callable[[str], Member], example:
         InvalidValueError: a weight that is no number above 0, or a member named twice.
     """
     members, weights = [], []
-    for part in text.split(","):
-        name, colon, weight = part.strip().partition(":")
+    for part in parts_of(text, ","):
+        name, colon, weight = weighed(part.strip())
         members.append(parse(name))
         weights.append(number_above_zero(weight, f"{what} '{text}': weight", example) if colon else 1.0)
     if len({member.label for member in members}) < len(members):
         raise InvalidValueError(f"{what} '{text}' names a member twice; add up its weights")
     return Mixture(tuple(members), tuple(weight / sum(weights) for weight in weights))
+
+
+def parts_of(text: str, marks: str) -> list[str]:
+    """The text, parted at any of some characters; what stands between double quotes is not."""
+    return re.split(rf'[{marks}](?=(?:[^"]*"[^"]*")*[^"]*$)', text)
+
+
+def weighed(part: str) -> tuple[str, str, str]:
+    """A member, a colon where there is one, and the weight behind it."""
+    name, *weight = parts_of(part, ":")
+    return name, ":" if weight else "", ":".join(weight)
 
 
 def number_above_zero(value: str, what: str, example: str) -> float:

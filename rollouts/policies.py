@@ -14,12 +14,14 @@ deviation half of half the action range; ``~0.1`` takes a random action in one o
 are one of A, the largest of the A numbers of a policy is the one that is taken.
 
 Other packages add policies by entry points of the group ``pvrpipe.policies``; where an argument is given, what the
-entry point names is called with it first (``run=data/runs/NAME``: the policy of a trained run). A policy that
+entry point names is called with it first (``run=data/runs/NAME``: the policy of a trained run; ``run="a+b"`` where
+it has one of ``,:@+~`` in it). A policy that
 ``watches`` is also given a function that returns the row the environment is at.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,17 +35,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.rollouts.environments import Environment, Foreseeing, Scripted
-from pvrpipe.rollouts.mixtures import Mixture, number_above_zero, parse_mixture
+from pvrpipe.rollouts.mixtures import Mixture, number_above_zero, parse_mixture, parts_of
 from pvrpipe.rollouts.planning import planned_actions
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.schemas.records import Step
 
 OU_SECONDS = 0.3  # in which the process forgets 63 % of what it was
 OU_DEVIATION = 0.6  # of the processes, as a fraction of half the action range
-EXAMPLE = "e.g. random:0.5,mpc:0.5 or mpc@0.5+0.3~0.1"
+EXAMPLE = 'e.g. random:0.5,mpc:0.5, mpc@0.5+0.3~0.1 or run="my+run"'
 ENTRY_POINTS = "pvrpipe.policies"
 MARKS = {"@": "quality", "+": "noise", "~": "epsilon"}
-MARKED = re.compile("([@+~])")  # splits a name from its marks and their numbers
+QUOTED = re.compile(r"[,:@+~]")  # an argument with one of these stands in quotes
 
 Actions = Iterator[NDArray[np.float32]]
 Policy = Callable[[Environment, np.random.Generator], Actions]
@@ -63,7 +65,8 @@ class Member:
     def label(self) -> str:
         """Name and what is done to it, as recorded with each episode, e.g. ``mpc@0.5+0.3~0.1``."""
         parts = (("@", self.quality if self.quality != 1 else 0), ("+", self.noise), ("~", self.epsilon))
-        name = f"{self.name}={self.argument}" if self.argument else self.name
+        argument = f'"{self.argument}"' if QUOTED.search(self.argument) else self.argument
+        name = f"{self.name}={argument}" if argument else self.name
         return name + "".join(f"{mark}{value:g}" for mark, value in parts if value)
 
     @property
@@ -146,15 +149,27 @@ def one_hot(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _parse_member(text: str, part: str) -> Member:
     """One member, without its weight."""
-    named, *marked = MARKED.split(part)
+    named, marked = marks_of(part)
     name, equals, argument = named.partition("=")
+    if argument.startswith('"') and argument.endswith('"'):
+        argument = argument[1:-1]
     if name not in POLICIES and name not in _others():
         raise UnknownNameError.among("policy", name, [*POLICIES, *_others()], hint=EXAMPLE)
     if bool(equals) != bool(argument) or (argument and name in POLICIES):
         raise InvalidValueError(f"policy '{text}': {name} takes no argument; {EXAMPLE}")
     if Path(argument).exists():  # workers run in other folders
         argument = str(Path(argument).absolute()) if argument else ""
+    if '"' in argument:
+        raise InvalidValueError(f"policy '{text}': a quote is too many in '{argument}'; {EXAMPLE}")
     return Member(name, argument, **parse_marks(text, name, marked))
+
+
+def marks_of(part: str) -> tuple[str, list[str]]:
+    """A member's name and argument, and its marks, each followed by its number: ``["+", "0.3", "~", "0.1"]``."""
+    named, *numbers = parts_of(part, "@+~")
+    places = itertools.accumulate((len(piece) + 1 for piece in (named, *numbers)), initial=-1)
+    marks = [part[place] for place in list(places)[1:-1]]
+    return named, [each for pair in zip(marks, numbers, strict=True) for each in pair]
 
 
 def parse_marks(text: str, name: str, marked: Sequence[str]) -> dict[str, float]:

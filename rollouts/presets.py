@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pvrpipe.rollouts.mixtures import number_above_zero
-from pvrpipe.rollouts.policies import EXAMPLE, MARKED, Member, parse_marks, parse_policy
+from pvrpipe.rollouts.mixtures import number_above_zero, parts_of, weighed
+from pvrpipe.rollouts.policies import EXAMPLE, Member, marks_of, parse_marks, parse_policy
 from pvrpipe.schemas.errors import InvalidValueError
 
 NAMES = ("medium", "expert", "mixed")  # beside random, which is a policy
@@ -35,7 +35,7 @@ def expanded(policy: str, environment: str) -> str:
     Raises:
         InvalidValueError: nothing better than random is known for the environment.
     """
-    parts = [part.strip() for part in policy.split(",")]
+    parts = [part.strip() for part in parts_of(policy, ",")]
     if not any(_split(part)[0] in NAMES for part in parts):
         return policy
     known = FAMILIES.get(environment.partition(":")[0])
@@ -53,8 +53,8 @@ def expanded(policy: str, environment: str) -> str:
 
 def _split(part: str) -> tuple[str, list[str], str]:
     """Name, marks with their numbers, and weight."""
-    labelled, colon, weight = part.partition(":")
-    name, *marked = MARKED.split(labelled)
+    labelled, colon, weight = weighed(part)
+    name, marked = marks_of(labelled)
     return name, marked, weight if colon else "1"
 
 
@@ -64,7 +64,7 @@ def _members(policy: str, part: str, known: dict[str, str]) -> Iterator[tuple[Me
     whole = number_above_zero(weight, f"policy '{policy}': weight", EXAMPLE)
     marks = parse_marks(policy, name, marked) if name in known else {}
     more, often = marks.get("noise", 0.0), marks.get("epsilon", 0.0)
-    mixture = parse_policy(known.get(name, part.partition(":")[0]))
+    mixture = parse_policy(known.get(name, weighed(part)[0]))
     for member, share in zip(mixture.members, mixture.weights, strict=True):
         noise = math.hypot(member.noise, more) if more else member.noise
         epsilon = 1 - (1 - member.epsilon) * (1 - often) if often else member.epsilon

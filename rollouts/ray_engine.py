@@ -21,13 +21,15 @@ from ray.exceptions import (
 )
 
 from pvrpipe.rollouts.episodes import NOTHING_LOST, TRIES, Event, Lost, Trying
+from pvrpipe.rollouts.patience import VARIABLE
 from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import PvrpipeError, SimulationError, one_line
 from pvrpipe.schemas.manifest import ShardCommit, ShardPlan
 
 DEATHS = 3  # of workers, until the episode they were in has failed; outside of any, until that is an error
 LOOK_AROUND = 5.0  # seconds between two looks for workers that hang, and for nodes that joined
-RENDERING = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS")  # workers must render as the user chose
+#: Workers must render as the user chose, and wait as long.
+ENVIRON = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "LP_NUM_THREADS", VARIABLE)
 
 
 class ShardWork(Protocol):
@@ -61,6 +63,8 @@ class Job:
     plan: ShardPlan | None = None  # None: it is starting
     trying: Trying | None = None
     heard: float = field(default_factory=time.monotonic)
+    spent: float = 0.0  # seconds of the try before it last was interrupted by writing
+    last: tuple[int, int, int] | None = None  # shard, episode and attempt of that try
 
 
 class Pool:
@@ -144,13 +148,17 @@ class Pool:
 
     def _hear(self, source: Any, job: Job) -> Event | None:
         """What a worker says; a started one, and one that has committed, is idle."""
-        job.heard = time.monotonic()
+        before, job.heard = job.heard, time.monotonic()
         if job.plan is None:
             ray.get(source)
         else:
             event: Event = ray.get(next(source))
             if not isinstance(event, ShardCommit):
+                if job.trying is not None:
+                    job.spent += job.heard - before
                 job.trying = event if isinstance(event, Trying) else None
+                if isinstance(event, Trying) and event[:3] != job.last:
+                    job.spent, job.last = 0.0, event[:3]
                 return event
             self._deaths = 0
         del self._busy[source]
@@ -190,7 +198,7 @@ class Pool:
         for source, job in self._busy.items():
             if job.plan is None or job.trying is None or self._patience is None:
                 continue
-            late = time.monotonic() - job.heard > self._patience
+            late = job.spent + time.monotonic() - job.heard > self._patience
             if late and not ray.wait([source], timeout=0, fetch_local=False)[0]:
                 self._lose(job.trying, job.trying.attempt, "it did not come to an end in time")
                 ray.kill(job.actor)
@@ -222,7 +230,7 @@ def worker_pool(
         ClusterError: nobody answers at the address, or Ray does not start.
         SimulationError: workers keep dying, or Ray itself fails.
     """
-    environ = {name: os.environ[name] for name in RENDERING if name in os.environ}
+    environ = {name: os.environ[name] for name in ENVIRON if name in os.environ}
     try:
         with ray_cluster(address, workers):
             shared = ray.put(make)

@@ -71,7 +71,9 @@ class ReplayShard:
                 stored = self._source.read_episode(number, [c for c in self._source.columns if c != "frame"])
                 for first, frames in self._frames(known[number], looks[number], stored):
                     held = slice(first, first + len(frames))
+                    yield Played(plan.shard, rows + first)  # writing is no part of the episode's time
                     writer.write_rows({"frame": frames, **{name: a[held] for name, a in stored.items()}})
+                    yield Trying(plan.shard, number, 0, rows + held.stop)
                 rows += known[number].rows
                 yield Played(plan.shard, rows)
             yield writer.commit()

@@ -25,6 +25,7 @@ NAMES = (
     "failing:reused",
     "failing:unbounded",
     "failing:unmade",
+    "failing:unbuilt",
 )
 
 
@@ -39,6 +40,12 @@ def make(name, *, size, camera, action_repeat, max_steps):
         raise UnknownNameError.among("environment", name, NAMES)
     if name == "failing:unmade":
         raise ValueError("the licence\nhas expired")
+    if name == "failing:unbuilt":
+        while True:  # as libraries do that wait for a server
+            try:
+                time.sleep(3600)
+            except Exception:
+                continue
     return Failing(name, size, action_repeat or 1, max_steps or 5)
 
 

@@ -220,3 +220,36 @@ def test_long_episodes_do_not_take_memory(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tape, "HELD", 7 * 16 * 16 * 3)
     spilled = collect(config("long", max_steps=40), tmp_path / "spilled", Engine("inline"))
     assert spilled.id == whole.id
+
+
+@pytest.mark.usefixtures("package")
+def test_an_environment_that_hangs_while_it_is_built_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PVRPIPE_BUILD_SECONDS", "0.3")
+    with pytest.raises(SimulationError, match=r"failing:unbuilt was not built within 0\.3 seconds; "):
+        collect(config("unbuilt"), tmp_path / "store", Engine("inline"))
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setenv("PVRPIPE_BUILD_SECONDS", "soon")
+    with pytest.raises(InvalidValueError, match="PVRPIPE_BUILD_SECONDS is 'soon'"):
+        make_environment("failing:long")
+
+
+def test_time_spent_writing_within_an_episode_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn for 3 s, written for 100 s, drawn for 3 s more: 6 s of one try; the next begins at 0."""
+    from pvrpipe.rollouts import ray_engine
+    from pvrpipe.rollouts.episodes import Played, Trying
+    from pvrpipe.schemas.manifest import ShardPlan
+
+    clock = [0.0]
+    monkeypatch.setattr(ray_engine.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ray_engine.ray, "get", lambda told: told)
+    pool = ray_engine.Pool.__new__(ray_engine.Pool)
+    job = ray_engine.Job(None, ShardPlan(shard=0, first_episode=0, episodes=2))
+    told = [(0, Trying(0, 0, 0, 0)), (3, Played(0, 64)), (103, Trying(0, 0, 0, 64)), (106, Played(0, 128))]
+    for clock[0], event in told:
+        pool._hear(iter([event]), job)
+    assert (job.spent, job.trying) == (6, None)
+    clock[0] = 200
+    pool._hear(iter([Trying(0, 1, 0, 128)]), job)
+    assert job.spent == 0

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 from pathlib import Path
+from tokenize import TokenError
 
 import h5py
 import numpy as np
+import polars as pl
 import pytest
 
+from pvrpipe.rollouts.import_source import reading
 from pvrpipe.schemas.errors import MissingExtraError, PvrpipeError, SourceError
+from pvrpipe.store.converting import convert
 from pvrpipe.store.reading import Store
 
+from .conftest import WriteStore
 from .importable import (
     imported,
     truth,
     write_dqn_replay,
     write_frames,
     write_robomimic,
+    write_vd4rl_hdf5,
     write_vd4rl_npz,
     write_video,
 )
@@ -147,3 +155,104 @@ def test_robomimic_that_does_not_say_where_it_was_recorded(tmp_path: Path) -> No
         file["data"].attrs["env_args"] = "null"
     imported("robomimic", path, tmp_path / "out", camera="agentview")
     assert Store.open(tmp_path / "out").manifest.rollouts.environment == "import:robomimic:mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("PIL", SyntaxError("broken PNG file")),
+        ("h5py", RuntimeError("bad heap free list")),
+        ("numpy", TokenError("EOF")),
+    ],
+)
+def test_whatever_a_library_raises_of_damage_is_one_line(name: str, error: Exception) -> None:
+    with pytest.raises(SourceError, match=f"{name} cannot be read"), reading(name):
+        raise error
+
+
+def test_a_png_of_broken_chunks_is_one_line(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "mine", "images", rows_less=1)
+    picture = folder / "e0" / "frame_3.png"
+    picture.write_bytes(
+        picture.read_bytes().replace(b"IEND", b"\0\0\0\0").replace(b"IDAT", b"\xff\xff\xff\xff")
+    )
+    with pytest.raises(SourceError, match=r"frame_3\.png cannot be read"):
+        imported("frames", folder, tmp_path / "out")
+
+
+def write_lerobot(tmp_path: Path, write_rollouts: WriteStore) -> Path:
+    convert(write_rollouts((6, 9), size=32), tmp_path / "there", "lerobot")
+    return tmp_path / "there"
+
+
+@pytest.mark.parametrize("kind", ["fewer", "one missing", "twice", "no rate"])
+def test_a_lerobot_data_set_that_is_not_whole_is_refused(
+    tmp_path: Path, write_rollouts: WriteStore, kind: str
+) -> None:
+    """One whose episodes are listed in several files, of which not all were fetched, would be a smaller one."""
+    folder = write_lerobot(tmp_path, write_rollouts)
+    (listed,) = (folder / "meta/episodes").rglob("*.parquet")
+    table, info = pl.read_parquet(listed), json.loads((folder / "meta/info.json").read_text())
+    told = {
+        "fewer": (table.head(1), "has 1 episodes, meta/info.json says 2; get it again"),
+        "one missing": (table.tail(1), "has episode 1 where 0 is to come"),
+        "twice": (pl.concat([table, table]), "has episode 0 where 1 is to come"),
+        "no rate": (table, "fps is -3"),
+    }
+    table, words = told[kind]
+    table.write_parquet(listed)
+    (folder / "meta/info.json").write_text(json.dumps(info | ({"fps": -3} if kind == "no rate" else {})))
+    with pytest.raises(SourceError, match=words):
+        imported("lerobot", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_replay_logs_without_their_frames_are_not_passed_over(tmp_path: Path) -> None:
+    """The observations are the largest files, and the ones whose download fails."""
+    folder = write_dqn_replay(tmp_path / "logs")
+    write_dqn_replay(folder, 12)
+    (folder / "$store$_observation_ckpt.12.gz").unlink()
+    with pytest.raises(SourceError, match=r"has no \$store\$_observation_ckpt.12.gz; get it too"):
+        imported("dqn-replay", folder, tmp_path / "out")
+
+
+def test_an_action_of_billions_is_one_line(tmp_path: Path) -> None:
+    folder = write_dqn_replay(tmp_path / "logs")
+    path = next(folder.glob("*action*"))
+    with gzip.open(path) as file:
+        actions = np.load(file)
+    with gzip.open(path, "wb") as file:
+        np.save(file, actions.astype(np.int64) * 10**9)
+    with pytest.raises(SourceError, match="one of several is 0 to 4095"):
+        imported("dqn-replay", folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["linked", "raw", "virtual"])
+def test_hdf5_does_not_reach_into_other_files(tmp_path: Path, kind: str) -> None:
+    folder = write_vd4rl_hdf5(tmp_path / "84px")
+    (folder / "1.hdf5").unlink()
+    with h5py.File(folder / "0.hdf5", "r+") as file:
+        shape = file["observation"].shape
+        (tmp_path / "secret").write_bytes(bytes(np.prod(shape)))
+        with h5py.File(tmp_path / "secret.hdf5", "w") as secret:
+            secret["x"] = np.zeros(shape, np.uint8)
+        del file["observation"]
+        if kind == "linked":
+            file["observation"] = h5py.ExternalLink(str(tmp_path / "secret.hdf5"), "x")
+        elif kind == "raw":
+            raw = [(str(tmp_path / "secret"), 0, int(np.prod(shape)))]
+            file.create_dataset("observation", shape, "u1", external=raw)
+        else:
+            layout = h5py.VirtualLayout(shape, "u1")
+            layout[:] = h5py.VirtualSource(str(tmp_path / "secret.hdf5"), "x", shape)
+            file.create_virtual_dataset("observation", layout)
+    with pytest.raises(SourceError, match="has no observation" if kind == "linked" else "in other files"):
+        imported("vd4rl", folder, tmp_path / "out")
+
+
+def test_a_shard_without_rows_is_passed_over(tmp_path: Path) -> None:
+    folder = write_vd4rl_hdf5(tmp_path / "84px")
+    with h5py.File(folder / "0.hdf5") as file, h5py.File(folder / "2.hdf5", "w") as empty:
+        for name in file:
+            empty[name] = file[name][:0]
+    assert imported("vd4rl", folder, tmp_path / "out").episodes == 4

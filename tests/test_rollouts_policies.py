@@ -17,7 +17,7 @@ from pvrpipe.rollouts.episodes import run_episode
 from pvrpipe.rollouts.planning import PLANNERS, PlannerConfig, perturbations, planner_of_quality
 from pvrpipe.rollouts.policies import OU_DEVIATION, OU_SECONDS, Member, coloured_noise, parse_policy
 from pvrpipe.rollouts.presets import FAMILIES, NAMES, expanded
-from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
+from pvrpipe.schemas.errors import InvalidValueError, PvrpipeError, UnknownNameError
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +264,24 @@ def test_quality_is_a_dial() -> None:
     )
     environment.close()
     assert best > worst + 20
+
+
+def test_an_argument_in_quotes_may_hold_what_parts_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that gets such a character from the folder it lies in, for workers read the label again."""
+    here = tmp_path / "lab,2"
+    (here / "a:b@c+d~e").mkdir(parents=True)
+    (here / "plain").mkdir()
+    monkeypatch.chdir(here)
+    text = 'random:0.5,run="a:b@c+d~e"+0.25~0.1:0.25,run=plain:0.25'
+    for policy in (text, str(parse_policy(text)), expanded(text, "dmc:walker-walk")):
+        _, named, plain = parse_policy(policy).members
+        assert named == Member("run", str(here / "a:b@c+d~e"), noise=0.25, epsilon=0.1)
+        assert plain == Member("run", str(here / "plain"))
+        assert parse_policy(policy).weights == (0.5, 0.25, 0.25)
+    assert parse_policy(expanded(text + ",mixed", "dmc:walker-walk")).members[1] == named
+    for wrong in ("run=a+b", 'run="a', 'run="a"b"', 'run=""', '"run"=a'):
+        with pytest.raises(PvrpipeError) as caught:
+            parse_policy(wrong)
+        assert 'run="my+run"' in str(caught.value), wrong
