@@ -21,6 +21,7 @@ from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.golden import check_golden
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
     EncodingError,
@@ -132,6 +133,11 @@ def test_growth_by_several_parts_is_embedded_at_once(
     assert verify(out) == []
     assert Store.open(out).episodes["split"].equals(Store.open(rollouts).episodes["split"])
     assert seeds(out) == seeds(rollouts) == [(0, 6, 0), (6, 3, 5), (9, 2, 6)]
+
+
+def test_an_encoder_that_maps_all_its_pixels_has_one_input_size(autoencoder: EncoderRequest) -> None:
+    with pytest.raises(InvalidValueError, match=r"sees 16 pixels and no other.*pretrain --size 32"):
+        Encoder(replace(autoencoder, readout=Readout(size=32)))
 
 
 APPEND = EmbedConfig(engine="inline", append=True)

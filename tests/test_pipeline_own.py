@@ -130,6 +130,22 @@ def test_a_hub_folder_of_a_plain_vit_drops_its_classifier(tmp_path: Path) -> Non
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
 
 
+def test_a_hub_folder_with_a_pickle_is_read_and_one_in_shards_is_refused(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(**SMALL, intermediate_size=128)
+    reference = randomised(transformers.ViTModel(config, add_pooling_layer=False))
+    tensors = published(reference.state_dict(), VIT_TO_HUB)
+    hub_folder(tmp_path, reference, tensors, PROCESSOR)
+    whole = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    pickled = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    assert pickled.identity.weights.tensors_sha256 == whole.identity.weights.tensors_sha256
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match="in several files"):
+        find_pvr(f"hf:{tmp_path}")
+
+
 def clip_folder(folder: Path, processor: dict[str, Any], forget: tuple[str, ...] = (), **said: Any) -> Any:
     """A CLIP vision tower as transformers saves it, without some of its configuration."""
     config = transformers.CLIPVisionConfig(**CLIP_VISION, **said)
