@@ -23,7 +23,7 @@ from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
 from pvrpipe.store.columns import column, with_bounds
-from pvrpipe.store.growing import grown
+from pvrpipe.store.growing import grown, refuse_unlike
 from pvrpipe.store.layout import MANIFEST, read_manifest
 from pvrpipe.store.planning import split_in
 from pvrpipe.store.reading import Store
@@ -45,7 +45,7 @@ class EmbedConfig:
     workers: int | None = None
     overwrite: bool = False
     append: bool = False
-    """Let a finished store grow by the episodes that its rollout store has grown by."""
+    """Let a store grow by the episodes that its rollout store has grown by; one that is not there is made."""
     shard_format: Literal["parquet", "webdataset"] = "parquet"
 
 
@@ -62,6 +62,8 @@ class Draft:
     """the shards that are missing now"""
     frames_per_second: float | None
     """of one worker, where it was measured"""
+    overwrite: bool
+    """whether what is in the folder is replaced"""
 
     def rows(self, store: Store) -> int:
         """Frames that are still to be embedded."""
@@ -96,13 +98,14 @@ def draft(
     if compiled:
         encoder = _compiled(encoder, request, store.column("frame").shape)
     manifest = _manifest(store, encoder, folder, config)
-    todo = PendingStore.peek(folder, manifest, config.overwrite)
+    overwrite = config.overwrite and manifest.state != "sealed"  # what holds all of it stays
+    todo = PendingStore.peek(folder, manifest, overwrite)
     rate = _rate(store, encoder) if measured else None
     settled = replace(request, batch=encoder.batch, compiled=encoder.compiled)
     del encoder
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the workers
-    return Draft(settled, folder, manifest, need, frozenset(plan.shard for plan in todo), rate)
+    return Draft(settled, folder, manifest, need, frozenset(plan.shard for plan in todo), rate, overwrite)
 
 
 def refuse_full_disk(store: Store, drafts: Sequence[Draft]) -> None:
@@ -142,12 +145,6 @@ def readable(size: float) -> str:
 
 
 def made_by(manifest: Manifest) -> EmbeddingSpecification:
-    """How the embeddings of a manifest are made."""
-    assert manifest.embeddings is not None
-    return manifest.embeddings
-
-
-def made_by_last(manifest: Manifest) -> EmbeddingSpecification:
     """How the embeddings of the episodes that joined last were made."""
     specification = manifest.all_parts[-1].specification
     assert isinstance(specification, EmbeddingSpecification)
@@ -158,7 +155,7 @@ def _recorded_batch(folder: Path) -> int | None:
     if not (folder / MANIFEST).is_file():
         return None
     manifest = read_draft(folder) or read_manifest(folder)
-    return made_by_last(manifest).computation.batch if manifest.kind == "embeddings" else None
+    return made_by(manifest).computation.batch if manifest.kind == "embeddings" else None
 
 
 def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
@@ -201,21 +198,53 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
     columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
-    if not config.append:
+    if not config.append or not _is_sealed(folder):
+        _refuse_outgrown(store, folder, config)
         kept = () if not config.overwrite and _begun_as_one(folder, specification) else parts[1:]
         return _with_splits_of(store, fresh.model_copy(update={"parts": kept}))
     sealed = Store.open(folder, kind="embeddings").manifest
-    known, now = made_by_last(sealed).rollouts_id, str(store.manifest.id)
-    if known == now:
-        return sealed
-    if known not in [revision.id for revision in store.manifest.earlier]:
+    known, now = made_by(sealed).rollouts_id, str(store.manifest.id)
+    if known != now and known not in [revision.id for revision in store.manifest.earlier]:
         raise OutputExistsError(
             f"{folder} holds embeddings of other rollouts, not of an earlier revision of {store.path}; "
             "choose another output"
         )
+    if sealed.shard_format != config.shard_format:
+        raise OutputExistsError(f"{folder} is of --format {sealed.shard_format}, and grows in that; give it")
+    refuse_unlike(sealed, specification)
+    if known == now:
+        return sealed
     draft = grown(sealed, specification, store.manifest.plan[len(sealed.plan) :])
     joined = (part for part in parts if part.first_episode >= sealed.episodes)
     return _with_splits_of(store, draft.model_copy(update={"parts": (*sealed.parts, *joined)}))
+
+
+def _is_sealed(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and read_manifest(folder).state == "sealed"
+
+
+def _refuse_outgrown(store: Store, folder: Path, config: EmbedConfig) -> None:
+    """Say how embeddings of an earlier revision of the rollouts go on; they are not to be computed again."""
+    if not config.overwrite and begun_on(store, folder) is not None:
+        raise OutputExistsError(
+            f"{folder} holds embeddings of {store.path} before it grew to {store.manifest.episodes} episodes; "
+            "embed what is new with --append"
+        )
+
+
+def begun_on(store: Store, folder: Path) -> int | None:
+    """The earlier revision of the rollouts that the embeddings in a folder are of, finished or not; else None."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    held = read_draft(folder) or read_manifest(folder)
+    ids = [revision.id for revision in store.manifest.earlier]
+    known = made_by(held).rollouts_id if held.kind == "embeddings" else None
+    return ids.index(known) + 1 if known in ids else None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether embeddings, or a revision of them, were begun in a folder and not finished."""
+    return (folder / MANIFEST).is_file() and (read_draft(folder) is not None or not _is_sealed(folder))
 
 
 def _part(specification: EmbeddingSpecification, rollouts: Part) -> Part:

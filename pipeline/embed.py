@@ -11,7 +11,9 @@ from pathlib import Path
 from pvrpipe.pipeline.drafting import (
     Draft,
     EmbedConfig,
+    begun_on,
     draft,
+    is_unfinished,
     made_by,
     readable,
     refuse_full_disk,
@@ -80,20 +82,23 @@ def embed(
     outputs: Sequence[tuple[EncoderRequest, Path]],
     config: EmbedConfig,
     progress: Progress = silent,
+    revision: int | None = None,
 ) -> list[EmbedResult]:
-    """Embed every frame of a rollout store with each encoder; resumes what was begun.
+    """Embed every frame of a rollout store, or of an earlier revision, with each encoder; resumes what was begun.
+
+    Stores that are to grow, and were not finished when their rollouts grew, are finished as they were begun first.
 
     Raises:
         NotAStoreError, WeightsError, OutputExistsError, StoreError: before anything is written.
         EncodingError, StoreError: a shard could not be embedded; the others are committed.
     """
     started = time.perf_counter()
-    store, drafts = _drafted(rollouts, outputs, config)
+    for output, begun in _left_behind(rollouts, outputs, config, revision):
+        embed(rollouts, [output], config, progress, begun)
+    store, drafts = _drafted(rollouts, outputs, config, revision)
     refuse_full_disk(store, drafts)
     with contextlib.ExitStack() as stack:
-        pending = [
-            stack.enter_context(PendingStore.begin(d.folder, d.manifest, config.overwrite)) for d in drafts
-        ]
+        pending = [stack.enter_context(PendingStore.begin(d.folder, d.manifest, d.overwrite)) for d in drafts]
         targets = [
             Target(d.request, p.folder, p.manifest, made_by(p.manifest), frozenset(t.shard for t in p.todo))
             for d, p in zip(drafts, pending, strict=True)
@@ -116,7 +121,7 @@ def estimate(
     Raises:
         the same errors that :func:`embed` raises before it writes anything.
     """
-    store, drafts = _drafted(rollouts, outputs, config, measured=True)
+    store, drafts = _drafted(rollouts, outputs, config, None, measured=True)
     refuse_full_disk(store, drafts)
     return [_estimate(store, d, config) for d in drafts]
 
@@ -140,13 +145,30 @@ def _estimate(store: Store, d: Draft, config: EmbedConfig) -> EmbedEstimate:
     )
 
 
+def _left_behind(
+    rollouts: Place | str,
+    outputs: Sequence[tuple[EncoderRequest, Path]],
+    config: EmbedConfig,
+    revision: int | None,
+) -> Iterator[tuple[tuple[EncoderRequest, Path], int]]:
+    """Of stores that are to grow, those not finished, and the revision of the rollouts that they were begun on."""
+    if not config.append or config.overwrite:
+        return
+    store = Store.open(rollouts, kind="rollouts", revision=revision)
+    for request, folder in outputs:
+        begun = begun_on(store, folder)
+        if begun is not None and is_unfinished(folder):
+            yield (request, folder), begun
+
+
 def _drafted(
     rollouts: Place | str,
     outputs: Sequence[tuple[EncoderRequest, Path]],
     config: EmbedConfig,
+    revision: int | None,
     measured: bool = False,
 ) -> tuple[Store, list[Draft]]:
-    store = Store.open(rollouts, kind="rollouts")
+    store = Store.open(rollouts, kind="rollouts", revision=revision)
     for _, folder in outputs:
         refuse_url(folder)
         refuse_source(store.path, folder)

@@ -6,6 +6,7 @@ configuration only chooses among architectures that are here, and what these can
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from math import isclose
@@ -47,6 +48,13 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
+#: The files that transformers keeps weights in, those taken first ahead.
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processors have them
 PROCESSORS = ("CLIP", "Bit", "ViT", "DeiT", "Siglip", "DINOv3ViT")  # those that a recipe can say
 
@@ -88,6 +96,33 @@ def _file_of(name: str, file: str) -> Path:
         raise _unreadable(name, file, error) from error
 
 
+def _weights_file(name: str) -> str:
+    """What a repository calls its weights: safetensors where it has them, else the pickle of older ones.
+
+    Raises:
+        WeightsError: they are in several files.
+    """
+    from huggingface_hub import list_repo_files, try_to_load_from_cache
+
+    folder = Path(name)
+    local = folder.is_dir()
+    there = {
+        file
+        for file in WEIGHTS
+        if ((folder / file).is_file() if local else isinstance(try_to_load_from_cache(name, file), str))
+    }
+    if not local and not there:
+        with contextlib.suppress(OSError, ValueError):  # offline: what is missing is said when it is fetched
+            there = set(list_repo_files(name)) & set(WEIGHTS)
+    found = next((file for file in WEIGHTS if file in there), WEIGHTS[0])
+    if found.endswith(".index.json"):
+        raise WeightsError(
+            f"hf:{name} has its weights in several files ({found}), and one is read here; write them as one with "
+            "transformers' `model.save_pretrained(FOLDER, max_shard_size='100GB')`, and give --pvr hf:FOLDER"
+        )
+    return found
+
+
 def _json_of(name: str, file: str) -> dict[str, Any]:
     try:
         content = json.loads(_file_of(name, file).read_bytes())
@@ -124,7 +159,7 @@ def _of_transformers(name: str, kind: str, folder: Path) -> Pvr:
         update={
             "name": _called(name),
             "title": f"{_called(name).removeprefix('hf:')} ({config.model_type})",
-            "source": WeightsSource(repo=None if Path(name).is_dir() else name, file="model.safetensors"),
+            "source": WeightsSource(repo=None if Path(name).is_dir() else name, file=_weights_file(name)),
             "overrides": {**family.overrides, **_sizes(name, kind, vision, gated), "img_size": size},
             "keys": family.keys.model_copy(update={"drop": (*family.keys.drop, *HEADS)}),
             "positions": family.positions or "bicubic-antialias",

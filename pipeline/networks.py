@@ -64,9 +64,17 @@ class Network(nn.Module):
 
 
 class OwnOutput(Network):
-    """A network of timm whose stages have no names here: its own output, and nothing else."""
+    """A network of timm: its own output, and nothing else."""
 
     poolings = ("pooled",)
+
+    def _choose(self, pvr: Pvr) -> None:
+        if pvr.layer != "last" and (names := _stage_names(self.trunk)):
+            raise InvalidValueError(
+                f"--layer {pvr.layer}: {pvr.name} gives its own output, which has no layers; give --pool average or "
+                f"--pool conv-map with one of {', '.join(names)}"
+            )
+        super()._choose(pvr)
 
 
 class TokenNetwork(Network):
@@ -183,10 +191,14 @@ class MapNetwork(Network):
                 raise InvalidValueError(f"--pool {self.pooling} is of the last stage; leave --layer out")
             self.stages = {name: self.stages[name] for name in names[: names.index(self.layer) + 1]}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) to (B, D), or to a map (B, C, h, w)."""
+    def _map(self, x: Tensor) -> Tensor:
         for stage in self.stages.values():
             x = stage(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) to (B, D), or to a map (B, C, h, w)."""
+        x = self._map(x)
         match self.pooling:
             case "average":
                 return F.adaptive_avg_pool2d(x, 1).flatten(1)
@@ -198,6 +210,29 @@ class MapNetwork(Network):
                 return self.trunk.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[operator]
             case _:
                 return x
+
+
+class StagedNetwork(MapNetwork):
+    """Another network of timm's whose features are maps: those after the stages that timm lists, without a norm."""
+
+    def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
+        self.stages = dict.fromkeys(_stage_names(trunk), nn.Identity())
+        self.poolings = ("average", "conv-map", "flat")
+        Network.__init__(self, trunk, pvr)
+
+    def _map(self, x: Tensor) -> Tensor:
+        options = {"stop_early": True, "output_fmt": "NCHW", "intermediates_only": True, "norm": False}
+        (found,) = self.trunk.forward_intermediates(x, indices=[len(self.stages) - 1], **options)  # type: ignore[operator]
+        return found
+
+
+def _stage_names(trunk: nn.Module) -> tuple[str, ...]:
+    """What ``--layer`` calls the stages of a network of timm; none where it has no maps."""
+    named = tuple(_stages(trunk))
+    if named != ("whole",):
+        return named
+    listed: Any = trunk.feature_info if hasattr(trunk, "forward_intermediates") else ()
+    return tuple(f"stage{n}" for n in range(len(listed)))
 
 
 def _has(trunk: nn.Module, name: str) -> bool:
@@ -261,8 +296,9 @@ def _timm(pvr: Pvr) -> Network:
         _round_periods(trunk.rope)
     if hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "blocks"):
         return TokenNetwork(trunk, pvr)
-    named = "whole" not in _stages(trunk)
-    return (MapNetwork if named and pvr.pooling != "pooled" else OwnOutput)(trunk, pvr)
+    if pvr.pooling == "pooled" or not _stage_names(trunk):
+        return OwnOutput(trunk, pvr)
+    return (StagedNetwork if "whole" in _stages(trunk) else MapNetwork)(trunk, pvr)
 
 
 def _round_periods(rope: Any) -> None:

@@ -73,6 +73,11 @@ def _at_size(pvr: Pvr, size: int) -> Pvr:
     """The same at another input size: the resize keeps its ratio to the crop, positions are resampled."""
     if not SMALLEST <= size <= LARGEST:
         raise InvalidValueError(f"--input-size {size}: give the pixels of a side, {SMALLEST} to {LARGEST}")
+    if pvr.architecture == "conv-autoencoder":  # a linear map of all its pixels
+        raise InvalidValueError(
+            f"--input-size {size}: {pvr.name} sees {pvr.recipe.crop} pixels and no other size; leave it out, or "
+            f"train another with `pvrpipe pretrain --size {size}`"
+        )
     crop, resize = pvr.recipe.crop, pvr.recipe.resize
     scaled = size if crop is None or resize is None else round(resize * size / crop)
     overrides = dict(pvr.overrides)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.networks import MapNetwork, Network, TokenNetwork
+from pvrpipe.pipeline.networks import MapNetwork, Network, StagedNetwork, TokenNetwork
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import InvalidValueError
@@ -99,7 +99,7 @@ def parts_of(network: Network) -> tuple[list[nn.Module], list[nn.Module]]:
         names = [name for name, _ in trunk.named_children()]
         behind = [trunk.get_submodule(name) for name in names[names.index("blocks") + 1 :]]
         return list(trunk.get_submodule("blocks").children()), behind
-    if isinstance(network, MapNetwork) and len(network.stages) > 1:
+    if isinstance(network, MapNetwork) and not isinstance(network, StagedNetwork) and len(network.stages) > 1:
         stages = [stage for stage in network.stages.values() if isinstance(stage, nn.Module)]
         heads = [getattr(trunk, head) for head in ("head", "fc") if hasattr(trunk, head)]
         return stages, heads

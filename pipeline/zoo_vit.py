@@ -176,7 +176,7 @@ def _dinov2_registers(letter: str, size: str, revision: str | None, width: int) 
 
 
 def _dinov3(letter: str, size: str, width: int) -> Pvr:
-    gated = letter.replace("+", "plus")
+    official = f"{letter[0]}16{'plus' if letter.endswith('+') else ''}"
     up = (r"\.mlp\.up_proj\.", ".mlp.fc1_x." if letter.endswith("+") else ".mlp.fc1.")
     return _vit(
         f"dinov3-{letter}",
@@ -185,7 +185,7 @@ def _dinov3(letter: str, size: str, width: int) -> Pvr:
         WeightsSource(
             repo=f"timm/vit_{size}_patch16_dinov3_qkvb.lvd1689m",
             file="model.safetensors",
-            note=f"a mirror; facebook/dinov3-vit{gated}16-pretrain-lvd1689m, and Meta's .pth, are behind a form",
+            note=f"a mirror; facebook/dinov3-vit{official}-pretrain-lvd1689m, and Meta's .pth, are behind a form",
         ),
         width,
         architecture=f"vit_{size}_patch16_dinov3_qkvb",

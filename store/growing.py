@@ -10,9 +10,16 @@ from pvrpipe.schemas.manifest import EarlierRevision, Manifest, Part, ShardPlan
 from pvrpipe.store.building import new_manifest
 
 #: What may differ between episodes of one store. The rest decides what a row means.
-FREE = {
-    "rollouts": {"episodes", "max_steps", "policy", "seed", "variation", "replay_of", "renderer", "versions"},
-    "embeddings": {"rollouts_id", "rollouts", "computation", "versions"},
+FREE: dict[str, Any] = {
+    "rollouts": dict.fromkeys(
+        ("episodes", "max_steps", "policy", "seed", "variation", "replay_of", "renderer", "versions"), True
+    ),
+    "embeddings": {
+        "rollouts_id": True,
+        "rollouts": True,
+        "versions": True,
+        "computation": {"device", "threads", "batch", "compiled"},  # not the precision
+    },
 }
 
 
@@ -27,10 +34,7 @@ def grown(sealed: Manifest, specification: Any, plan: tuple[ShardPlan, ...]) -> 
     Raises:
         OutputExistsError: these episodes are not of the same kind; the message says which fields differ.
     """
-    if differ := unlike(sealed.specification, specification):
-        raise OutputExistsError(
-            f"these episodes cannot join the store: {differ}; choose another output for them"
-        )
+    refuse_unlike(sealed, specification)
     part = Part(
         first_episode=sealed.episodes, episodes=sum(p.episodes for p in plan), specification=specification
     )
@@ -47,6 +51,18 @@ def grown(sealed: Manifest, specification: Any, plan: tuple[ShardPlan, ...]) -> 
             "taken": sealed.taken,
         }
     )
+
+
+def refuse_unlike(sealed: Manifest, specification: Any) -> None:
+    """Refuse episodes that are not of the kind of those that a store holds.
+
+    Raises:
+        OutputExistsError: the message says which fields differ.
+    """
+    if differ := unlike(sealed.specification, specification):
+        raise OutputExistsError(
+            f"these episodes cannot join the store: {differ}; choose another output for them"
+        )
 
 
 def unlike(first: Any, other: Any) -> str:

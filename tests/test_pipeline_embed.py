@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.golden import check_golden
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
     EncodingError,
@@ -28,6 +30,7 @@ from pvrpipe.schemas.errors import (
     OutputExistsError,
     UnknownNameError,
 )
+from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.merging import merge, split
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
@@ -130,6 +133,65 @@ def test_growth_by_several_parts_is_embedded_at_once(
     assert verify(out) == []
     assert Store.open(out).episodes["split"].equals(Store.open(rollouts).episodes["split"])
     assert seeds(out) == seeds(rollouts) == [(0, 6, 0), (6, 3, 5), (9, 2, 6)]
+
+
+def test_an_encoder_that_maps_all_its_pixels_has_one_input_size(autoencoder: EncoderRequest) -> None:
+    with pytest.raises(InvalidValueError, match=r"sees 16 pixels and no other.*pretrain --size 32"):
+        Encoder(replace(autoencoder, readout=Readout(size=32)))
+
+
+APPEND = EmbedConfig(engine="inline", append=True)
+
+
+def test_what_joins_a_store_is_computed_as_it_says_and_must_be_of_its_kind(
+    autoencoder: EncoderRequest, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """The first embeddings may have been made with other batches, or on another device."""
+    rollouts, out = write_rollouts(name="grown"), tmp_path / "e"
+    (made,) = embed(rollouts, [(autoencoder, out)], APPEND)  # there is nothing yet: it is begun
+    for other, config in (
+        (replace(autoencoder, precision="bf16"), APPEND),
+        (autoencoder, replace(APPEND, dtype="float32")),
+        (autoencoder, replace(APPEND, shard_format="webdataset")),
+        (replace(autoencoder, pvr="timm:test_vit", weights="random:0"), APPEND),
+    ):
+        with pytest.raises(OutputExistsError, match=r"cannot join the store|--format parquet"):
+            embed(rollouts, [(other, out)], config)
+    grow(rollouts, (9, 11, 12))
+    with pytest.raises(OutputExistsError, match=r"grew to 9 episodes.*--append"):
+        embed(rollouts, [(autoencoder, out)], INLINE)
+    sizes: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        inner = Encoder.encode
+        patched.setattr(Encoder, "encode", lambda self, x: (sizes.append(self.batch), inner(self, x))[1])
+        embed(rollouts, [(replace(autoencoder, batch=4), out)], APPEND)
+    part = Store.open(out).manifest.parts[-1].specification
+    assert isinstance(part, EmbeddingSpecification)
+    assert (made.batch, part.computation.batch, set(sizes)) == (16, 4, {1, 4})  # one frame is tried
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("revision", [1, 2])
+def test_a_store_not_finished_when_its_rollouts_grew_is_finished_and_grows(
+    autoencoder: EncoderRequest, write_rollouts: WriteStore, tmp_path: Path, revision: int
+) -> None:
+    def embedded(name: str, config: EmbedConfig) -> str:
+        return embed(rollouts, [(autoencoder, tmp_path / name)], config)[0].id
+
+    def stopped(done: float, total: float, note: str = "") -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    rollouts = write_rollouts(name="grown")
+    if revision == 2:
+        assert embedded("e", APPEND) == embedded("undisturbed", APPEND)
+        grow(rollouts, (9, 11), seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        embed(rollouts, [(autoencoder, tmp_path / "e")], APPEND, stopped)
+    embedded("undisturbed", APPEND)
+    grow(rollouts, (9, 11), seed=2)
+    assert embedded("e", APPEND) == embedded("undisturbed", APPEND)
+    assert verify(tmp_path / "e") == []
 
 
 @pytest.mark.parametrize("other", [False, True])

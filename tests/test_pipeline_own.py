@@ -19,7 +19,7 @@ import transformers
 from pvrpipe.pipeline import own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
-from pvrpipe.schemas.errors import UnknownNameError, WeightsError
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
 
 from .test_zoo_vit import in_dinov2_layout
 from .upstream import FRAMES, VIT_TO_HUB, encoder_with, noise, published, randomised, relative_error
@@ -40,6 +40,27 @@ def test_a_timm_name_is_the_models_own_output(tmp_path: Path, name: str) -> None
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
     assert encoder.identity.name == f"timm:{name}"
     assert encoder.identity.shape == (encoder.pvr.width,)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_b0", "swin_tiny_patch4_window7_224"])
+def test_a_timm_network_has_the_maps_of_its_stages(tmp_path: Path, name: str) -> None:
+    reference = randomised(timm.create_model(name))
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
+    for stage, layer in ((1, "stage1"), (-1, "last")):
+        encoder = encoder_with(f"timm:{name}", tmp_path, layer=layer, pooling="conv-map")
+        with torch.no_grad():
+            maps = reference.forward_intermediates(_pixels(encoder), intermediates_only=True)[stage]
+        assert relative_error(encoder(FRAMES), maps) < 1e-5
+        assert (encoder.identity.layer, encoder.identity.shape) == (layer, tuple(maps.shape[1:]))
+        average = encoder_with(f"timm:{name}", tmp_path, layer=layer, pooling="average")
+        assert relative_error(average(FRAMES), maps.mean((2, 3))) < 1e-5
+    for layer, pooling, said in (
+        ("stage9", "average", "stage0, stage1"),
+        ("stage1", "pooled", "--pool average"),
+        ("last", "map", "average, conv-map, flat"),
+    ):
+        with pytest.raises(InvalidValueError, match=said):
+            encoder_with(f"timm:{name}", tmp_path, layer=layer, pooling=pooling)
 
 
 def test_a_timm_vit_has_layers_and_sizes(tmp_path: Path) -> None:
@@ -107,6 +128,22 @@ def test_a_hub_folder_of_a_plain_vit_drops_its_classifier(tmp_path: Path) -> Non
         theirs = reference(_pixels(encoder)).last_hidden_state[:, 0]
     assert encoder.pvr.recipe.squash
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
+
+
+def test_a_hub_folder_with_a_pickle_is_read_and_one_in_shards_is_refused(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(**SMALL, intermediate_size=128)
+    reference = randomised(transformers.ViTModel(config, add_pooling_layer=False))
+    tensors = published(reference.state_dict(), VIT_TO_HUB)
+    hub_folder(tmp_path, reference, tensors, PROCESSOR)
+    whole = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    pickled = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    assert pickled.identity.weights.tensors_sha256 == whole.identity.weights.tensors_sha256
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match="in several files"):
+        find_pvr(f"hf:{tmp_path}")
 
 
 def clip_folder(folder: Path, processor: dict[str, Any], forget: tuple[str, ...] = (), **said: Any) -> Any:
