@@ -198,7 +198,7 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
     carried = [c for c in store.manifest.columns if c.name in CARRIED]
     columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
-    if not config.append or not _is_sealed(folder):
+    if not _is_sealed(folder) or not (config.append or _has_grown_with(store, folder, config)):
         _refuse_outgrown(store, folder, config)
         kept = () if not config.overwrite and _begun_as_one(folder, specification) else parts[1:]
         return _with_splits_of(store, fresh.model_copy(update={"parts": kept}))
@@ -221,6 +221,14 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
 
 def _is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and read_manifest(folder).state == "sealed"
+
+
+def _has_grown_with(store: Store, folder: Path, config: EmbedConfig) -> bool:
+    """Whether a finished store holds embeddings of these rollouts that joined it in turn."""
+    held = read_manifest(folder)
+    if config.overwrite or held.kind != "embeddings" or held.revision == 1:
+        return False
+    return made_by(held).rollouts_id == str(store.manifest.id)
 
 
 def _refuse_outgrown(store: Store, folder: Path, config: EmbedConfig) -> None:

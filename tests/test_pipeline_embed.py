@@ -169,6 +169,10 @@ def test_what_joins_a_store_is_computed_as_it_says_and_must_be_of_its_kind(
     assert isinstance(part, EmbeddingSpecification)
     assert (made.batch, part.computation.batch, set(sizes)) == (16, 4, {1, 4})  # one frame is tried
     assert verify(out) == []
+    (again,) = embed(rollouts, [(autoencoder, out)], INLINE)  # all of it is there, however it came
+    assert (again.id, again.resumed_shards) == (Store.open(out).manifest.id, again.shards)
+    with pytest.raises(OutputExistsError, match=r"dtype: float16, there float32"):
+        embed(rollouts, [(autoencoder, out)], replace(INLINE, dtype="float32"))
 
 
 @pytest.mark.parametrize("revision", [1, 2])
