@@ -143,7 +143,7 @@ def test_every_measure_is_its_formula_in_float64(subject: Any, probed: Any) -> N
         ):
             expected = {
                 **divergences(name, said.latents.double().numpy(), true),
-                **rewards(model, said, received, report["reward_threshold"]),
+                **rewards(model, said, received, report["reward_event"]["threshold"]),
             }
             rows = table.filter(split="val", prediction=prediction, control=control)
             assert set(rows["measure"]) == {*expected, "state_error"}

@@ -117,7 +117,7 @@ def probe(
         "latent": list(reference.mean_latent.shape),
         **report_of(table.filter(pl.col("split") == first), horizons, model.divergence),
         "calibration": calibrations(rewards, len(wanted[first]), horizons),
-        "reward_threshold": reference.threshold,
+        "reward_event": None if reference.event is None else asdict(reference.event),
         "state_reader": None if reference.state is None else {"penalty": reference.state.penalty},
         "networks": networks,
         "groups": groups(table, horizons, model.divergence),

@@ -102,7 +102,7 @@ def measured(model: Any, imagined: Imagined, truth: Truth, reference: Reference)
     return {
         **_dynamics(model, imagined.latents, truth),
         **reward_rows(
-            imagined.reward, imagined.reward_logits, truth.reward, model.two_hot, reference.threshold
+            imagined.reward, imagined.reward_logits, truth.reward, model.two_hot, reference.event
         ),
         **_state(imagined.features, truth, reference),
     }
