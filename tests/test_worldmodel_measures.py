@@ -61,7 +61,9 @@ def test_the_floor_of_a_two_hot_target_is_its_entropy() -> None:
 
 def test_events_are_rewards_halfway_from_the_usual_one() -> None:
     assert event_of(np.array([0.0] * 8 + [1.0, 1.0])) == Event(0.5, below=False)
-    assert event_of(np.array([1.0] * 8 + [0.0])) == Event(0.5, below=False)  # of an expert, nearly always rewarded
+    assert event_of(np.array([1.0] * 8 + [0.0])) == Event(
+        0.5, below=False
+    )  # of an expert, nearly always rewarded
     assert event_of(np.array([0.0] * 8 + [-4.0])) == Event(-2.0, below=True)
     assert event_of(np.array([-0.5] * 8 + [-10.5])) == Event(-5.5, below=True)
     assert event_of(np.linspace(0, 1, 10)) is None

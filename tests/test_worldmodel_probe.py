@@ -231,6 +231,10 @@ def test_what_cannot_be_probed_is_one_line_that_names_the_next_step(home: Path, 
         probe(home / "tdmpc2", split="test")
     with pytest.raises(InvalidValueError, match="--horizon"):
         probe(home / "tdmpc2", horizons=())
+    with pytest.raises(
+        InvalidValueError, match=r"--label 'x/../y' is no part of a file's name; give 'x-..-y'"
+    ):
+        probe(home / "tdmpc2", label="x/../y")
     with pytest.raises(RunError, match="pvrpipe train-model"):
         probe(tmp_path)
 

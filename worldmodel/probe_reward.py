@@ -61,7 +61,7 @@ def reward_rows(
 
 
 def event_of(rewards: Floats) -> Event | None:
-    """What is an event where one value makes up half of all rewards: what lies beyond halfway to the mean of the others.
+    """What is an event where one value makes up half of all rewards: what lies beyond halfway to the others' mean.
 
     Above it, also where the usual reward is the higher one (an expert is nearly always rewarded) or is a cost of every
     step (the goal is the event); below it only where a penalty stands out.

@@ -25,8 +25,10 @@ const number = (v) => v === null || v === undefined ? "–" : v === 0 ? "0" : Ma
 /* Names differ at their ends: what does not fit is left out in the middle. */
 const shortened = (label, room) => label.length <= room ? label : `${label.slice(0, Math.ceil(room / 2) - 1)}…${label.slice(-Math.floor(room / 2))}`;
 const give = (sem) => sem ? ` ± ${number(sem)}` : "";
-const colour = (label) => `var(--s${DATA.arms.indexOf(label) < 0 ? 11 : DATA.arms.indexOf(label) % 13})`;
-const shape = (label) => SHAPES[Math.max(0, DATA.arms.indexOf(label)) % SHAPES.length];
+/* What is known by its representation alone looks as its first map from the embedding does. */
+const place = (label) => DATA.arms.includes(label) ? DATA.arms.indexOf(label) : DATA.arms.findIndex((arm) => arm.startsWith(`${label} (`));
+const colour = (label) => `var(--s${place(label) < 0 ? 11 : place(label) % 13})`;
+const shape = (label) => SHAPES[Math.max(0, place(label)) % SHAPES.length];
 
 function marker(kind, x, y, r, attributes, parent) {
   if (kind === "circle") return svg("circle", { cx: x, cy: y, r, ...attributes }, parent);

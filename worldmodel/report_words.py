@@ -56,7 +56,7 @@ def sentences_of(findings: Findings) -> list[str]:
         compared = [c for c in findings.comparisons if about_of(c) == about]
         model, size, error, horizon = about
         most = max(standing.tasks for standing in standings)
-        best = next(standing for standing in standings if standing.tasks == most)  # means of other tasks are no match
+        best = next(standing for standing in standings if standing.tasks == most)
         interval = (
             ""
             if best.relative.low is None or best.relative.high is None

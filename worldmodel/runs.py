@@ -188,7 +188,7 @@ def check_checkpoint(folder: Path, record: RunRecord) -> None:
     Raises:
         RunError: its sha256 is another.
     """
-    wanted, path = record.files.get(CHECKPOINT), folder / CHECKPOINT
+    path, wanted = folder / CHECKPOINT, next((f for n, f in record.files.items() if n == CHECKPOINT), None)
     if wanted and path.is_file() and sha256_of(path) != wanted.sha256:
         raise RunError(
             f"{path} is not the one that training wrote; fetch the run again, or train it again with --overwrite"
