@@ -132,6 +132,9 @@ def probe(
         str | None,
         typer.Option(help="Embeddings of a replay of the store: what another look of the same physics does."),
     ] = None,
+    label: Annotated[
+        str, typer.Option(help="Of STORE: writes probe-LABEL.parquet and leaves what the own store said.")
+    ] = "",
     weights: Annotated[
         str | None,
         typer.Option(help="Of the encoder inside the run's model, where they are not where they were."),
@@ -150,6 +153,8 @@ def probe(
     """
     from pvrpipe.store.workspace import RUN, Workspace
 
+    if label and (store is None or beside is not None):
+        raise InvalidValueError("--label names another STORE than the run's own, without --beside; give that")
     if run is not None and not (Path(run) / RUN).exists() and holds_store(run):
         read_out(run, seed, json_)
         return
@@ -165,7 +170,7 @@ def probe(
     with watching("probe", "episodes") as progress:
         asked |= {"progress": progress}
         if beside is None:
-            report = measure(folder, store, split=split, **asked)
+            report = measure(folder, store, split=split, label=label, **asked)
         else:
             report = probe_pairs(folder, beside, store, split=split[0], **asked)
     warn_of_random(report)

@@ -282,7 +282,11 @@ def _job(
         size=size,
         seed=seed,
         probes=tuple(f"probe-{label}.parquet" if label else "probe.parquet" for label in ("", *dict(shifts))),
-        commands=(_train_command(encoded.folder, run, config), _probe_command(study, run, seed)),
+        commands=(
+            _train_command(encoded.folder, run, config),
+            _probe_command(study, run, seed),
+            *(_probe_command(study, run, seed, each.folder, "--label", label) for label, each in elsewhere),
+        ),
     )
     return job, record
 
@@ -300,10 +304,12 @@ def _train_command(store: Path, run: Path, config: TrainConfig) -> str:
     return line_of("train-model", store, run, *options_of(given), *symlog)
 
 
-def _probe_command(study: Study, run: Path, seed: int) -> str:
+def _probe_command(study: Study, run: Path, seed: int, *elsewhere: object) -> str:
     horizons = [part for h in study.probe.horizons for part in ("--horizon", h)]
     splits = [part for name in study.probe.splits for part in ("--split", name)]
-    return line_of("probe", run, *horizons, "--context", study.probe.context, *splits, "--seed", seed)
+    return line_of(
+        "probe", run, *elsewhere, *horizons, "--context", study.probe.context, *splits, "--seed", seed
+    )
 
 
 def line_of(command: str, *arguments: object) -> str:

@@ -38,7 +38,7 @@ def test_compare_prints_runs_side_by_side(study: Path, tmp_path: Path) -> None:
         ("random", "worse"),
     }
     told = run("compare", *map(str, folders), cwd=tmp_path)
-    assert "Better than from scratch: vc1" in told.stdout
+    assert "Better than learning from scratch: vc1" in told.stdout
     refused = run("compare", str(folders[0]), "--horizon", "7", cwd=tmp_path)
     assert refused.returncode == 1
     assert "they have 1, 8, 33, 500" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -9,8 +10,10 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -328,3 +331,32 @@ def test_a_report_of_a_whole_study_stays_small(tmp_path: Path) -> None:
     assert found.runs == 720
     assert found.page.stat().st_size < 8e6
     assert found.bytes < 15e6, found.bytes
+
+
+def test_titles_of_figures_lie_within_them_whatever_the_names(tmp_path: Path) -> None:
+    from pvrpipe.worldmodel import report_figures
+
+    long = "taskonomy-segment-unsup25d blocks 0-11"
+    folder = write_study(
+        tmp_path, Planted({"from scratch": 1.0, long: 2.0}, tasks=("dmc:pendulum-swingup",), seeds=2)
+    )
+    sides = []
+    seen = report_figures._figure
+
+    @contextlib.contextmanager
+    def watched(*arguments: Any) -> Iterator[Any]:
+        with seen(*arguments) as axes:
+            yield axes
+            figure = axes[0, 0].figure
+            figure.canvas.draw()
+            for axis in axes.flat:
+                for title in (axis.title, axis._left_title, axis._right_title):
+                    box = title.get_window_extent()
+                    if title.get_text():
+                        sides.append((box.x0, figure.bbox.x1 - box.x1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_figures, "_figure", watched)
+        build_report([folder], folder / "report")
+    assert sides
+    assert all(min(side) >= 0 for side in sides), sides

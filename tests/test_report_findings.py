@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +123,21 @@ def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_
     }
     charts = {chart["id"]: chart["panels"] for chart in data_of(report.page)["charts"]}
     assert charts["ood"][0]["text"].startswith("Over the trivial prediction, all tasks: ViT (3): 0.3")
+
+
+def test_means_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
+    """A representation that failed on the hard task would otherwise be the best of all."""
+    folder = write_study(
+        tmp_path, Planted({"from scratch": 1.0, "vc1": 0.8, "vip": 0.9}, models=("tdmpc2",), seeds=4)
+    )
+    record = json.loads((folder / "study.json").read_text())
+    for job in record["jobs"]:
+        if job["pvr"] == "vc1" and job["environment"] == "dmc:other":
+            job.update(state="failed", failure="no memory was left")
+    (folder / "study.json").write_text(json.dumps(record))
+    report = build_report([folder], tmp_path / "report", figures=False)
+    sentence = next(line for line in report.findings if "reward error over 33 rows" in line)
+    assert "lowest is vip" in sentence
+    assert "On fewer tasks, and not ranked: vc1 (1 of 2)." in sentence
+    assert "Better than learning from scratch: " in sentence
+    assert " better (1 of 2 tasks)</td>" in report.page.read_text()

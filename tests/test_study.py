@@ -198,7 +198,8 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
         again = run(command, *arguments, *extra.get(command, []), cwd=tmp_path)
         assert again.returncode == 0, f"{line}: {again.stderr}"
     moved = {name for name in changed(before, files_of(tmp_path)) if "/studies/" not in name}
-    assert {Path(name).name for name in moved} == {"probe.parquet", "metrics.json"}, (
+    probed = {"probe.parquet", "probe-ood.parquet"}
+    assert {Path(name).name for name in moved} == probed | {"metrics.json", "metrics-ood.json"}, (
         "a command made something else"
     )
     assert measured(tmp_path) == numbers
@@ -288,7 +289,10 @@ def test_a_study_on_ray_is_the_study_inline(tmp_path: Path) -> None:
 
 def measured(folder: Path) -> dict[str, Any]:
     """What the probes of all runs say, without the paths under which they were asked, which the tables hold too."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("runs/*/metrics.json")}
+    found = {
+        f"{path.parent.name}/{path.name}": json.loads(path.read_text())
+        for path in folder.rglob("runs/*/metrics*.json")
+    }
     return {
         run: {k: v for k, v in m.items() if k not in ("run", "store", "table_sha256")}
         for run, m in found.items()

@@ -12,7 +12,7 @@ from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.neighbours import nearest, neighbours_say
 from pvrpipe.worldmodel.probe_dynamics import Judged
 from pvrpipe.worldmodel.probe_networks import dormant_units, effective_rank, watched
-from pvrpipe.worldmodel.probe_reward import calibration, event_threshold, precision_recall
+from pvrpipe.worldmodel.probe_reward import Event, calibration, event_of, precision_recall
 from pvrpipe.worldmodel.probe_state import PENALTIES, fit_state_reader
 from pvrpipe.worldmodel.probe_table import accumulate, groups, horizons_of, table_of
 
@@ -60,13 +60,23 @@ def test_the_floor_of_a_two_hot_target_is_its_entropy() -> None:
 
 
 def test_events_are_rewards_halfway_from_the_usual_one() -> None:
-    assert event_threshold(np.array([0.0] * 8 + [1.0, 1.0])) == 0.5
-    assert event_threshold(np.array([1.0] * 8 + [0.0])) == 0.5  # of an expert that is nearly always rewarded
-    assert event_threshold(np.array([0.0] * 8 + [-4.0])) == -2.0
-    assert event_threshold(np.linspace(0, 1, 10)) is None
-    assert event_threshold(np.zeros(10)) is None
+    assert event_of(np.array([0.0] * 8 + [1.0, 1.0])) == Event(0.5, below=False)
+    assert event_of(np.array([1.0] * 8 + [0.0])) == Event(
+        0.5, below=False
+    )  # of an expert, nearly always rewarded
+    assert event_of(np.array([0.0] * 8 + [-4.0])) == Event(-2.0, below=True)
+    assert event_of(np.array([-0.5] * 8 + [-10.5])) == Event(-5.5, below=True)
+    assert event_of(np.linspace(0, 1, 10)) is None
+    assert event_of(np.zeros(10)) is None
     assert precision_recall(4, 8, 2) == {"precision": 0.5, "recall": 0.25, "predicted": 4, "received": 8}
     assert precision_recall(0, 3, 0)["precision"] is None
+
+
+def test_of_a_cost_of_every_step_the_goal_is_the_event() -> None:
+    """As of Fetch or Acrobot: -1 until the goal, 0 there; -1 was the event, and nearly every row one."""
+    event = event_of(np.array([-1.0] * 9 + [0.0]))
+    assert event == Event(-0.5, below=False)
+    assert event(torch.tensor([-1.0, -0.9, -0.2, 0.0])).tolist() == [False, False, True, True]
 
 
 def test_calibration_is_zero_where_predictions_are_means_and_the_bias_where_not() -> None:

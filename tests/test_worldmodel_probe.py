@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def test_every_measure_is_its_formula_in_float64(subject: Any, probed: Any) -> N
         ):
             expected = {
                 **divergences(name, said.latents.double().numpy(), true),
-                **rewards(model, said, received, report["reward_threshold"]),
+                **rewards(model, said, received, report["reward_event"]["threshold"]),
             }
             rows = table.filter(split="val", prediction=prediction, control=control)
             assert set(rows["measure"]) == {*expected, "state_error"}
@@ -230,8 +231,23 @@ def test_what_cannot_be_probed_is_one_line_that_names_the_next_step(home: Path, 
         probe(home / "tdmpc2", split="test")
     with pytest.raises(InvalidValueError, match="--horizon"):
         probe(home / "tdmpc2", horizons=())
+    with pytest.raises(
+        InvalidValueError, match=r"--label 'x/../y' is no part of a file's name; give 'x-..-y'"
+    ):
+        probe(home / "tdmpc2", label="x/../y")
     with pytest.raises(RunError, match="pvrpipe train-model"):
         probe(tmp_path)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_no_model(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home / "tdmpc2", run)
+    checkpoint = run / "checkpoint.safetensors"
+    data = bytearray(checkpoint.read_bytes())
+    data[len(data) // 2] ^= 1
+    checkpoint.write_bytes(data)
+    with pytest.raises(RunError, match=r"is not the one that training wrote; fetch the run again, or train"):
+        probe(run)
 
 
 def test_a_model_that_diverged_is_named_and_not_averaged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from pvrpipe.schemas.errors import DivergedError, InvalidValueError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
+from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Floats, Judged, judge
 from pvrpipe.worldmodel.probe_reference import beliefs_of, networks_of, reference_of
@@ -90,6 +91,8 @@ def probe(
         InvalidValueError: no episode of the split is longer than the context.
     """
     check_horizons(horizons, context)
+    if label != slug(label):
+        raise InvalidValueError(f"--label {label!r} is no part of a file's name; give {slug(label)!r}")
     folder, splits = Path(run), (split,) if isinstance(split, str) else tuple(split) or ("val",)
     with subject_of(folder, store, device, backbone) as subject:
         model, record, reader = subject.model, subject.record, subject.reader
@@ -117,7 +120,7 @@ def probe(
         "latent": list(reference.mean_latent.shape),
         **report_of(table.filter(pl.col("split") == first), horizons, model.divergence),
         "calibration": calibrations(rewards, len(wanted[first]), horizons),
-        "reward_threshold": reference.threshold,
+        "reward_event": None if reference.event is None else asdict(reference.event),
         "state_reader": None if reference.state is None else {"penalty": reference.state.penalty},
         "networks": networks,
         "groups": groups(table, horizons, model.divergence),

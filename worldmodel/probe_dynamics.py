@@ -101,9 +101,7 @@ def measured(model: Any, imagined: Imagined, truth: Truth, reference: Reference)
     """Every measure of a prediction, (N, T) each."""
     return {
         **_dynamics(model, imagined.latents, truth),
-        **reward_rows(
-            imagined.reward, imagined.reward_logits, truth.reward, model.two_hot, reference.threshold
-        ),
+        **reward_rows(imagined.reward, imagined.reward_logits, truth.reward, model.two_hot, reference.event),
         **_state(imagined.features, truth, reference),
     }
 

@@ -16,7 +16,7 @@ from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.predictions import one_step
 from pvrpipe.worldmodel.probe_episodes import BATCH_NUMBERS, Padded, Reader
 from pvrpipe.worldmodel.probe_networks import effective_rank, watched
-from pvrpipe.worldmodel.probe_reward import event_threshold
+from pvrpipe.worldmodel.probe_reward import Event, event_of
 from pvrpipe.worldmodel.probe_state import StateReader, fit_state_reader
 
 FIT_ROWS = 8192  # training rows that are looked at
@@ -29,8 +29,8 @@ class Reference:
 
     usual_reward: float
     """mean reward of a training transition"""
-    threshold: float | None
-    """beyond which a reward is an event; None where rewards are not sparse"""
+    event: Event | None
+    """which rewards are events; None where rewards are not sparse"""
     mean_latent: Tensor
     """(...), the latent that says the same of every row"""
     mean_features: Tensor
@@ -116,7 +116,7 @@ def reference_of(model: Any, reader: Reader, rows: Beliefs) -> Reference:
     )
     return Reference(
         usual_reward=training_reward(reader.store),
-        threshold=event_threshold(rows.reward),
+        event=event_of(rows.reward),
         mean_latent=model.average(rows.latents),
         mean_features=torch.from_numpy(rows.features.mean(0, dtype=np.float64)).float().to(reader.device),
         state=state,

@@ -5,6 +5,7 @@ Everything here takes arrays. ``N`` episodes of ``T`` predicted rows each.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,21 @@ BINS = 10  # of calibration
 Floats = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Event:
+    """Which rewards are events."""
+
+    threshold: float
+    below: bool
+    """whether they lie below it"""
+
+    def __call__(self, reward: Tensor) -> Tensor:
+        """(...) -> (...), of truths."""
+        return reward < self.threshold if self.below else reward > self.threshold
+
+
 def reward_rows(
-    predicted: Tensor, logits: Tensor, received: Tensor, two_hot: TwoHot, threshold: float | None
+    predicted: Tensor, logits: Tensor, received: Tensor, two_hot: TwoHot, event: Event | None
 ) -> dict[str, Tensor]:
     """What each row's prediction is worth, by measure: (N, T) each.
 
@@ -28,7 +42,7 @@ def reward_rows(
         logits: (N, T, bins), the distributions they are the means of.
         received: (N, T).
         two_hot: the bins.
-        threshold: beyond which a reward is an event, None where rewards are not sparse.
+        event: which rewards are events, None where rewards are not sparse.
     """
     rows = {
         "reward_error": (predicted.double() - received.double()).abs(),
@@ -36,8 +50,8 @@ def reward_rows(
         "reward_predicted": predicted,
         "reward_received": received,
     }
-    if threshold is not None:
-        expected, happened = is_event(predicted, threshold), is_event(received, threshold)
+    if event is not None:
+        expected, happened = event(predicted), event(received)
         rows |= {
             "events_predicted": expected.float(),
             "events_received": happened.float(),
@@ -46,13 +60,11 @@ def reward_rows(
     return rows
 
 
-def is_event(reward: Tensor, threshold: float) -> Tensor:
-    """Which rewards lie beyond the threshold, seen from zero."""
-    return reward > threshold if threshold >= 0 else reward < threshold
+def event_of(rewards: Floats) -> Event | None:
+    """What is an event where one value makes up half of all rewards: what lies beyond halfway to the others' mean.
 
-
-def event_threshold(rewards: Floats) -> float | None:
-    """Halfway between the usual reward and the mean of the others, where one value makes up half of all.
+    Above it, also where the usual reward is the higher one (an expert is nearly always rewarded) or is a cost of every
+    step (the goal is the event); below it only where a penalty stands out.
 
     Args:
         rewards: (M,), of training rows.
@@ -64,7 +76,8 @@ def event_threshold(rewards: Floats) -> float | None:
     usual, share = values[counts.argmax()], counts.max() / len(rewards)
     if share < SPARSE or len(values) < 2:
         return None
-    return float((usual + rewards[rewards != usual].mean()) / 2)
+    threshold = float((usual + rewards[rewards != usual].mean()) / 2)
+    return Event(threshold, below=bool(threshold < 0 and threshold < usual))
 
 
 def precision_recall(predicted: float, received: float, hit: float) -> dict[str, float | None]:

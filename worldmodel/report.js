@@ -25,8 +25,10 @@ const number = (v) => v === null || v === undefined ? "–" : v === 0 ? "0" : Ma
 /* Names differ at their ends: what does not fit is left out in the middle. */
 const shortened = (label, room) => label.length <= room ? label : `${label.slice(0, Math.ceil(room / 2) - 1)}…${label.slice(-Math.floor(room / 2))}`;
 const give = (sem) => sem ? ` ± ${number(sem)}` : "";
-const colour = (label) => `var(--s${DATA.arms.indexOf(label) < 0 ? 11 : DATA.arms.indexOf(label) % 13})`;
-const shape = (label) => SHAPES[Math.max(0, DATA.arms.indexOf(label)) % SHAPES.length];
+/* What is known by its representation alone looks as its first map from the embedding does. */
+const place = (label) => DATA.arms.includes(label) ? DATA.arms.indexOf(label) : DATA.arms.findIndex((arm) => arm.startsWith(`${label} (`));
+const colour = (label) => `var(--s${place(label) < 0 ? 11 : place(label) % 13})`;
+const shape = (label) => SHAPES[Math.max(0, place(label)) % SHAPES.length];
 
 function marker(kind, x, y, r, attributes, parent) {
   if (kind === "circle") return svg("circle", { cx: x, cy: y, r, ...attributes }, parent);
@@ -140,7 +142,8 @@ const DRAW = {
     const [lowX, highX] = extent(panel.lines.flatMap((l) => l.x));
     const [low, high] = extent(panel.lines.flatMap((l) => [...l.low, ...l.high, 0]));
     const x = scale(lowX, highX, left, width - 12, panel.log), y = scale(low, high, bottom, 24);
-    axisX(root, panel, x, lowX, highX, bottom, panel.log ? panel.lines[0].x.filter((v) => Number.isInteger(Math.log2(v)) && Math.log2(v) % 2 === 0 || v === highX) : null);
+    const told = (v) => v === highX || Math.log2(v) % 2 === 0 && x(highX) - x(v) > 3 * LETTER; // 64 beside 66 is neither
+    axisX(root, panel, x, lowX, highX, bottom, panel.log ? [...new Set(panel.lines.flatMap((l) => l.x))].filter(told) : null);
     axisY(root, panel, y, low, high, left, width - 12);
     for (const l of panel.lines) {
       const c = colour(l.label), at = (values) => l.x.map((v, i) => `${x(v).toFixed(1)},${y(values[i]).toFixed(1)}`);
@@ -156,7 +159,7 @@ const DRAW = {
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}` }), marks = [];
     const reach = (axis) => extent(panel.points.flatMap((p) => [p[axis] - (p[`${axis}_sem`] || 0), p[axis] + (p[`${axis}_sem`] || 0)]));
     let [lowX, highX] = reach("x"), [low, high] = reach("y");
-    if (panel.diagonal) { low = lowX = Math.min(0, low, lowX); high = highX = Math.max(high, highX) * 1.05; }
+    if (panel.diagonal) { high = highX = Math.max(high, highX) * 1.05; low = lowX = Math.min(0, low, lowX) - high * 0.03; }
     else { const m = (highX - lowX || 1) * 0.08, n = (high - low || 1) * 0.08; lowX -= m; highX += m; low -= n; high += n; }
     const x = scale(lowX, highX, left, width - 12), y = scale(low, high, bottom, 24);
     axisX(root, panel, x, lowX, highX, bottom);
@@ -269,6 +272,7 @@ function build(chart, parent) {
       if (panel.text) html("figcaption", {}, figure, panel.text);
       tableOf(panel, figure);
     }
+    if (!panels.children.length) html("p", { class: "about" }, panels, "There is no chart of all that is chosen.");
   }
   return draw;
 }

@@ -153,10 +153,11 @@ def _standings(findings: Findings) -> str:
     marks = {"better": " better", "worse": " worse"}
     rows = []
     for about, standings in groups:
-        values = {s.pvr: s.relative.value for s in standings}
+        of, most = {s.pvr: s for s in standings}, max(s.tasks for s in standings)
         cells = [
-            f"{legible(values[arm])}{marks.get(verdicts.get((*about, arm), ''), '')}"
-            if arm in values
+            f"{legible(of[arm].relative.value)}{marks.get(verdicts.get((*about, arm), ''), '')}"
+            + (f" ({of[arm].tasks} of {most} tasks)" if of[arm].tasks < most else "")
+            if arm in of
             else "–"
             for arm in arms
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pvrpipe.worldmodel.report_findings import Comparison, Findings, Standing
+from pvrpipe.worldmodel.report_findings import REFERENCE, Comparison, Findings, Standing
 from pvrpipe.worldmodel.report_sources import Evidence
 
 NAMES = {
@@ -55,7 +55,8 @@ def sentences_of(findings: Findings) -> list[str]:
     for about, standings in grouped(findings.standings):
         compared = [c for c in findings.comparisons if about_of(c) == about]
         model, size, error, horizon = about
-        best = standings[0]
+        most = max(standing.tasks for standing in standings)
+        best = next(standing for standing in standings if standing.tasks == most)
         interval = (
             ""
             if best.relative.low is None or best.relative.high is None
@@ -65,11 +66,14 @@ def sentences_of(findings: Findings) -> list[str]:
             f"{model} {size}, {NAMES[error]} over {horizon} rows: lowest is {best.pvr}, "
             f"{legible(best.relative.value)}{interval} of {TRIVIAL[error]}."
         )
-        found.append(" ".join([text, *_verdicts(compared, findings.reference)]))
+        fewer = ", ".join(f"{s.pvr} ({s.tasks} of {most})" for s in standings if s.tasks < most)
+        left = [f"On fewer tasks, and not ranked: {fewer}."] if fewer else []
+        found.append(" ".join([text, *left, *_verdicts(compared, findings.reference)]))
     return found
 
 
 def _verdicts(compared: Sequence[Comparison], reference: str) -> list[str]:
+    reference = "learning from scratch" if reference == REFERENCE else reference
     words = {
         "better": f"Better than {reference}",
         "worse": f"Worse than {reference}",

@@ -182,6 +182,19 @@ def finish(folder: Path, record: RunRecord, result: dict[str, Any]) -> None:
     write_run(folder, record.model_copy(update=ended))
 
 
+def check_checkpoint(folder: Path, record: RunRecord) -> None:
+    """Refuse a finished run's checkpoint that is not the one that training wrote: a flipped bit loads as any other.
+
+    Raises:
+        RunError: its sha256 is another.
+    """
+    path, wanted = folder / CHECKPOINT, next((f for n, f in record.files.items() if n == CHECKPOINT), None)
+    if wanted and path.is_file() and sha256_of(path) != wanted.sha256:
+        raise RunError(
+            f"{path} is not the one that training wrote; fetch the run again, or train it again with --overwrite"
+        )
+
+
 def write_run(folder: Path, record: RunRecord) -> None:
     """Replace ``run.json``."""
     write_whole(folder / RECORD, (canonical_json(record.model_dump(mode="json")) + "\n").encode())

@@ -392,6 +392,7 @@ def load_model(
         RunError: there is no run, no checkpoint, or a checkpoint or a backbone that does not fit.
     """
     record = runs.read_run(folder)
+    runs.check_checkpoint(folder, record)
     check_backbone(record, backbone)
     model = model_of(config_of(record), record.setting, device, backbone)
     checkpoints.load(folder, model)
