@@ -87,7 +87,7 @@ def test_a_compiled_run_that_is_stopped_ends_with_the_same_bytes(tmp_path: Path)
 
 
 def test_a_process_compiles_as_many_runs_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch refuses a function in its ninth shape, and a sweep trains any number of runs in one process."""
+    """Torch refuses a function in its ninth shape, and a sweep trains any number of runs in one process."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **asked: compiler(f, backend="eager", **asked))
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):

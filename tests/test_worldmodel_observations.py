@@ -18,6 +18,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.batches import resized, setting_of
 from pvrpipe.worldmodel.dreamerv3 import SIZES, DreamerV3
 from pvrpipe.worldmodel.inputs import Observation, vector
+from pvrpipe.worldmodel.layers import initialise
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.observations import AttentionPool, ConvDecoder, ConvEncoder, decoder_for
 from pvrpipe.worldmodel.probe import probe
@@ -185,6 +186,7 @@ def test_errors_are_summed_over_a_row_and_averaged_over_tokens(observation: Obse
     """As the reference sums over an event (``outs.Agg``); a token is one event, a frame another."""
     random, features = torch.Generator().manual_seed(0), 512 + 32 * 4
     decoder = decoder_for(observation, SIZES["1m"], features)
+    initialise(decoder)
     states = torch.randn(2, 3, features, generator=random)
     target = torch.rand(2, 3, *observation.shape, generator=random)
     events = observation.shape[0] if observation.kind == "tokens" else 1

@@ -84,7 +84,10 @@ def _of_losses(folder: Path, record: runs.RunRecord) -> list[Failure]:
     """The losses that the log ends with, and those of validation that the kept checkpoint had."""
     log, result = runs.MetricsLog(folder, record.config["updates"], writes=False), record.result or {}
     kept = result.get("kept")
-    logged = {"train": log.last["train"], "val": log.last["val"] if kept is None else log.validation.get(kept)}
+    logged = {
+        "train": log.last["train"],
+        "val": log.last["val"] if kept is None else log.validation.get(kept),
+    }
     return [
         Failure(runs.METRICS, f"has other {part} losses than {runs.RECORD}")
         for part, losses in logged.items()
