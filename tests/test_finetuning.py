@@ -182,15 +182,18 @@ def test_any_module_will_do(rollouts: Path, tmp_path: Path) -> None:
     class Mean(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.map = nn.Linear(3, 4)
+            self.norm, self.map = nn.BatchNorm1d(3), nn.Linear(3, 4)
 
         def forward(self, frames: Tensor) -> Tensor:
-            return self.map(frames.float().mean((1, 2)) / 255)
+            return self.map(self.norm(frames.float().mean((1, 2)) / 255))
 
     backbone = Mean()
     before = backbone.map.weight.detach().clone()
     train(config(), rollouts, tmp_path / "run", backbone=backbone)
     assert not torch.equal(backbone.map.weight, before)
+    assert (
+        backbone.norm.num_batches_tracked == 0
+    )  # as torch makes a module, it would learn whatever it is shown
     assert read_run(tmp_path / "run").pvr == "a module of one's own"
     model, _ = load_model(tmp_path / "run", torch.device("cpu"), Mean())
     assert torch.equal(model.seen.backbone.map.weight, backbone.map.weight)

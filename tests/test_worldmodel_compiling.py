@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
@@ -83,6 +84,17 @@ def test_a_compiled_run_that_is_stopped_ends_with_the_same_bytes(tmp_path: Path)
     train(config, store, tmp_path / "stopped")
     whole, stopped = ((tmp_path / name / CHECKPOINT).read_bytes() for name in ("whole", "stopped"))
     assert whole == stopped
+
+
+def test_a_process_compiles_as_many_runs_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses a function in its ninth shape, and a sweep trains any number of runs in one process."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **asked: compiler(f, backend="eager", **asked))
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        for width in (6, 8, 10):
+            model, batch = build_model("dinowm", "1m", setting(width, 2), seed=0), batch_of(5, 2, width)
+            compiled, eager = (losses_of(model, CPU, compiled=asked)(batch, ())[0] for asked in (True, False))
+            torch.testing.assert_close(compiled, eager)
 
 
 def test_without_a_compiler_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

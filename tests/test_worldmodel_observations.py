@@ -18,8 +18,9 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.batches import resized, setting_of
 from pvrpipe.worldmodel.dreamerv3 import SIZES, DreamerV3
 from pvrpipe.worldmodel.inputs import Observation, vector
+from pvrpipe.worldmodel.layers import initialise
 from pvrpipe.worldmodel.models import Setting, build_model
-from pvrpipe.worldmodel.observations import AttentionPool, ConvDecoder, ConvEncoder
+from pvrpipe.worldmodel.observations import AttentionPool, ConvDecoder, ConvEncoder, decoder_for
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.tdmpc2_encoders import shifted, shifts
 from pvrpipe.worldmodel.training import TrainConfig, train
@@ -178,6 +179,21 @@ def test_the_convolutions_are_the_references_written_out() -> None:
     )
     expected = torch.sigmoid(x).permute(0, 2, 3, 1).unflatten(0, (2, 3))
     torch.testing.assert_close(decoder(features), expected)
+
+
+@pytest.mark.parametrize("observation", [vector(6), TOKENS, FRAMES], ids=["vector", "tokens", "pixels"])
+def test_errors_are_summed_over_a_row_and_averaged_over_tokens(observation: Observation) -> None:
+    """As the reference sums over an event (``outs.Agg``); a token is one event, a frame another."""
+    random, features = torch.Generator().manual_seed(0), 512 + 32 * 4
+    decoder = decoder_for(observation, SIZES["1m"], features)
+    initialise(decoder)
+    states = torch.randn(2, 3, features, generator=random)
+    target = torch.rand(2, 3, *observation.shape, generator=random)
+    events = observation.shape[0] if observation.kind == "tokens" else 1
+    with torch.no_grad():
+        apart = (decoder(states) - target).double().square().reshape(2, 3, -1)
+        ours = decoder.loss(states, target).double()
+    torch.testing.assert_close(ours, apart.sum(-1) / events, rtol=1e-5, atol=0)
 
 
 def test_attention_pooling_is_attention_with_one_query() -> None:

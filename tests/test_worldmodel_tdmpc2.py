@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pvrpipe.schemas.errors import UnknownNameError
 from pvrpipe.worldmodel.inputs import vector
@@ -71,9 +72,20 @@ def test_loss_at_initialisation_and_its_weights() -> None:
 
 def test_termination_is_learned_where_episodes_end_and_weighs_one() -> None:
     model = build_model("tdmpc2", "1m", replace(setting(WIDTH, ACTION), episodic=True), seed=0)
-    loss, terms = model.loss(windows(), GENERATOR)
+    assert model.termination is not None
+    model.termination[-1].weight.data *= 10  # so that one row's logit is not another's
+    batch = windows()
+    batch["is_terminal"][0, 5] = True
+    loss, terms = model.loss(batch, GENERATOR)
     weighed = 20 * terms["consistency"] + 0.1 * (terms["reward"] + terms["value"]) + terms["policy"]
     assert loss.item() == pytest.approx((weighed + terms["termination"]).item(), rel=1e-6)
+    stacks, action, _, _ = model._aligned(batch)
+    z, expected = model.encoder(stacks[:, 0]), 0.0
+    for t in range(3):  # each row that an action leads to; the first window's last is the end
+        z = model.dynamics(torch.cat([z, action[:, t]], -1))
+        wanted = torch.tensor([float(t == 2), 0.0])
+        expected += binary_cross_entropy_with_logits(model.termination(z)[:, 0], wanted).item() / 3
+    assert terms["termination"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_linear_map_begins_as_upstreams_the_values_too() -> None:

@@ -22,6 +22,7 @@ from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
+from pvrpipe.worldmodel.sharing import verify_run
 from pvrpipe.worldmodel.training import train
 
 from .planted import write_planted
@@ -162,6 +163,7 @@ def test_training_stops_once_validation_no_longer_falls(
     assert result.val["loss"] == losses[-3]
     assert result.kept == result.updates - 4
     assert train(config, store, tmp_path / "run") == result
+    assert verify_run(tmp_path / "run") == []
     (row,) = runs.listed(tmp_path)
     assert (row["state"], row["updates"]) == ("finished", f"{result.updates} of 400")
     assert row["val_loss"] == losses[-3]

@@ -52,9 +52,9 @@ def frame_of(store: Store) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def embedding_shape(backbone: nn.Module, store: Store) -> tuple[int, ...]:
-    """The shape of what a backbone makes of one of a store's frames."""
+    """The shape of what a backbone makes of one of a store's frames; from here on it is in evaluation mode."""
     frame = torch.zeros((1, *frame_of(store)), dtype=torch.uint8, device=device_of(backbone))
-    return tuple(backbone(frame).shape[1:])
+    return tuple(backbone.eval()(frame).shape[1:])  # a batch norm would learn of this frame
 
 
 @torch.no_grad()

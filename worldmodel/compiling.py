@@ -23,6 +23,7 @@ Precision = Literal["fp32", "bf16"]
 Losses = Callable[[Mapping[str, Tensor], Any], tuple[Tensor, dict[str, Tensor]]]
 Update = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
 
+COMPILED = 1 << 12  # runs that one process may compile, of whatever shapes; torch gives up at the ninth
 EAGER = 3  # updates before one is recorded: libraries take their workspaces, compilers compile
 
 
@@ -114,9 +115,11 @@ def losses_of(model: Any, device: torch.device, *, compiled: bool) -> Losses:
     if model.seen.backbone is not None:
         raise InvalidValueError("--compile is not for an encoder inside the model; leave it or --pvr out")
     check_compiler(device)
+    import torch._dynamo.config
     import torch._inductor.config
 
     torch._inductor.config.deterministic = True  # kernels chosen by timing would change bits from run to run
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = COMPILED
     return torch.compile(model.losses, dynamic=False, fullgraph=True)
 
 

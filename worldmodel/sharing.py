@@ -81,11 +81,17 @@ def _of_weights(folder: Path, record: runs.RunRecord) -> list[Failure]:
 
 
 def _of_losses(folder: Path, record: runs.RunRecord) -> list[Failure]:
-    last, result = runs.MetricsLog.read(folder), record.result or {}
+    """The losses that the log ends with, and those of validation that the kept checkpoint had."""
+    log, result = runs.MetricsLog(folder, record.config["updates"], writes=False), record.result or {}
+    kept = result.get("kept")
+    logged = {
+        "train": log.last["train"],
+        "val": log.last["val"] if kept is None else log.validation.get(kept),
+    }
     return [
-        Failure(runs.METRICS, f"ends with other {part} losses than {runs.RECORD}")
-        for part in ("train", "val")
-        if last[part] != result.get(part)
+        Failure(runs.METRICS, f"has other {part} losses than {runs.RECORD}")
+        for part, losses in logged.items()
+        if losses != result.get(part)
     ]
 
 
