@@ -53,7 +53,10 @@ class TrainOptions:
     ] = "auto"
     symlog: Annotated[bool, typer.Option(help="dreamerv3: squash embeddings by symlog.")] = True
     burn_in: Annotated[
-        int, typer.Option(min=0, help="dreamerv3: rows before each window that only carry the state to it.")
+        int,
+        typer.Option(
+            min=0, help="dreamerv3: rows before each window, without losses, that carry the state to it."
+        ),
     ] = 0
     proprioception: Annotated[
         bool, typer.Option("--proprioception", help="dinowm: see and predict the state too.")

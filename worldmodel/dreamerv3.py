@@ -50,7 +50,8 @@ class DreamerV3(nn.Module):
         action: A.
         encoder: how the observation is read, a name in :data:`pvrpipe.worldmodel.observations.ENCODERS`.
         symlog_inputs: squash embeddings, as input and as target.
-        burn_in: rows of a window that only carry the state to those learned from, unless an episode begins there.
+        burn_in: first rows of a window that have no losses and carry the state, and its gradient, to the others; where
+            an episode begins with the window, they are learned from too.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()  # beside observation, action, reward and the flags

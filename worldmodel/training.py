@@ -76,7 +76,7 @@ class TrainConfig:
     encoder: str = "auto"
     """how a model reads what it observes: linear, mlp, attention or cnn; auto: the first that fits"""
     burn_in: int = 0
-    """rows in front of a window that only carry dreamerv3's state to it"""
+    """rows in front of a window, without losses, that carry dreamerv3's state to it"""
     proprioception: bool = False
     """dinowm sees and predicts the state too"""
     pixels: int = PIXELS
