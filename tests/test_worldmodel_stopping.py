@@ -206,6 +206,9 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(
     if damage == "garbage":
         name = "is no checkpoint"
         path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match="is not the one that training wrote"):
+        probe(run)
+    runs.write_run(run, runs.read_run(run).model_copy(update={"files": {}}))  # a run that tells no hashes
     with pytest.raises(RunError, match=name):
         probe(run)
 
