@@ -19,7 +19,7 @@ from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.golden import check_golden
+from pvrpipe.pipeline.golden import COSINE, agreement, check_golden
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import (
@@ -378,3 +378,12 @@ def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_pa
     (folder / "golden.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CorruptStoreError, match="cannot be read"):
         check_golden(store)
+
+
+def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -> None:
+    zeros, ones = np.zeros((1, 4)), np.ones((1, 4))
+    assert agreement(zeros, zeros, COSINE["fp32"]) == (1.0, True)  # R2D2 finds nothing
+    assert agreement(zeros, ones, COSINE["fp32"]) == (0.0, False)
+    cosine, agree = agreement(2 * ones, ones, COSINE["fp32"])  # a projection that was not normalised
+    assert cosine == pytest.approx(1.0)
+    assert not agree
