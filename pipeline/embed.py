@@ -24,7 +24,7 @@ from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.golden import golden_frames
 from pvrpipe.pipeline.memory import SHARE, free_memory, passes
 from pvrpipe.schemas.addresses import refuse_url
-from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore
@@ -121,6 +121,10 @@ def estimate(
     Raises:
         the same errors that :func:`embed` raises before it writes anything.
     """
+    for (_, folder), _ in _left_behind(rollouts, outputs, config, None):
+        raise OutputExistsError(
+            f"{folder} was not finished when its rollouts grew; --append finishes that first: leave --dry-run out"
+        )
     store, drafts = _drafted(rollouts, outputs, config, None, measured=True)
     refuse_full_disk(store, drafts)
     return [_estimate(store, d, config) for d in drafts]

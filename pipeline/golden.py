@@ -21,9 +21,8 @@ from pvrpipe.store.shards import Rows
 
 GOLDEN_FRAMES = 8
 #: Another processor sums in another order, and float16 rounds at 2^-11 of a value; a wrong resize filter or
-#: layer gives 0.94 to 0.99 (reference: jina-ai/clip-as-service#904). In bf16, two orders of summing are as far apart
-#: as each is from fp32, 0.99984 at worst (docs/pvrs.md).
-COSINE = {"fp32": 0.9999, "bf16": 0.9995}
+#: layer gives 0.94 to 0.99 (reference: jina-ai/clip-as-service#904).
+COSINE = 0.9999
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,12 @@ def check_golden(
         )
     differ = differences(_meaning(made.encoder.model_dump()), _meaning(identity.model_dump()), "here")
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (computed, stored))
-    smallest, agree = agreement(a, b, COSINE[made.computation.precision])
+    smallest, agree = agreement(a, b)
     return GoldenCheck(agree and not differ, len(a), float(np.abs(a - b).max()), smallest, differ)
 
 
-def agreement(a: NDArray[np.float64], b: NDArray[np.float64], least: float) -> tuple[float, bool]:
-    """The smallest cosine of two sets of vectors (N, D), and whether they are as near as ``least`` of it allows.
+def agreement(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, bool]:
+    """The smallest cosine of two sets of vectors (N, D), and whether they are as near as :data:`COSINE` allows.
 
     A vector as long again has a cosine of 1, and is another embedding; so what is held to the bound is the
     distance, at which vectors of one length have that cosine. Two vectors of zeros agree: R2D2 gives them where it
@@ -131,7 +130,7 @@ def agreement(a: NDArray[np.float64], b: NDArray[np.float64], least: float) -> t
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     product, longer = lengths[0] * lengths[1], np.maximum(*lengths)
     cosine = np.where(longer == 0, 1.0, (a * b).sum(axis=1) / np.where(product == 0, 1.0, product))
-    near = np.linalg.norm(a - b, axis=1) <= np.sqrt(2 * (1 - least)) * longer
+    near = np.linalg.norm(a - b, axis=1) <= np.sqrt(2 * (1 - COSINE)) * longer
     return float(cosine.min()), bool(near.all())
 
 

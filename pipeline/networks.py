@@ -283,6 +283,8 @@ def _autoencoder(pvr: Pvr) -> Network:
 def _timm(pvr: Pvr) -> Network:
     import timm  # a second of imports that the others do not need
 
+    if ":" in pvr.architecture:  # timm would fetch it, unpinned
+        raise ValueError("it names a place, not a network of timm's")
     overrides: dict[str, Any] = {"num_classes": 0, **pvr.overrides}
     epsilon = overrides.pop("layer_norm_eps", None)
     trunk: nn.Module = timm.create_model(pvr.architecture, **overrides)

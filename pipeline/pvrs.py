@@ -6,6 +6,7 @@ computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -27,6 +28,19 @@ Pooling = Literal[
     "pooled",  # as the network's own `forward` does
 ]  # fmt: skip
 Positions = Literal["dinov2-hub", "bicubic-antialias", "bilinear", "rope-bf16"]
+
+
+LARGEST = 2048  # pixels of a side
+#: Of timm's ``create_model``: weights from elsewhere, unchecked, and another kind of output.
+NOT_OVERRIDES = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+}
 
 
 class WeightsSource(Frozen):
@@ -94,8 +108,13 @@ class Pvr(Frozen):
         made, blocks = self.recipe, self.blocks
         if blocks is not None and (not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0):
             raise ValueError(f"blocks {list(blocks)} are no rising list of numbers")
-        if min(made.resize or 1, made.crop or 1) < 1 or min(made.std) <= 0:
-            raise ValueError("the recipe's resize, crop or std is not positive")
+        sizes = [size for size in (made.resize, made.crop) if size is not None]
+        if not all(1 <= size <= LARGEST for size in sizes):
+            raise ValueError(f"the recipe's resize and crop must be 1 to {LARGEST} pixels")
+        if min(made.std) <= 0 or not all(map(math.isfinite, (*made.mean, *made.std))):
+            raise ValueError("the recipe's mean and std must be numbers, and std positive")
+        if elsewhere := sorted(NOT_OVERRIDES & self.overrides.keys()):
+            raise ValueError(f"override {elsewhere[0]} is not of the architecture; source names the weights")
         return self
 
     @property

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from pvrpipe.pipeline.pvrs import Pooling, Pvr
+from pvrpipe.pipeline.pvrs import LARGEST, Pooling, Pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.schemas.specifications import EncoderIdentity
 
-SMALLEST, LARGEST = 16, 2048  # pixels of a side
+SMALLEST = 16  # pixels of a side
 
 
 @dataclass(frozen=True)

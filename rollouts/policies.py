@@ -45,6 +45,7 @@ OU_DEVIATION = 0.6  # of the processes, as a fraction of half the action range
 EXAMPLE = 'e.g. random:0.5,mpc:0.5, mpc@0.5+0.3~0.1 or run="my+run"'
 ENTRY_POINTS = "pvrpipe.policies"
 MARKS = {"@": "quality", "+": "noise", "~": "epsilon"}
+LOUDEST = 1000  # times the bounds of actions: beyond any use, and written without an exponent
 QUOTED = re.compile(r"[,:@+~]")  # an argument with one of these stands in quotes
 
 Actions = Iterator[NDArray[np.float32]]
@@ -155,6 +156,8 @@ def _parse_member(text: str, part: str) -> Member:
         argument = argument[1:-1]
     if name not in POLICIES and name not in _others():
         raise UnknownNameError.among("policy", name, [*POLICIES, *_others()], hint=EXAMPLE)
+    if name == "run" and not argument:
+        raise InvalidValueError(f"policy '{text}': run takes the folder of a run, run=FOLDER; {EXAMPLE}")
     if bool(equals) != bool(argument) or (argument and name in POLICIES):
         raise InvalidValueError(f"policy '{text}': {name} takes no argument; {EXAMPLE}")
     if Path(argument).exists():  # workers run in other folders
@@ -185,8 +188,9 @@ def parse_marks(text: str, name: str, marked: Sequence[str]) -> dict[str, float]
             reason = "twice" if what in numbers else f"for {name}, only mpc has one"
             raise InvalidValueError(f"policy '{text}' gives a {what} {reason}; {EXAMPLE}")
         numbers[what] = number_above_zero(value, f"policy '{text}': {what}", EXAMPLE)
-        if what != "noise" and numbers[what] > 1:
-            raise InvalidValueError(f"policy '{text}': {what} is at most 1; {EXAMPLE}")
+        most = LOUDEST if what == "noise" else 1
+        if numbers[what] > most:
+            raise InvalidValueError(f"policy '{text}': {what} is at most {most}; {EXAMPLE}")
     return numbers
 
 

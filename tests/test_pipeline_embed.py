@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 
 from pvrpipe.pipeline import drafting
-from pvrpipe.pipeline.embed import EmbedConfig, embed
+from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.golden import COSINE, agreement, check_golden
+from pvrpipe.pipeline.golden import agreement, check_golden
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import (
@@ -194,6 +194,8 @@ def test_a_store_not_finished_when_its_rollouts_grew_is_finished_and_grows(
         embed(rollouts, [(autoencoder, tmp_path / "e")], APPEND, stopped)
     embedded("undisturbed", APPEND)
     grow(rollouts, (9, 11), seed=2)
+    with pytest.raises(OutputExistsError, match="finishes that first"):
+        estimate(rollouts, [(autoencoder, tmp_path / "e")], APPEND)
     assert embedded("e", APPEND) == embedded("undisturbed", APPEND)
     assert verify(tmp_path / "e") == []
 
@@ -382,8 +384,8 @@ def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_pa
 
 def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -> None:
     zeros, ones = np.zeros((1, 4)), np.ones((1, 4))
-    assert agreement(zeros, zeros, COSINE["fp32"]) == (1.0, True)  # R2D2 finds nothing
-    assert agreement(zeros, ones, COSINE["fp32"]) == (0.0, False)
-    cosine, agree = agreement(2 * ones, ones, COSINE["fp32"])  # a projection that was not normalised
+    assert agreement(zeros, zeros) == (1.0, True)  # R2D2 finds nothing
+    assert agreement(zeros, ones) == (0.0, False)
+    cosine, agree = agreement(2 * ones, ones)  # a projection that was not normalised
     assert cosine == pytest.approx(1.0)
     assert not agree

@@ -42,7 +42,9 @@ def test_a_timm_name_is_the_models_own_output(tmp_path: Path, name: str) -> None
     assert encoder.identity.shape == (encoder.pvr.width,)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_b0", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "efficientnet_b0", "regnety_002", "swin_tiny_patch4_window7_224"]
+)
 def test_a_timm_network_has_the_maps_of_its_stages(tmp_path: Path, name: str) -> None:
     reference = randomised(timm.create_model(name))
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
@@ -291,8 +293,13 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         ({"blocks": [-1]}, "rising"),
         ({"width": 0}, "width"),
         ({"name": ".."}, "name"),
-        ({"recipe": {"resize": -3}}, "not positive"),
-        ({"recipe": {"std": [0, 0, 0]}}, "not positive"),
+        ({"recipe": {"resize": -3}}, "1 to 2048 pixels"),
+        ({"recipe": {"resize": 0}}, "1 to 2048 pixels"),
+        ({"recipe": {"crop": 10**30}}, "1 to 2048 pixels"),
+        ({"recipe": {"std": [0, 0, 0]}}, "std positive"),
+        ({"recipe": {"mean": ["nan", 0, 0]}}, "must be numbers"),
+        ({"overrides": {"checkpoint_path": "/etc/passwd"}}, "source names the weights"),
+        ({"overrides": {"pretrained": True}}, "source names the weights"),
         ({"keys": {"drop": ["["]}}, r"'\['.*regular expression"),
         ({"keys": {"rename": [["(a)", r"\3"]]}}, "regular expression"),
         ({"positions": "rope-bf16"}, "cannot be built"),

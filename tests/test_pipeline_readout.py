@@ -231,14 +231,6 @@ def test_a_size_that_a_network_cannot_take_is_one_line() -> None:
         encoder_with("clip-rn50", Path("random:0"), size=100)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "regnety_002", "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("pooling", ["average", "conv-map"])
-def test_a_network_whose_stages_have_no_names_gives_its_own_output_only(name: str, pooling: str) -> None:
-    """The pooled output was pooled again, over its features: an embedding of one number."""
-    with pytest.raises(InvalidValueError, match=r"has pooled; choose"):
-        encoder_with(f"timm:{name}", Path("random:0"), pooling=pooling)
-
-
 def test_a_pooling_that_timm_has_no_way_to_is_one_line() -> None:
     with pytest.raises(InvalidValueError, match=r"timm:cait_xxs24_224 cannot make --pool mean"):
         encoder_with("timm:cait_xxs24_224", Path("random:0"), pooling="mean")

@@ -74,6 +74,8 @@ def test_assignment_is_shuffled_by_the_seed_alone() -> None:
         ("mpc+", InvalidValueError, "noise ''"),
         ("mpc+inf", InvalidValueError, "noise 'inf'"),
         ("mpc~2", InvalidValueError, "epsilon is at most 1"),
+        ("random+1e300", InvalidValueError, "noise is at most 1000"),
+        ("run=", InvalidValueError, "run takes the folder of a run"),
         ("mpc~0.1~0.3", InvalidValueError, "epsilon twice"),
         ("ou@0.5", InvalidValueError, "only mpc has one"),
         ("mpc:1,mpc:2", InvalidValueError, "twice"),
