@@ -73,9 +73,8 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
                 ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
             )
             task = task_of(str(environment), str(variation))
-            axis.set_title(
-                f"{task}, {model} {size}", loc="right"
-            )  # over the labels, where long ones leave room
+            # Over the labels on the left, where long ones leave no room beside them.
+            axis.set_title(f"{task}, {model} {size}", loc="right")
             axis.set_xlabel(f"{name}, {part['horizon'][0]} rows")
             axis.set_xlim(left=0)
             axis.set_ylim(-0.8, len(ordered) - 0.2)

@@ -292,7 +292,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "state": record.state,
         "updates": str(done) if done == wanted else f"{done} of {wanted}",
         "loss": last["train"].get("loss"),
-        "val_loss": (record.result or last)["val"].get("loss"),
+        "val_loss": (record.result or {}).get("val", last["val"]).get("loss"),
     }
 
 
