@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pvrpipe.pipeline.transfers import ReadAhead, Upload, decoding_threads
+from pvrpipe.pipeline.transfers import ReadAhead, Upload, decoding_threads, in_order
 from pvrpipe.schemas.errors import PvrpipeError
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
@@ -56,21 +58,26 @@ class ShardReader:
             begun.close()
         self._begun.clear()
 
-    def _batches(self, shard: int, size: int) -> Iterator[Decoded]:
-        shape = self._store.column("frame").shape
+    def _batches(self, shard: int, size: int) -> Generator[Decoded, None, None]:
         total = self._store.manifest.shards[shard].rows
-        for start in range(0, total, size):
-            began = time.perf_counter()
-            frames = self._upload.room((min(size, total - start), *shape))
-            rows = self._read(shard, start, frames.numpy())
-            yield Decoded(rows, self._upload(frames), time.perf_counter() - began)
+        read = in_order(partial(self._batch, shard, size, total), range(0, total, size), self._threads)
+        with contextlib.closing(read):
+            for rows, frames, seconds in read:
+                yield Decoded(rows, self._upload(frames), seconds)
+
+    def _batch(self, shard: int, size: int, total: int, start: int) -> tuple[dict[str, Rows], Tensor, float]:
+        """Rows from ``start``, their frames where the device copies from, and how long that took."""
+        began = time.perf_counter()
+        frames = self._upload.room((min(size, total - start), *self._store.column("frame").shape))
+        rows = self._read(shard, start, frames.numpy())
+        return rows, frames, time.perf_counter() - began
 
     def _read(self, shard: int, start: int, frames: Rows) -> dict[str, Rows]:
         """Rows of a shard, the frames into ``frames``; where one cannot be read, its episode and step are named."""
         count = len(frames)
         try:
             opened = self._store.shard(shard)
-            opened.rows("frame", start, count, frames, self._threads)
+            opened.rows("frame", start, count, frames)
             return {name: opened.rows(name, start, count) for name in self._columns}
         except PvrpipeError as error:
             if count == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -14,10 +16,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.embedding import CARRIED
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
-from pvrpipe.pipeline.transfers import Upload, decoding_threads, download
+from pvrpipe.pipeline.transfers import download
 from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
@@ -279,19 +282,17 @@ def _with_splits_of(store: Store, draft: Manifest) -> Manifest:
 
 def _rate(store: Store, encoder: Encoder) -> float:
     """Frames per second of one worker: the median over a few batches of the first shard, read and all."""
-    upload, threads, times = Upload(encoder.device), decoding_threads(encoder.device), list[float]()
-    shard, rows = store.shard(0), store.manifest.shards[0].rows
-    began = time.perf_counter()
-    with suitable_threads(encoder.device):
-        for _ in range(1 + MEASURED_BATCHES):
-            started = time.perf_counter()
-            frames = upload.room((min(rows, encoder.batch), *store.column("frame").shape))
-            shard.rows("frame", 0, len(frames), frames.numpy(), threads)
-            download(encoder.encode(upload(frames)()))()
-            times.append(time.perf_counter() - started)
-            if time.perf_counter() - began > MEASURED_SECONDS:
+    encoder.replay()
+    began = [time.perf_counter()]
+    batches = iter(ShardReader(store, encoder.device).batches(0, encoder.batch))
+    with suitable_threads(encoder.device), contextlib.closing(batches):
+        for decoded in itertools.islice(batches, 1 + MEASURED_BATCHES):
+            download(encoder.encode(decoded.frames()))()
+            began.append(time.perf_counter())
+            if began[-1] - began[0] > MEASURED_SECONDS:
                 break
-    return encoder.batch / float(np.median(times[1:] or times))  # a batch is padded to its size
+    times = np.diff(began)
+    return encoder.batch / float(np.median(times[1:] if len(times) > 1 else times))  # batches are padded
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor
 from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
 from pvrpipe.pipeline.memory import no_room, smaller
-from pvrpipe.pipeline.transfers import download, one_behind
+from pvrpipe.pipeline.transfers import ReadAhead, download
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
@@ -83,6 +83,18 @@ class Work:
     failed: bool = False
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of embeddings for one target."""
+
+    work: Work
+    rows: dict[str, Rows]
+    embedding: Callable[[], NDArray[np.float32]]
+    """waits for them, and gives them"""
+    seconds: float
+    """that it took to encode them, or on a GPU to tell it to"""
+
+
 class ShardEmbedder:
     """Embeds shards of one rollout store for several targets, decoding every frame once.
 
@@ -96,6 +108,7 @@ class ShardEmbedder:
         self.encoders = [Encoder(target.request) for target in targets]
         for target, encoder in zip(targets, self.encoders, strict=True):
             _refuse_another(target.specification, encoder, self.store.column("frame").shape)
+            encoder.replay()
         self._reader = ShardReader(self.store, self.encoders[0].device)
 
     def attempt(self, shard: int) -> ShardOutcome:
@@ -152,8 +165,7 @@ class ShardEmbedder:
             for encoder, batch in zip(self.encoders, batches, strict=True):
                 encoder.batch = batch
             try:
-                with suitable_threads(self.encoders[0].device):
-                    return self._at_these_batches(shard)
+                return self._at_these_batches(shard)
             except OutOfRoomError as error:
                 index = self.encoders.index(error.work.encoder)
             if batches[index] == 1:
@@ -173,10 +185,11 @@ class ShardEmbedder:
             ]
             for work in works:
                 outcome.model_seconds[str(work.target.folder)] = 0.0
-            with contextlib.closing(one_behind(self._encoded(shard, works, outcome))) as encoded:
-                for work, rows, embedding in encoded:
-                    with _failing(work, outcome):
-                        _write(work, rows, embedding, outcome)
+            # A thread encodes, a few batches ahead of this one, which waits for them and writes.
+            with contextlib.closing(iter(ReadAhead(self._encoded(shard, works, outcome)))) as encoded:
+                for batch in encoded:
+                    with _failing(batch.work, outcome):
+                        _write(batch, outcome)
             sizes = [work.encoder.batch for work in works]
             writers = stack.pop_all()
 
@@ -193,25 +206,28 @@ class ShardEmbedder:
 
     def _encoded(
         self, shard: int, works: Sequence[Work], outcome: ShardOutcome
-    ) -> Iterator[tuple[Work, dict[str, Rows], Callable[[], NDArray[np.float32]]]]:
+    ) -> Generator[Encoded, None, None]:
         """Batches of embeddings on their way from the device, and the rows beside them.
 
         Each encoder has batches of its own size, whichever encoders it shares the frames with.
         """
         largest = max(works, key=lambda work: work.encoder.batch)
+        batches = iter(self._reader.batches(shard, largest.encoder.batch))
         try:
-            for decoded in self._reader.batches(shard, largest.encoder.batch):
-                frames = decoded.frames()
-                outcome.rows += len(frames)
-                outcome.read_seconds += decoded.seconds
-                for work in works:
-                    for at in range(0, len(frames), work.encoder.batch):
-                        if work.failed:
-                            break
-                        part = slice(at, at + work.encoder.batch)
-                        with timed_model(work, outcome):
+            with suitable_threads(largest.encoder.device), contextlib.closing(batches):
+                for decoded in batches:
+                    frames = decoded.frames()
+                    outcome.rows += len(frames)
+                    outcome.read_seconds += decoded.seconds
+                    for work in works:
+                        for at in range(0, len(frames), work.encoder.batch):
+                            if work.failed:
+                                break
+                            part = slice(at, at + work.encoder.batch)
+                            rows = {name: column[part] for name, column in decoded.rows.items()}
+                            began = time.perf_counter()
                             embedding = download(_encode(work, frames[part]))
-                        yield work, {name: column[part] for name, column in decoded.rows.items()}, embedding
+                            yield Encoded(work, rows, embedding, time.perf_counter() - began)
         except torch.OutOfMemoryError:
             raise OutOfRoomError(largest) from None
 
@@ -235,17 +251,17 @@ def _encode(work: Work, frames: Tensor) -> Tensor:
         raise OutOfRoomError(work) from None
 
 
-def _write(
-    work: Work, rows: Mapping[str, Rows], arriving: Callable[[], NDArray[np.float32]], outcome: ShardOutcome
-) -> None:
-    if work.failed:
+def _write(batch: Encoded, outcome: ShardOutcome) -> None:
+    if batch.work.failed:
         return
-    specification = work.target.specification
-    with timed_model(work, outcome):
-        embedding = arriving()
+    target = batch.work.target
+    began = time.perf_counter()
+    embedding = batch.embedding()
+    outcome.model_seconds[str(target.folder)] += batch.seconds + time.perf_counter() - began
     with timed(outcome, "write_seconds"):
-        stored = stored_as(embedding, specification.dtype, specification.encoder.name, rows)
-        work.writer.write_rows({**rows, "embedding": stored})
+        made = target.specification
+        stored = stored_as(embedding, made.dtype, made.encoder.name, batch.rows)
+        batch.work.writer.write_rows({**batch.rows, "embedding": stored})
 
 
 def stored_as(embedding: NDArray[np.float32], dtype: str, encoder: str, rows: Mapping[str, Rows]) -> Rows:
@@ -272,11 +288,3 @@ def timed(outcome: ShardOutcome, name: str) -> Iterator[None]:
         yield
     finally:
         setattr(outcome, name, getattr(outcome, name) + time.perf_counter() - started)
-
-
-@contextlib.contextmanager
-def timed_model(work: Work, outcome: ShardOutcome) -> Iterator[None]:
-    """Add the seconds spent inside to the model's of that store."""
-    started = time.perf_counter()
-    yield
-    outcome.model_seconds[str(work.target.folder)] += time.perf_counter() - started

@@ -20,6 +20,7 @@ from pvrpipe.pipeline.networks import Network, build_network
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.readout import Readout, read_out
+from pvrpipe.pipeline.replaying import Replayed
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
@@ -93,7 +94,8 @@ class Encoder:
         network.narrow()
         self.network = frozen(network.channels_last().to(self.device))
         self.identity = self.identity_on(self.pvr.recipe.crop or NATIVE, self.pvr.recipe.crop or NATIVE)
-        self.compiled, self._compute = False, _computing(self.network, self.pvr.recipe)
+        self.compiled = False
+        self._compute: Callable[[Tensor], Tensor] = _computing(self.network, self.pvr.recipe)
         if request.compiled:
             self.compile()
 
@@ -144,7 +146,7 @@ class Encoder:
         return self.encode(torch.from_numpy(frames).to(self.device)).float().cpu().numpy()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device."""
+        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device; what it gives holds until the next."""
         lacking = self.batch - len(pixels)
         full = F.pad(pixels, (0, 0) * 3 + (0, lacking)) if lacking else pixels
         return self.forward(full)[: len(pixels)]
@@ -155,6 +157,11 @@ class Encoder:
         bf16 = self.precision == "bf16"
         with exact(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self._compute(pixels)
+
+    def replay(self) -> None:
+        """On a GPU, from now on launch all kernels of a batch as one; the bits stay."""
+        if self.device.type == "cuda" and not self.compiled and not isinstance(self._compute, Replayed):
+            self._compute = Replayed(self._compute)
 
     def compile(self) -> None:
         """Compile, to be replayed as a CUDA graph; what is chosen by timing, and would change bits, is not."""

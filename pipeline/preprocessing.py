@@ -6,6 +6,8 @@ the result is theirs to two grey levels, and to a tenth of one on average (tests
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,10 +32,22 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
         pixels = _resized(pixels, recipe, recipe.resize)
     if recipe.crop is not None:
         pixels = _middle(pixels, recipe.crop)
-    mean = torch.tensor(recipe.mean, device=frames.device).view(1, 3, 1, 1)
-    std = torch.tensor(recipe.std, device=frames.device).view(1, 3, 1, 1)
+    scale, shift = _scale_and_shift(recipe.mean, recipe.std, frames.device)
     values = pixels.to(torch.float32, memory_format=torch.channels_last)
-    return values.mul_(1 / (255 * std)).sub_(mean / std)
+    return values.mul_(scale).sub_(shift)
+
+
+@functools.cache
+@torch.inference_mode(mode=False)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What bytes are multiplied by, and what is subtracted then, (1, 3, 1, 1) each.
+
+    Kept, because to bring numbers to a GPU from memory that is not pinned is to wait for all that it has to do.
+    """
+    means, deviations = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return 1 / (255 * deviations), means / deviations
 
 
 def _resized(pixels: Tensor, recipe: Recipe, side: int) -> Tensor:

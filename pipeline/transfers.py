@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DECODERS = 16  # threads at most
-READ_AHEAD = 2  # batches that wait, decoded and on the device
+DECODERS = 8  # threads at most; each holds a batch
+READ_AHEAD = 2  # batches that wait, on the device, or embedded
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -51,12 +54,14 @@ class Upload:
         return arrived
 
 
-def decoding_threads(device: torch.device) -> ThreadPoolExecutor | None:
-    """What decodes frames for a GPU, which encodes them faster than one thread decodes: its share of the processors."""
+def decoding_threads(device: torch.device) -> int:
+    """How many threads decode frames, each a batch: for a GPU, its share of the processors.
+
+    None for a CPU, which encodes more slowly than the thread that reads ahead decodes.
+    """
     if device.type != "cuda":
-        return None
-    share = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
-    return ThreadPoolExecutor(max(1, min(DECODERS, share)), thread_name_prefix="decode")
+        return 0
+    return max(1, min(DECODERS, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
 
 
 def download(values: Tensor) -> Callable[[], NDArray[np.float32]]:
@@ -76,26 +81,34 @@ def download(values: Tensor) -> Callable[[], NDArray[np.float32]]:
     return arrived
 
 
-def one_behind(items: Iterator[T]) -> Generator[T, None, None]:
-    """Each item once the next has been begun: the device computes that while this one is waited for."""
-    last: list[T] = []
-    for item in items:
-        if last:
-            yield last.pop()
-        last.append(item)
-    yield from last
+def in_order(work: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
+    """``work`` of each item, in order; with threads, each of them is one item ahead."""
+    if not threads:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        begun: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) > threads:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class ReadAhead(Generic[T]):
     """An iterator that a thread runs, a few items ahead, from now on; its errors are raised to who iterates."""
 
-    def __init__(self, items: Iterator[T]) -> None:
+    def __init__(self, items: Generator[T, None, None]) -> None:
         self._ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(READ_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items,), name="read-ahead", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Generator[T, None, None]:
         """The items; the thread ends with the iteration."""
         try:
             while (item := self._ready.get()) is not None:
@@ -110,12 +123,13 @@ class ReadAhead(Generic[T]):
         self._stopped.set()
         self._thread.join()
 
-    def _run(self, items: Iterator[T]) -> None:
+    def _run(self, items: Generator[T, None, None]) -> None:
         try:
-            for item in items:
-                self._put((item,))
-                if self._stopped.is_set():
-                    return
+            with contextlib.closing(items):
+                for item in items:
+                    self._put((item,))
+                    if self._stopped.is_set():
+                        return
             self._put(None)
         except BaseException as error:
             self._put(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pvrpipe.schemas.errors import one_line
+from pvrpipe.schemas.errors import CorruptStoreError, one_line
 from pvrpipe.schemas.manifest import Column, Manifest
 from pvrpipe.store.columns import arrow_field, arrow_schema, decode, encode
 from pvrpipe.store.mapping import Span, proven_spans, zstd_page
@@ -19,8 +21,10 @@ from pvrpipe.store.shards import Decoded, Rows, Shard
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
 PACKED_GROUP_BYTES = 4 << 20  # what a reader must decompress to see one frame
 DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 4 MiB
+SCALARS_LIMIT = (
+    16 << 20
+)  # of a column of scalars that is read at once, and kept; ours have some kilobytes a shard
 SLACK = 1 << 20  # bytes that pages may hold beyond the values that they should
-ZSTD = pa.Codec("zstd")
 PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
 
 
@@ -29,6 +33,8 @@ class ParquetShard(Shard):
 
     def __init__(self, folder: Path, manifest: Manifest, index: int, decoded: Decoded | None = None) -> None:
         super().__init__(folder, manifest, index, decoded)
+        self._columns: dict[str, Rows | None] = {}
+        self._one_at_a_time = threading.Lock()  # threads may share a shard, not pyarrow's reader
         try:
             self._chunks = read_chunks(self.data)
             self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self.data)))
@@ -61,20 +67,58 @@ class ParquetShard(Shard):
         column, count = self.column(name), self.groups[group]
         if column.width * count > DECODED_LIMIT:
             raise self.corrupt(f"column '{name}' has a row group of more than {DECODED_LIMIT >> 20} MiB")
+        if column.shape == ():
+            scalars = self._scalars(column)
+            if scalars is not None:
+                return scalars[self.first[group] : self.first[group + 1]]
+        rows = np.empty((count, *column.shape), column.dtype)
+        if self._decompressed(column, group, rows):
+            return rows
+        with self._one_at_a_time:
+            return self._read_groups(column, group, group + 1)
+
+    def _scalars(self, column: Column) -> Rows | None:
+        """All rows of a column of scalars, read once; None where they are too many, or not all can be read."""
+        with self._one_at_a_time:
+            if column.name not in self._columns:
+                rows = None
+                if column.width * int(self.first[-1]) <= SCALARS_LIMIT:
+                    with contextlib.suppress(CorruptStoreError):
+                        rows = self._read_groups(column, 0, len(self.groups))
+                self._columns[column.name] = rows
+            return self._columns[column.name]
+
+    def _read_groups(self, column: Column, begin: int, end: int) -> Rows:
+        """Decode row groups of a column, however they are written."""
+        name, count = column.name, int(self.first[end] - self.first[begin])
         try:
-            chunk = self._chunks[group][name]
-            page = zstd_page(self.data, self._parquet.metadata.schema, chunk, column)
-            if page is not None:
-                values = ZSTD.decompress(pa.py_buffer(page), column.width * count)
-                return np.frombuffer(values, column.dtype).reshape(count, *column.shape)
-            self._refuse_bomb(column, group)
-            table = self._parquet.read_row_group(group, columns=[name], use_threads=False)
+            for group in range(begin, end):
+                self._refuse_bomb(column, group)
+            table = self._parquet.read_row_groups(range(begin, end), columns=[name], use_threads=False)
             rows = decode(column, table.column(name))
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise self.corrupt(f"column '{name}' cannot be read ({one_line(error)[:200]})") from None
         if len(rows) != count:
-            raise self.corrupt(f"column '{name}' has {len(rows)} rows in a group of {count}")
+            raise self.corrupt(f"column '{name}' has {len(rows)} rows in groups of {count}")
         return rows
+
+    def _read_into(self, name: str, group: int, out: Rows) -> None:
+        if self.mapped(name) is not None or not self._decompressed(self.column(name), group, out):
+            super()._read_into(name, group, out)
+
+    def _decompressed(self, column: Column, group: int, out: Rows) -> bool:
+        """Decompress the page of one row group into ``out``, unless it is not one plain zstd page."""
+        try:
+            chunk = self._chunks[group][column.name]
+            page = zstd_page(self.data, self._parquet.metadata.schema, chunk, column)
+            if page is None or len(out) != chunk.values or not out.flags.c_contiguous:
+                return False
+            with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(page)), "zstd") as stream:
+                if stream.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes or stream.read(1):
+                    raise ValueError(f"its page does not hold {out.nbytes} bytes")
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise self.corrupt(f"column '{column.name}' cannot be read ({one_line(error)[:200]})") from None
+        return True
 
     def _refuse_bomb(self, column: Column, group: int) -> None:
         """Before anything is decompressed: the type is the column's, and the pages hold about its rows.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +73,10 @@ class Shard(ABC):
         """Decode the rows of one group of a column that cannot be mapped, where the format can do that."""
         raise self.corrupt(f"column '{name}', group {group}: cannot be mapped")
 
+    def _read_into(self, name: str, group: int, out: Rows) -> None:
+        """All rows of one group into ``out``, on no detour where the format can do that."""
+        out[:] = self.group(name, group)
+
     def mapped(self, name: str) -> tuple[Rows, ...] | None:
         """The column's groups as arrays in the mapped file, or None if the file does not prove them."""
         if name not in self._mapped:
@@ -93,24 +96,21 @@ class Shard(ABC):
             self._decoded.keep((self._number, name, group), rows)
         return rows
 
-    def rows(
-        self, name: str, start: int, count: int, out: Rows | None = None, threads: Executor | None = None
-    ) -> Rows:
-        """``count`` rows from ``start``, as an array of their own or into ``out``; threads, if any, decode them."""
+    def rows(self, name: str, start: int, count: int, out: Rows | None = None) -> Rows:
+        """``count`` rows from ``start``, as an array of their own or into ``out``."""
         column = self.column(name)
         found = np.empty((count, *column.shape), column.dtype) if out is None else out
         groups = range(
             int(np.searchsorted(self.first, start, "right")) - 1,
             int(np.searchsorted(self.first, start + count)),
         )
-
-        def place(group: int) -> None:
-            low, high = max(start, int(self.first[group])), min(start + count, int(self.first[group + 1]))
-            there = self.first[group]
-            found[low - start : high - start] = self.group(name, group)[low - there : high - there]
-
-        for _ in (map if threads is None else threads.map)(place, groups):
-            pass
+        for group in groups:
+            first, end = int(self.first[group]), int(self.first[group + 1])
+            low, high = max(start, first), min(start + count, end)
+            if (low, high) == (first, end):
+                self._read_into(name, group, found[low - start : high - start])
+            else:
+                found[low - start : high - start] = self.group(name, group)[low - first : high - first]
         return found
 
     def batches(self, columns: Sequence[str], size: int) -> Iterator[dict[str, Rows]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.memory import Need, even_batch, fit, passes, peak_of, smaller, tried_until_it_fits
-from pvrpipe.pipeline.transfers import ReadAhead, one_behind
+from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.records import Episode
 from pvrpipe.store.describing import describe
@@ -219,13 +219,17 @@ def test_memory_of_a_batch_is_measured() -> None:
     assert 30 << 20 < peak.bytes < 60 << 20
 
 
-def test_what_is_read_ahead_and_one_behind_is_in_order_and_raises_here() -> None:
-    def failing(until: int) -> Iterator[int]:
+def test_what_threads_read_ahead_is_in_order_and_raises_here() -> None:
+    def failing(until: int) -> Generator[int, None, None]:
         yield from range(until)
         raise ZeroDivisionError
 
-    assert list(one_behind(iter(range(4)))) == [0, 1, 2, 3]
-    assert list(one_behind(iter(()))) == []
+    for threads in (0, 3):
+        assert list(in_order(lambda n: n**2, range(9), threads)) == [n**2 for n in range(9)]
+        items = in_order(lambda n: 1 // (5 - n), range(9), threads)
+        assert [next(items) for _ in range(5)] == [0, 0, 0, 0, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(items)
     items = iter(ReadAhead(failing(5)))
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):

@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from pvrpipe.schemas.records import Episode, EpisodeInfo
@@ -50,14 +50,17 @@ def black_frames(tmp_path: Path) -> Store:
 
 def test_decoded_frames_of_many_shards_are_let_go(black_frames: Store) -> None:
     assert EPISODES * DECODED_EPISODE > 1.5 * DECODED_BYTES
-    before = pa.total_allocated_bytes()  # pages are decompressed into Arrow's memory
-    for episode in range(EPISODES):
-        black_frames.read_episode(episode, ["frame"])
-    assert 0 < pa.total_allocated_bytes() - before <= DECODED_BYTES + (4 << 20)
     windows = WindowSampler(black_frames, ["frame"], batch=4, length=5, seed=0, split=None, backing="mapped")
-    for k in range(25):
-        windows.batch(k)
-    assert pa.total_allocated_bytes() - before <= DECODED_BYTES + (4 << 20)
+    tracemalloc.start()  # NumPy tells it of its arrays
+    try:
+        for episode in range(EPISODES):
+            black_frames.read_episode(episode, ["frame"])
+        assert tracemalloc.get_traced_memory()[0] <= DECODED_BYTES + (4 << 20)
+        for k in range(25):
+            windows.batch(k)
+        assert DECODED_BYTES // 2 < tracemalloc.get_traced_memory()[0] <= DECODED_BYTES + (4 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:

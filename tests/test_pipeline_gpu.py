@@ -1,0 +1,102 @@
+"""The stage on a GPU: what is recorded and replayed, what cannot be, and memory that does not suffice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
+from pvrpipe.pipeline.embed import embed
+from pvrpipe.pipeline.embedding import ShardEmbedder, Target
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
+from pvrpipe.pipeline.replaying import Replayed
+from pvrpipe.store.building import PendingStore
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+from .brittle import brittle
+from .conftest import WriteStore
+
+pytestmark = pytest.mark.gpu
+INLINE = EmbedConfig(engine="inline")
+
+
+def embeddings(folder: Path) -> list[np.ndarray]:
+    store = Store.open(folder)
+    return [store.read_episode(int(n), ["embedding"])["embedding"] for n in store.episodes["episode"]]
+
+
+@pytest.fixture
+def rollouts(write_rollouts: WriteStore) -> Path:
+    return write_rollouts((90, 70, 40), size=64)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("pvr", ["resnet18", "resnet50", "mae-b", "clip-rn50"])
+def test_a_recorded_batch_has_the_bits_of_kernels_launched_one_by_one(
+    rollouts: Path, pvr: str, precision: Precision
+) -> None:
+    encoder = Encoder(EncoderRequest(pvr, "random:0", precision, "cuda", batch=32))
+    frames = torch.from_numpy(Store.open(rollouts).read_episode(0)["frame"]).cuda()
+    batches = [frames[:32], frames[32:64], frames[64:]]
+    one_by_one = [encoder.encode(batch).clone() for batch in batches]
+    encoder.replay()
+    for batch, expected in zip(batches, one_by_one, strict=True):
+        torch.testing.assert_close(encoder.encode(batch), expected, rtol=0, atol=0)
+    assert isinstance(encoder._compute, Replayed)
+    assert encoder._compute.recorded
+
+
+def test_a_network_that_waits_for_the_device_is_launched_as_it_is(rollouts: Path, tmp_path: Path) -> None:
+    request = EncoderRequest(brittle(tmp_path / "pvr", 64).pvr, "random:0", device="cuda", batch=32)
+    encoder = Encoder(request)
+    frames = torch.from_numpy(Store.open(rollouts).read_episode(0)["frame"][:32]).cuda()
+    expected = encoder.encode(frames).clone()
+    encoder.replay()
+    for _ in range(3):
+        torch.testing.assert_close(encoder.encode(frames), expected, rtol=0, atol=0)
+    assert isinstance(encoder._compute, Replayed)
+    assert not encoder._compute.recorded
+
+
+def test_a_gpu_without_room_halves_the_batch_and_loses_nothing(rollouts: Path, tmp_path: Path) -> None:
+    """As when someone else's job takes its memory once the store has been begun."""
+    store = Store.open(rollouts)
+    request = EncoderRequest("resnet18", "random:0", device="cuda", batch=64)
+    made = draft(store, request, tmp_path / "e", INLINE)
+    shards = range(len(store.manifest.shards))
+    with PendingStore.begin(tmp_path / "e", made.manifest) as pending:
+        target = Target(
+            made.request, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset(shards)
+        )
+        embedder = ShardEmbedder(rollouts, [target])
+        torch.cuda.empty_cache()
+        room = torch.cuda.memory_reserved() + made.need.batch // 2
+        try:
+            torch.cuda.set_per_process_memory_fraction(
+                room / torch.cuda.get_device_properties(0).total_memory
+            )
+            outcomes = list(embedder.each(shards))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert [outcome.failures for outcome in outcomes] == [[]] * len(shards)
+        pending.seal()
+    batches = {entry.batch for entry in Store.open(tmp_path / "e").manifest.shards}
+    assert len(batches) == 1
+    (batch,) = batches
+    assert batch in (32, 16, 8)
+    assert verify(tmp_path / "e") == []
+    smaller = EncoderRequest("resnet18", "random:0", device="cuda", batch=batch)
+    embed(rollouts, [(smaller, tmp_path / "f")], INLINE)
+    for ours, theirs in zip(embeddings(tmp_path / "e"), embeddings(tmp_path / "f"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gpus_stores_are_the_same_however_often_they_are_made(rollouts: Path, tmp_path: Path) -> None:
+    request = EncoderRequest("resnet18", "random:0", "bf16", "cuda")
+    first, second = (embed(rollouts, [(request, tmp_path / name)], INLINE)[0].id for name in "ef")
+    assert first == second
+    assert verify(tmp_path / "f") == []
