@@ -282,7 +282,7 @@ def _with_splits_of(store: Store, draft: Manifest) -> Manifest:
 
 def _rate(store: Store, encoder: Encoder) -> float:
     """Frames per second of one worker: the median over a few batches of the first shard, read and all."""
-    encoder.replay()
+    encoder.replay(store.column("frame").shape)
     began = [time.perf_counter()]
     batches = iter(ShardReader(store, encoder.device).batches(0, encoder.batch))
     with suitable_threads(encoder.device), contextlib.closing(batches):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
 from pvrpipe.pipeline.memory import no_room, smaller
-from pvrpipe.pipeline.transfers import ReadAhead, download
+from pvrpipe.pipeline.transfers import READ_AHEAD, download
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
@@ -106,9 +106,10 @@ class ShardEmbedder:
         self.store = Store.open(rollouts, kind="rollouts", prove=True)
         self.targets = targets
         self.encoders = [Encoder(target.request) for target in targets]
+        frame = self.store.column("frame").shape
         for target, encoder in zip(targets, self.encoders, strict=True):
-            _refuse_another(target.specification, encoder, self.store.column("frame").shape)
-            encoder.replay()
+            _refuse_another(target.specification, encoder, frame)
+            encoder.replay(frame)
         self._reader = ShardReader(self.store, self.encoders[0].device)
 
     def attempt(self, shard: int) -> ShardOutcome:
@@ -117,12 +118,13 @@ class ShardEmbedder:
         What stops it is in its outcome, and does not stop others: frames that cannot be read (episode and step are
         named), for one store an embedding that is not finite or does not fit its dtype.
         """
-        return self._attempted(shard)()
+        (outcome,) = self.each([shard])
+        return outcome
 
     def each(self, shards: Iterable[int]) -> Iterator[ShardOutcome]:
-        """As :meth:`attempt` on each, in order; while one is computed, the last is committed and the next begun."""
+        """As :meth:`attempt` on each, in order; while one is encoded, the last is written and the next is read."""
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="commit") as thread,
+            ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
             contextlib.closing(self._reader),
         ):
             before: Future[ShardOutcome] | None = None
@@ -130,10 +132,10 @@ class ShardEmbedder:
                 assert shard is not None
                 if following is not None:
                     self._reader.begin(following, self._largest(following))
-                commit = self._attempted(shard)
+                written = self._attempted(shard, writing)
                 if before is not None:
                     yield before.result()
-                before = thread.submit(commit)
+                before = written
             if before is not None:
                 yield before.result()
 
@@ -141,31 +143,34 @@ class ShardEmbedder:
         """Rows of a shard that are read at a time: what the largest batch takes of those that it is embedded in."""
         return max(t.specification.computation.batch for t in self.targets if shard in t.todo)
 
-    def _attempted(self, shard: int) -> Commit:
+    def _attempted(self, shard: int, writing: Executor) -> Future[ShardOutcome]:
+        """Encode a shard; what becomes of it is told when it is written."""
+
         def failed(error: PvrpipeError) -> ShardOutcome:
             return ShardOutcome(shard, failures=[error])
 
         try:
-            commit = self._computed(shard)
+            commit = self._computed(shard, writing)
         except PvrpipeError as error:
-            return partial(failed, error)
+            return writing.submit(failed, error)
 
-        def attempt() -> ShardOutcome:
+        def committed() -> ShardOutcome:
             try:
                 return commit()
             except PvrpipeError as error:
                 return failed(error)
 
-        return attempt
+        return writing.submit(committed)
 
-    def _computed(self, shard: int) -> Commit:
+    def _computed(self, shard: int, writing: Executor) -> Commit:
         """Embed a shard with batches that fit; what remains to be done is to commit it."""
         batches = [target.specification.computation.batch for target in self.targets]
         while True:
             for encoder, batch in zip(self.encoders, batches, strict=True):
                 encoder.batch = batch
             try:
-                return self._at_these_batches(shard)
+                with suitable_threads(self.encoders[0].device):
+                    return self._at_these_batches(shard, writing)
             except OutOfRoomError as error:
                 index = self.encoders.index(error.work.encoder)
             if batches[index] == 1:
@@ -174,7 +179,7 @@ class ShardEmbedder:
             if self.encoders[index].device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _at_these_batches(self, shard: int) -> Commit:
+    def _at_these_batches(self, shard: int, writing: Executor) -> Commit:
         outcome = ShardOutcome(shard)
         plan, records = self.store.manifest.plan[shard], self.store.records(shard)
         with contextlib.ExitStack() as stack:
@@ -185,16 +190,20 @@ class ShardEmbedder:
             ]
             for work in works:
                 outcome.model_seconds[str(work.target.folder)] = 0.0
-            # A thread encodes, a few batches ahead of this one, which waits for them and writes.
-            with contextlib.closing(iter(ReadAhead(self._encoded(shard, works, outcome)))) as encoded:
+            under_way: deque[Future[None]] = deque()
+            stack.callback(wait, under_way)  # before a writer is closed
+            with contextlib.closing(self._encoded(works, outcome)) as encoded:
                 for batch in encoded:
-                    with _failing(batch.work, outcome):
-                        _write(batch, outcome)
+                    under_way.append(writing.submit(_write, batch, outcome))
+                    if len(under_way) > READ_AHEAD:
+                        under_way.popleft().result()
             sizes = [work.encoder.batch for work in works]
             writers = stack.pop_all()
 
         def commit() -> ShardOutcome:
             with writers:
+                for written in under_way:
+                    written.result()
                 for work, batch in zip(works, sizes, strict=True):
                     if not work.failed:
                         usual = work.target.specification.computation.batch
@@ -204,17 +213,15 @@ class ShardEmbedder:
 
         return commit
 
-    def _encoded(
-        self, shard: int, works: Sequence[Work], outcome: ShardOutcome
-    ) -> Generator[Encoded, None, None]:
+    def _encoded(self, works: Sequence[Work], outcome: ShardOutcome) -> Generator[Encoded, None, None]:
         """Batches of embeddings on their way from the device, and the rows beside them.
 
         Each encoder has batches of its own size, whichever encoders it shares the frames with.
         """
         largest = max(works, key=lambda work: work.encoder.batch)
-        batches = iter(self._reader.batches(shard, largest.encoder.batch))
+        batches = iter(self._reader.batches(outcome.shard, largest.encoder.batch))
         try:
-            with suitable_threads(largest.encoder.device), contextlib.closing(batches):
+            with contextlib.closing(batches):
                 for decoded in batches:
                     frames = decoded.frames()
                     outcome.rows += len(frames)
@@ -255,13 +262,14 @@ def _write(batch: Encoded, outcome: ShardOutcome) -> None:
     if batch.work.failed:
         return
     target = batch.work.target
-    began = time.perf_counter()
-    embedding = batch.embedding()
-    outcome.model_seconds[str(target.folder)] += batch.seconds + time.perf_counter() - began
-    with timed(outcome, "write_seconds"):
-        made = target.specification
-        stored = stored_as(embedding, made.dtype, made.encoder.name, batch.rows)
-        batch.work.writer.write_rows({**batch.rows, "embedding": stored})
+    with _failing(batch.work, outcome):
+        began = time.perf_counter()
+        embedding = batch.embedding()
+        outcome.model_seconds[str(target.folder)] += batch.seconds + time.perf_counter() - began
+        with timed(outcome, "write_seconds"):
+            made = target.specification
+            stored = stored_as(embedding, made.dtype, made.encoder.name, batch.rows)
+            batch.work.writer.write_rows({**batch.rows, "embedding": stored})
 
 
 def stored_as(embedding: NDArray[np.float32], dtype: str, encoder: str, rows: Mapping[str, Rows]) -> Rows:

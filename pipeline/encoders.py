@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -158,26 +158,28 @@ class Encoder:
         with exact(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self._compute(pixels)
 
-    def replay(self) -> None:
-        """On a GPU, from now on launch all kernels of a batch as one; the bits stay."""
-        if self.device.type == "cuda" and not self.compiled and not isinstance(self._compute, Replayed):
-            self._compute = Replayed(self._compute)
+    def replay(self, frame: tuple[int, ...]) -> None:
+        """On a GPU, from now on launch all kernels of a batch of such frames (H, W, 3) as one; the bits stay."""
+        if self.device.type != "cuda" or isinstance(self._compute, Replayed):
+            return
+        self._compute = Replayed(self._compute)
+        with contextlib.suppress(torch.OutOfMemoryError):  # whoever encodes with it will see to that
+            self.encode(torch.zeros((self.batch, *frame), dtype=torch.uint8, device=self.device))
 
     def compile(self) -> None:
-        """Compile, to be replayed as a CUDA graph; what is chosen by timing, and would change bits, is not."""
+        """Compile the network; what is chosen by timing, and would change bits, is not."""
         import torch._inductor.config
 
         torch._inductor.config.deterministic = True
         self.compiled = True
-        self._compute = torch.compile(self._compute, mode="reduce-overhead", dynamic=False)
+        self._compute = _computing(torch.compile(self.network, dynamic=False), self.pvr.recipe)
 
 
-def _computing(network: Network, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+def _computing(network: Callable[[Tensor], Tensor], recipe: Recipe) -> Callable[[Tensor], Tensor]:
     """From frames to embeddings. No method: an encoder that knew itself would keep its memory when it is let go."""
 
     def compute(pixels: Tensor) -> Tensor:
-        embedding: Tensor = network(preprocess(pixels, recipe))
-        return embedding
+        return network(preprocess(pixels, recipe))
 
     return compute
 
@@ -207,7 +209,7 @@ def frozen(network: Network) -> Network:
     return network
 
 
-@contextmanager
+@contextlib.contextmanager
 def exact() -> Iterator[None]:
     """Float32 is float32 on a GPU too, where convolutions round to ten bits else, and equal batches give equal bits."""
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -219,7 +221,7 @@ def exact() -> Iterator[None]:
         matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = before
 
 
-@contextmanager
+@contextlib.contextmanager
 def suitable_threads(device: torch.device) -> Iterator[None]:
     """On a CPU, so many threads that equal batches give equal bits; the process has its own back afterwards."""
     before = torch.get_num_threads()

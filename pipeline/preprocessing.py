@@ -7,6 +7,7 @@ the result is theirs to two grey levels, and to a tenth of one on average (tests
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 from pvrpipe.schemas.errors import EncodingError
 from pvrpipe.schemas.specifications import Recipe
+
+MOST_VALUES = 1 << 29  # of a batch of frames: the kernels count in 32 bits
 
 
 def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
@@ -27,14 +30,40 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
             f"frames must be uint8 (B, H, W, 3), these are {frames.dtype} {list(frames.shape)}; "
             "store RGB frames as uint8"
         )
+    size = _resized_to(frames, recipe)
+    window = _middle(size, recipe.crop)
+    normalise = _scale_and_shift(recipe.mean, recipe.std, frames.device)
+    kernels = _kernels(frames.device)
+    if kernels is not None and frames.numel() < MOST_VALUES:
+        return kernels(frames, size, window, recipe, normalise)
     pixels = frames.permute(0, 3, 1, 2)
-    if recipe.resize is not None:
-        pixels = _resized(pixels, recipe, recipe.resize)
-    if recipe.crop is not None:
-        pixels = _middle(pixels, recipe.crop)
-    scale, shift = _scale_and_shift(recipe.mean, recipe.std, frames.device)
-    values = pixels.to(torch.float32, memory_format=torch.channels_last)
-    return values.mul_(scale).sub_(shift)
+    if pixels.shape[2:] != size:
+        pixels = _resized(pixels, recipe, size)
+    top, left, tall, wide = window
+    scale, shift = normalise
+    values = pixels[:, :, top : top + tall, left : left + wide]
+    return values.to(torch.float32, memory_format=torch.channels_last).mul_(scale).sub_(shift)
+
+
+@functools.cache
+def _kernels(device: torch.device) -> Callable[..., Tensor] | None:
+    """Those for a GPU, where Triton is and finds a C compiler; else torch's own do the work, more slowly."""
+    if device.type != "cuda":
+        return None
+    try:
+        from pvrpipe.pipeline.resizing import resize_and_normalise
+
+        recipe = Recipe(
+            resize=4, interpolation="bicubic", antialias=True, crop=4, mean=(0,) * 3, std=(1,) * 3
+        )
+        frames, one = (
+            torch.zeros((1, 8, 8, 3), dtype=torch.uint8, device=device),
+            torch.ones(3, device=device),
+        )
+        resize_and_normalise(frames, (4, 4), (0, 0, 4, 4), recipe, (one, one))
+    except Exception:  # of Triton, of its compiler, of the driver: there is no common one
+        return None
+    return resize_and_normalise
 
 
 @functools.cache
@@ -50,22 +79,26 @@ def _scale_and_shift(
     return 1 / (255 * deviations), means / deviations
 
 
-def _resized(pixels: Tensor, recipe: Recipe, side: int) -> Tensor:
-    """The shortest side, or with ``squash`` both, to ``side`` pixels.
+def _resized_to(frames: Tensor, recipe: Recipe) -> tuple[int, int]:
+    """Height and width: the shortest side, or with ``squash`` both, as the recipe says."""
+    height, width = frames.shape[1:3]
+    side, shortest = recipe.resize, min(height, width)
+    if side is None:
+        return height, width
+    return (side, side) if recipe.squash else (side * height // shortest, side * width // shortest)
+
+
+def _resized(pixels: Tensor, recipe: Recipe, size: tuple[int, int]) -> Tensor:
+    """Pixels (B, 3, H, W) of another height and width.
 
     ``rounded``: as Pillow up to 12 does; on a CPU by torch's kernels for bytes, which compute in fixed point as Pillow
     does, and take a tenth of the time. Not ``rounded``: as torchvision resizes a float tensor.
     """
-    height, width = pixels.shape[2:]
-    shortest = min(height, width)
-    wide, tall = (side, side) if recipe.squash else (side * width // shortest, side * height // shortest)
-    if (tall, wide) == (height, width):
-        return pixels
     if not recipe.rounded:
-        return _interpolated(pixels.float(), recipe, tall, wide)
+        return _interpolated(pixels.float(), recipe, *size)
     if pixels.device.type == "cpu":
-        return _interpolated(pixels, recipe, tall, wide)
-    return resized_in_two_passes(pixels, recipe, tall, wide)
+        return _interpolated(pixels, recipe, *size)
+    return resized_in_two_passes(pixels, recipe, *size)
 
 
 def resized_in_two_passes(pixels: Tensor, recipe: Recipe, tall: int, wide: int) -> Tensor:
@@ -87,13 +120,14 @@ def _interpolated(pixels: Tensor, recipe: Recipe, tall: int, wide: int) -> Tenso
     )
 
 
-def _middle(pixels: Tensor, crop: int) -> Tensor:
-    """The middle ``crop`` × ``crop`` pixels; torchvision's CenterCrop rounds the same way."""
-    height, width = pixels.shape[2:]
+def _middle(size: tuple[int, int], crop: int | None) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the middle ``crop`` × ``crop`` pixels, as torchvision's CenterCrop rounds them."""
+    height, width = size
+    if crop is None:
+        return 0, 0, height, width
     if height < crop or width < crop:
         raise EncodingError(
             f"frames of {height} × {width} are smaller than the {crop} pixels that this encoder takes; "
             f"collect with --size {crop}"
         )
-    top, left = round((height - crop) / 2), round((width - crop) / 2)
-    return pixels[:, :, top : top + crop, left : left + crop]
+    return round((height - crop) / 2), round((width - crop) / 2), crop, crop

@@ -23,6 +23,7 @@ class Replayed:
     def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
         self.eager, self.recorded = compute, False
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream()
         self._given, self._found = torch.empty(0), torch.empty(0)
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -38,18 +39,18 @@ class Replayed:
     def _record(self, frames: Tensor) -> bool:
         """Record frames of this shape; whether that went."""
         self._graph, self._given, self._found = None, frames.clone(), torch.empty(0)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(EAGER):
-                self.eager(self._given)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         try:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(EAGER):
+                    self.eager(self._given)
+            torch.cuda.synchronize()
             # Other threads, such as those that read ahead, may use the device meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._found = self.eager(self._given)
         except torch.OutOfMemoryError:
+            self._given = torch.empty(0)
             raise
         except RuntimeError:  # an operation that waits for the device; nothing of it is left
             return False

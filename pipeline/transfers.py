@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DECODERS = 8  # threads at most; each holds a batch
-READ_AHEAD = 2  # batches that wait, on the device, or embedded
+READ_AHEAD = 2  # batches that wait, on the device or embedded
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -113,7 +113,10 @@ class ReadAhead(Generic[T]):
         try:
             while (item := self._ready.get()) is not None:
                 if isinstance(item, BaseException):
-                    raise item
+                    try:
+                        raise item
+                    finally:
+                        del item  # or it would hold the frames that it came through, and what they hold
                 yield item[0]
         finally:
             self.close()

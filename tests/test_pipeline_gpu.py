@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pvrpipe.pipeline import preprocessing
 from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
 from pvrpipe.pipeline.embed import embed
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
 from pvrpipe.pipeline.replaying import Replayed
+from pvrpipe.schemas.specifications import Recipe
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
@@ -43,11 +46,43 @@ def test_a_recorded_batch_has_the_bits_of_kernels_launched_one_by_one(
     frames = torch.from_numpy(Store.open(rollouts).read_episode(0)["frame"]).cuda()
     batches = [frames[:32], frames[32:64], frames[64:]]
     one_by_one = [encoder.encode(batch).clone() for batch in batches]
-    encoder.replay()
+    encoder.replay((64, 64, 3))
     for batch, expected in zip(batches, one_by_one, strict=True):
         torch.testing.assert_close(encoder.encode(batch), expected, rtol=0, atol=0)
     assert isinstance(encoder._compute, Replayed)
     assert encoder._compute.recorded
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "settings"),
+    [
+        (256, 256, {"resize": 224, "crop": 224}),
+        (256, 256, {"resize": 256, "crop": 224}),
+        (120, 160, {"resize": 256, "crop": 224}),
+        (120, 160, {"resize": 224, "crop": 224, "squash": True, "interpolation": "bilinear"}),
+        (256, 256, {"resize": 224, "crop": 224, "interpolation": "bilinear", "antialias": False}),
+        (256, 256, {"resize": 224, "crop": 224, "rounded": False}),
+        (64, 64, {"resize": 64, "crop": 64}),
+        (85, 97, {}),
+    ],
+    ids=str,
+)
+def test_one_kernel_for_each_axis_does_what_torchs_do(
+    height: int, width: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"resize": None, "crop": None, "interpolation": "bicubic", "antialias": True} | settings
+    recipe = Recipe(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **made)
+    noise = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (5, height, width, 3), dtype=torch.uint8, generator=noise).cuda()
+    assert preprocessing._kernels(frames.device) is not None
+    ours = preprocessing.preprocess(frames, recipe)
+    monkeypatch.setattr(preprocessing, "_kernels", lambda device: None)
+    theirs = preprocessing.preprocess(frames, recipe)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    levels = (ours - theirs).abs() * 255 * torch.tensor(recipe.std, device="cuda").view(1, 3, 1, 1)
+    assert ours.shape == theirs.shape
+    assert levels.max() < 1.01 if recipe.rounded else levels.max() < 0.01
+    assert (levels > 0.5).double().mean() < 2e-3  # halves, which go up or down by the last bit of a sum
 
 
 def test_a_network_that_waits_for_the_device_is_launched_as_it_is(rollouts: Path, tmp_path: Path) -> None:
@@ -55,7 +90,7 @@ def test_a_network_that_waits_for_the_device_is_launched_as_it_is(rollouts: Path
     encoder = Encoder(request)
     frames = torch.from_numpy(Store.open(rollouts).read_episode(0)["frame"][:32]).cuda()
     expected = encoder.encode(frames).clone()
-    encoder.replay()
+    encoder.replay((64, 64, 3))
     for _ in range(3):
         torch.testing.assert_close(encoder.encode(frames), expected, rtol=0, atol=0)
     assert isinstance(encoder._compute, Replayed)
