@@ -7,7 +7,6 @@ here. Out of torch's own kernels the same takes longer than a small ViT takes fo
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -100,14 +99,14 @@ def _along_an_axis(
 
 @triton.jit
 def _axis(
-    values: Any,
-    found: Any,
-    first: Any,
-    weights: Any,
-    scale: Any,
-    shift: Any,
-    total: Any,
-    length: Any,
+    values: tl.tensor,
+    found: tl.tensor,
+    first: tl.tensor,
+    weights: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    total: tl.tensor,
+    length: tl.tensor,
     KEPT: tl.constexpr,
     INNER: tl.constexpr,
     TAPS: tl.constexpr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ class Store:
         self.path, self.manifest, self.episodes, self._mirror = path, manifest, episodes, mirror
         self._decoded = Decoded()
         self._prove, self._proven = prove and mirror is None, set[int]()  # what was fetched was proven then
-        self.shard = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
+        self._opened = functools.lru_cache(maxsize=SHARDS_OPEN)(self._open_shard)
+        self._opening = [threading.Lock() for _ in manifest.shards]
 
     @classmethod
     def open(
@@ -113,8 +115,12 @@ class Store:
             raise UnknownNameError.among("column", name, self.columns, hint=f"of {self.path}")
         return found
 
+    def shard(self, index: int) -> Shard:
+        """One shard; kept open while it is among those used last. Of threads that ask for it, one opens it."""
+        with self._opening[index]:
+            return self._opened(index)
+
     def _open_shard(self, index: int) -> Shard:
-        """One shard; kept open while it is among those used last."""
         kind = ParquetShard if self.manifest.shard_format == "parquet" else WebDatasetShard
         with self.file(self.manifest.shards[index].file) as file:  # it may go from its cache, its map stays
             if self._prove and index not in self._proven:

@@ -81,8 +81,9 @@ def test_one_kernel_for_each_axis_does_what_torchs_do(
     assert ours.is_contiguous(memory_format=torch.channels_last)
     levels = (ours - theirs).abs() * 255 * torch.tensor(recipe.std, device="cuda").view(1, 3, 1, 1)
     assert ours.shape == theirs.shape
-    assert levels.max() < 1.01 if recipe.rounded else levels.max() < 0.01
-    assert (levels > 0.5).double().mean() < 2e-3  # halves, which go up or down by the last bit of a sum
+    # Halves go up or down by the last bit of a sum, along each axis; a bilinear filter makes many of them.
+    assert levels.max() < (2.01 if recipe.rounded else 0.01)
+    assert (levels > 0.5).double().mean() < (2e-3 if recipe.interpolation == "bicubic" else 0.05)
 
 
 def test_a_network_that_waits_for_the_device_is_launched_as_it_is(rollouts: Path, tmp_path: Path) -> None:
@@ -107,14 +108,12 @@ def test_a_gpu_without_room_halves_the_batch_and_loses_nothing(rollouts: Path, t
         target = Target(
             made.request, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset(shards)
         )
-        embedder = ShardEmbedder(rollouts, [target])
         torch.cuda.empty_cache()
-        room = torch.cuda.memory_reserved() + made.need.batch // 2
+        room = torch.cuda.memory_reserved() + made.need.weights + made.need.batch // 2
+        total = torch.cuda.get_device_properties(0).total_memory
         try:
-            torch.cuda.set_per_process_memory_fraction(
-                room / torch.cuda.get_device_properties(0).total_memory
-            )
-            outcomes = list(embedder.each(shards))
+            torch.cuda.set_per_process_memory_fraction(room / total)
+            outcomes = list(ShardEmbedder(rollouts, [target]).each(shards))
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert [outcome.failures for outcome in outcomes] == [[]] * len(shards)
