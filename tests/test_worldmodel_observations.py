@@ -17,7 +17,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.batches import resized, setting_of
 from pvrpipe.worldmodel.dreamerv3 import SIZES, DreamerV3
-from pvrpipe.worldmodel.inputs import Observation, vector
+from pvrpipe.worldmodel.inputs import Observation, Seen, vector
 from pvrpipe.worldmodel.layers import initialise
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.observations import AttentionPool, ConvDecoder, ConvEncoder, decoder_for
@@ -218,6 +218,17 @@ def test_frames_are_reduced_as_pil_does(side: int) -> None:
     for frame, small in zip(frames[0], ours, strict=True):
         theirs = np.asarray(Image.fromarray(frame).resize((side, side), how)).astype(int)
         assert np.abs(theirs - small).max() <= 1
+        if 128 % side == 0:  # PIL rounds twice
+            exact = frame.reshape(side, 128 // side, side, -1, 3).mean((1, 3))
+            assert np.abs(exact - small).max() <= 0.5
+
+
+def test_embeddings_are_squashed_once_they_are_standardised() -> None:
+    seen = Seen(vector(3), symlog_inputs=True)
+    seen.standardise.set([1.0, -2.0, 3.0], [2.0, 0.5, 4.0])
+    standard = [-4.5, 24.0, 0.5]
+    expected = [np.sign(x) * np.log1p(abs(x)) for x in standard]
+    assert seen(torch.tensor([[[-8.0, 10.0, 5.0]]])).flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_shifted_frames_are_those_of_the_published_augmentation() -> None:
