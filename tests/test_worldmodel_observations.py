@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel import tdmpc2_encoders
 from pvrpipe.worldmodel.batches import resized, setting_of
 from pvrpipe.worldmodel.dreamerv3 import SIZES, DreamerV3
 from pvrpipe.worldmodel.inputs import Observation, Seen, vector
@@ -229,6 +230,25 @@ def test_embeddings_are_squashed_once_they_are_standardised() -> None:
     standard = [-4.5, 24.0, 0.5]
     expected = [np.sign(x) * np.log1p(abs(x)) for x in standard]
     assert seen(torch.tensor([[[-8.0, 10.0, 5.0]]])).flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_longest_episode_decides_how_many_steps_a_model_counts_on(write_rollouts: Callable[..., Path]) -> None:
+    """TD-MPC2's discount follows from them."""
+    store = Store.open(write_rollouts(lengths=(9, 14, 11, 15, 13, 10)))
+    assert min(store.episodes["length"]) < max(store.episodes["length"]) == 15
+    assert setting_of(store, pixels=64, encoder="auto").steps == 15
+
+
+def test_tdmpc2s_convolutions_are_upstreams_written_out() -> None:
+    encoder, x = tdmpc2_encoders.ConvEncoder(512), torch.rand(2, 3, 64, 64, 9)
+    maps = x.flatten(0, 1).movedim(-1, 1) - 0.5
+    convolutions = [part for part in encoder.layers if isinstance(part, nn.Conv2d)]
+    assert [part.kernel_size[0] for part in convolutions] == [7, 5, 3, 3]
+    for part, stride in zip(convolutions, (2, 2, 2, 1), strict=True):
+        maps = F.conv2d(maps, part.weight, part.bias, stride)
+        maps = maps.relu() if part is not convolutions[-1] else maps
+    latent = torch.softmax(maps.reshape(2, 3, 64, 8), -1).flatten(2)
+    torch.testing.assert_close(encoder(x), latent, rtol=1e-5, atol=1e-6)
 
 
 def test_shifted_frames_are_those_of_the_published_augmentation() -> None:

@@ -15,7 +15,6 @@ from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.tdmpc2 import RHO, TDMPC2
 from pvrpipe.worldmodel.tdmpc2_values import (
-    ENTROPY,
     Ensemble,
     RunningScale,
     discount_of,
@@ -24,6 +23,7 @@ from pvrpipe.worldmodel.tdmpc2_values import (
 )
 
 WIDTH, ACTION, H = 5, 2, 3
+ENTROPY = 1e-4  # upstream's entropy_coef
 SETTING = Setting(vector(WIDTH), ACTION, state=0, steps=500, episodic=True)
 
 
