@@ -145,8 +145,10 @@ def test_models_from_frames_compile_too(name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_float32_goes_over_tf32_beside_bfloat16_alone(precision: Precision) -> None:
     """What an update asks of a GPU, whatever was asked before; that is asked again after it."""
-    model, kinds = build_model("dinowm", "1m", setting(8, 2), seed=0), (torch.backends.cuda.matmul, torch.backends.cudnn)
-    updater, asked = Updater.of("dinowm", model, learning_rate=None, warmup=0), []
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    model = build_model("dinowm", "1m", setting(8, 2), seed=0)
+    updater = Updater.of("dinowm", model, learning_rate=None, warmup=0)
+    asked: list[bool] = []
 
     def losses(batch: Any, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
         asked.extend(kind.allow_tf32 for kind in kinds)

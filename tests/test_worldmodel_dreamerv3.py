@@ -197,7 +197,9 @@ def test_imagination_goes_on_where_filtering_stopped() -> None:
     assert torch.allclose(next_deter[:, 0], deter[:, 4])
     assert torch.allclose(prior[:, 0], rssm.prior_logits(deter)[:, 4])
     assert not torch.allclose(next_deter[:, 1], deter[:, 5])  # it did not see row 4
-    rssm.prior.out.bias.data.view(SMALL.categoricals, 3)[:, 0] += 100  # the last class is left a third of unimix
+    rssm.prior.out.bias.data.view(SMALL.categoricals, 3)[:, 0] += (
+        100  # the last class is left a third of unimix
+    )
     _, stoch, _ = rssm.imagine(
         deter[:, 3], stoch[:, 3], action[:, 3:4], torch.full_like(uniform[:, :1], 0.999)
     )

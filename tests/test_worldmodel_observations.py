@@ -232,7 +232,9 @@ def test_embeddings_are_squashed_once_they_are_standardised() -> None:
     assert seen(torch.tensor([[[-8.0, 10.0, 5.0]]])).flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_longest_episode_decides_how_many_steps_a_model_counts_on(write_rollouts: Callable[..., Path]) -> None:
+def test_the_longest_episode_decides_how_many_steps_a_model_counts_on(
+    write_rollouts: Callable[..., Path],
+) -> None:
     """TD-MPC2's discount follows from them."""
     store = Store.open(write_rollouts(lengths=(9, 14, 11, 15, 13, 10)))
     assert min(store.episodes["length"]) < max(store.episodes["length"]) == 15

@@ -172,7 +172,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 
 
 def test_laprop_with_clipping_equals_a_float64_loop() -> None:
-    """Ten updates against the written-out rule, each tensor's gradient clipped in every other: always, it would cancel."""
+    """Ten updates against the written-out rule; a gradient that is clipped always would cancel, so every other is."""
     random = torch.Generator().manual_seed(0)
     parameters = [torch.randn(4, 3, generator=random).requires_grad_(), torch.zeros(5).requires_grad_()]
     optimizer = LaProp(parameters, 0.01, warmup=4)
@@ -218,7 +218,9 @@ def test_what_pools_tokens_is_as_slow_as_the_encoder_and_what_is_tuned_is_clippe
     model = build_model("tdmpc2", "1m", made, seed=0)
     model.seen.look_through(nn.Linear(3, 4 * WIDTH))
     updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
-    slow = {p for group in updater.optimizer.param_groups if group["lr"] == 0.3 * 3e-4 for p in group["params"]}
+    slow = {
+        p for group in updater.optimizer.param_groups if group["lr"] == 0.3 * 3e-4 for p in group["params"]
+    }
     assert slow == {*model.pool.parameters(), *model.encoder.parameters()}
     updater.update(1e6 * sum(p.sum() for p in model.parameters() if p.requires_grad))
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("policy.")]
