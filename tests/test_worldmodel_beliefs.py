@@ -50,6 +50,20 @@ def test_tdmpc2_predicts_from_the_row_that_it_was_asked_about() -> None:
         assert torch.allclose(ahead.latents[:, 0], model.dynamics(joint), atol=1e-6)
 
 
+def test_tdmpc2_acts_by_the_mean_of_its_policy_after_the_last_row() -> None:
+    model, batch = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0), window()
+    latent = model.encoder(batch["observation"][:, -3:].flatten(1))
+    mean = model.policy(latent)[:, :ACTION]
+    assert torch.allclose(model.act(batch["observation"]), torch.tanh(mean), atol=1e-6)
+
+
+def test_what_dreamerv3_says_of_every_row_is_its_mean_distribution() -> None:
+    model = build_model("dreamerv3", "1m", setting(WIDTH, ACTION), seed=0)
+    logits = 3 * torch.randn(20, 32, 4, generator=torch.Generator().manual_seed(0))
+    average = torch.softmax(model.average(logits), -1)
+    assert torch.allclose(average, torch.softmax(logits, -1).mean(0), atol=1e-6)
+
+
 @pytest.mark.parametrize("burn_in", [0, 1, 3])
 def test_burnt_in_rows_have_no_losses_but_where_an_episode_begins(burn_in: int) -> None:
     """The mean over all other rows, whose states were carried to them."""

@@ -224,6 +224,12 @@ def test_frames_are_reduced_as_pil_does(side: int) -> None:
             assert np.abs(exact - small).max() <= 0.5
 
 
+def test_only_what_hardly_varies_is_left_unscaled() -> None:
+    seen = Seen(vector(3))
+    seen.standardise.set([0.0, 0.0, 0.0], [0.05, 2e-4, 5e-5])
+    assert seen(torch.ones(1, 1, 3)).flatten().tolist() == pytest.approx([20, 5000, 1])
+
+
 def test_embeddings_are_squashed_once_they_are_standardised() -> None:
     seen = Seen(vector(3), symlog_inputs=True)
     seen.standardise.set([1.0, -2.0, 3.0], [2.0, 0.5, 4.0])
