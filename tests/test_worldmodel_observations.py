@@ -224,6 +224,12 @@ def test_frames_are_reduced_as_pil_does(side: int) -> None:
             assert np.abs(exact - small).max() <= 0.5
 
 
+def test_the_brightest_byte_is_one() -> None:
+    frame = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 1, 64, 64, 3)
+    seen = Seen(Observation("pixels", (64, 64, 3)))(frame)
+    assert seen[0, 0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
+
+
 def test_only_what_hardly_varies_is_left_unscaled() -> None:
     seen = Seen(vector(3))
     seen.standardise.set([0.0, 0.0, 0.0], [0.05, 2e-4, 5e-5])
