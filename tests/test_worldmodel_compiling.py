@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.worldmodel import scan
+from pvrpipe.worldmodel import rssm, scan
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
-from pvrpipe.worldmodel.compiling import losses_of
+from pvrpipe.worldmodel.compiling import Precision, computing, losses_of, update_of
 from pvrpipe.worldmodel.inputs import Observation
 from pvrpipe.worldmodel.models import Setting, build_model
+from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .planted import write_planted
@@ -138,3 +140,44 @@ def test_models_from_frames_compile_too(name: str) -> None:
         for compiled in (False, True)
     ]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_float32_goes_over_tf32_beside_bfloat16_alone(precision: Precision) -> None:
+    """What an update asks of a GPU, whatever was asked before; that is asked again after it."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    model = build_model("dinowm", "1m", setting(8, 2), seed=0)
+    updater = Updater.of("dinowm", model, learning_rate=None, warmup=0)
+    asked: list[bool] = []
+
+    def losses(batch: Any, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        asked.extend(kind.allow_tf32 for kind in kinds)
+        return model.losses(batch, drawn)
+
+    update = update_of(model, updater, losses, CPU, precision)
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for usual in (True, False):
+            for kind in kinds:
+                kind.allow_tf32 = usual
+            update(batch_of(5), ())
+            assert [kind.allow_tf32 for kind in kinds] == [usual] * 2
+    finally:
+        for kind, usual in zip(kinds, before, strict=True):
+            kind.allow_tf32 = usual
+    assert asked == [precision == "bf16"] * 4
+
+
+def test_the_recurrence_stays_in_float32_beside_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried: list[tuple[bool, set[torch.dtype]]] = []
+
+    def watched(*parts: Any) -> Any:
+        carried.append((torch.is_autocast_enabled("cpu"), {part.dtype for part in parts[:4]}))
+        return scan.posterior_scan(*parts)
+
+    monkeypatch.setattr(rssm, "posterior_scan", watched)
+    model, batch = build_model("dreamerv3", "1m", setting(8, 2), seed=0), batch_of(6)
+    with computing("bf16", CPU):
+        loss, _ = model.loss(batch, chance(0))
+    assert carried == [(False, {torch.float32})]
+    assert loss.dtype == torch.float32

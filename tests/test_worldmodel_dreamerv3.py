@@ -197,6 +197,13 @@ def test_imagination_goes_on_where_filtering_stopped() -> None:
     assert torch.allclose(next_deter[:, 0], deter[:, 4])
     assert torch.allclose(prior[:, 0], rssm.prior_logits(deter)[:, 4])
     assert not torch.allclose(next_deter[:, 1], deter[:, 5])  # it did not see row 4
+    rssm.prior.out.bias.data.view(SMALL.categoricals, 3)[:, 0] += (
+        100  # the last class is left a third of unimix
+    )
+    _, stoch, _ = rssm.imagine(
+        deter[:, 3], stoch[:, 3], action[:, 3:4], torch.full_like(uniform[:, :1], 0.999)
+    )
+    assert (stoch.argmax(-1) == 2).all()
 
 
 def batch_of(width: int, rows: int = 8) -> dict[str, Tensor]:
@@ -231,7 +238,7 @@ def test_the_kl_is_of_the_posterior_to_the_prior_and_each_term_moves_its_own_sid
         head.weight.data *= 10  # far apart, and by other amounts either way
     batch, random = batch_of(12), torch.Generator().manual_seed(0)
     drawn = model.draw(batch, random)
-    _, terms = model.losses(batch, drawn)
+    loss, terms = model.losses(batch, drawn)
     tokens = model.encoder(model.seen(batch["observation"]))
     deter, _, posterior = model.rssm.observe(tokens, batch["action"], batch["is_first"], drawn)
     p, q = (
@@ -246,6 +253,10 @@ def test_the_kl_is_of_the_posterior_to_the_prior_and_each_term_moves_its_own_sid
         grads = torch.autograd.grad(terms[name], sides, retain_graph=True, allow_unused=True)
         moved = [grad is not None and bool(grad.abs().max() > 0) for grad in grads]
         assert moved == [still is None, True]  # a later prior depends on earlier samples
+    (whole,), (alone,) = (
+        torch.autograd.grad(x, [sides[0]], retain_graph=True) for x in (loss, terms["dynamics"])
+    )
+    assert torch.allclose(whole, alone)  # dynamics counts once, not a tenth
 
 
 def test_gradients_of_every_head_reach_the_state() -> None:

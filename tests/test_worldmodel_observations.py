@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel import tdmpc2_encoders
 from pvrpipe.worldmodel.batches import resized, setting_of
 from pvrpipe.worldmodel.dreamerv3 import SIZES, DreamerV3
-from pvrpipe.worldmodel.inputs import Observation, vector
+from pvrpipe.worldmodel.inputs import Observation, Seen, vector
 from pvrpipe.worldmodel.layers import initialise
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.observations import AttentionPool, ConvDecoder, ConvEncoder, decoder_for
@@ -218,6 +219,50 @@ def test_frames_are_reduced_as_pil_does(side: int) -> None:
     for frame, small in zip(frames[0], ours, strict=True):
         theirs = np.asarray(Image.fromarray(frame).resize((side, side), how)).astype(int)
         assert np.abs(theirs - small).max() <= 1
+        if 128 % side == 0:  # PIL rounds twice
+            exact = frame.reshape(side, 128 // side, side, -1, 3).mean((1, 3))
+            assert np.abs(exact - small).max() <= 0.5
+
+
+def test_the_brightest_byte_is_one() -> None:
+    frame = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 1, 64, 64, 3)
+    seen = Seen(Observation("pixels", (64, 64, 3)))(frame)
+    assert seen[0, 0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_only_what_hardly_varies_is_left_unscaled() -> None:
+    seen = Seen(vector(3))
+    seen.standardise.set([0.0, 0.0, 0.0], [0.05, 2e-4, 5e-5])
+    assert seen(torch.ones(1, 1, 3)).flatten().tolist() == pytest.approx([20, 5000, 1])
+
+
+def test_embeddings_are_squashed_once_they_are_standardised() -> None:
+    seen = Seen(vector(3), symlog_inputs=True)
+    seen.standardise.set([1.0, -2.0, 3.0], [2.0, 0.5, 4.0])
+    standard = [-4.5, 24.0, 0.5]
+    expected = [np.sign(x) * np.log1p(abs(x)) for x in standard]
+    assert seen(torch.tensor([[[-8.0, 10.0, 5.0]]])).flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_longest_episode_decides_how_many_steps_a_model_counts_on(
+    write_rollouts: Callable[..., Path],
+) -> None:
+    """TD-MPC2's discount follows from them."""
+    store = Store.open(write_rollouts(lengths=(9, 14, 11, 15, 13, 10)))
+    assert min(store.episodes["length"]) < max(store.episodes["length"]) == 15
+    assert setting_of(store, pixels=64, encoder="auto").steps == 15
+
+
+def test_tdmpc2s_convolutions_are_upstreams_written_out() -> None:
+    encoder, x = tdmpc2_encoders.ConvEncoder(512), torch.rand(2, 3, 64, 64, 9)
+    maps = x.flatten(0, 1).movedim(-1, 1) - 0.5
+    convolutions = [part for part in encoder.layers if isinstance(part, nn.Conv2d)]
+    assert [part.kernel_size[0] for part in convolutions] == [7, 5, 3, 3]
+    for part, stride in zip(convolutions, (2, 2, 2, 1), strict=True):
+        maps = F.conv2d(maps, part.weight, part.bias, stride)
+        maps = maps.relu() if part is not convolutions[-1] else maps
+    latent = torch.softmax(maps.reshape(2, 3, 64, 8), -1).flatten(2)
+    torch.testing.assert_close(encoder(x), latent, rtol=1e-5, atol=1e-6)
 
 
 def test_shifted_frames_are_those_of_the_published_augmentation() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pvrpipe.schemas.errors import UnknownNameError
-from pvrpipe.worldmodel.inputs import vector
+from pvrpipe.worldmodel.inputs import Observation, vector
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import LaProp, Updater
 from pvrpipe.worldmodel.tdmpc2 import SIZES, TDMPC2
@@ -172,7 +172,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 
 
 def test_laprop_with_clipping_equals_a_float64_loop() -> None:
-    """Ten updates against the written-out rule, with a gradient that is clipped and one that is not."""
+    """Ten updates against the written-out rule; a gradient that is clipped always would cancel, so every other is."""
     random = torch.Generator().manual_seed(0)
     parameters = [torch.randn(4, 3, generator=random).requires_grad_(), torch.zeros(5).requires_grad_()]
     optimizer = LaProp(parameters, 0.01, warmup=4)
@@ -180,7 +180,7 @@ def test_laprop_with_clipping_equals_a_float64_loop() -> None:
     momenta, squares = ([torch.zeros_like(p) for p in expected] for _ in range(2))
     for step in range(1, 11):
         for i, p in enumerate(parameters):
-            p.grad = torch.randn(p.shape, generator=random) * (0.01 if i == 0 else 10)
+            p.grad = torch.randn(p.shape, generator=random) * (1e-5, 10)[(step + i) % 2]
             grad = p.grad.double()
             longest = 0.3 * max(1e-3, expected[i].norm().item())
             grad = grad * min(1.0, longest / grad.norm().item())
@@ -211,6 +211,21 @@ def test_tdmpc2_learns_slower_in_its_encoder_and_clips_the_whole_gradient() -> N
         step = (parameter - before[name]).abs().max().item()
         expected = 3e-4 * (0.3 if name.startswith("encoder.") else 1.0)
         assert step == pytest.approx(expected, rel=0.02), name
+
+
+def test_what_pools_tokens_is_as_slow_as_the_encoder_and_what_is_tuned_is_clipped_with_the_rest() -> None:
+    made = replace(setting(WIDTH, ACTION), observation=Observation("tokens", (4, WIDTH)))
+    model = build_model("tdmpc2", "1m", made, seed=0)
+    model.seen.look_through(nn.Linear(3, 4 * WIDTH))
+    updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
+    slow = {
+        p for group in updater.optimizer.param_groups if group["lr"] == 0.3 * 3e-4 for p in group["params"]
+    }
+    assert slow == {*model.pool.parameters(), *model.encoder.parameters()}
+    updater.update(1e6 * sum(p.sum() for p in model.parameters() if p.requires_grad))
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("policy.")]
+    assert any(p is model.seen.backbone.bias for p in rest)
+    assert torch.stack([p.grad.norm() for p in rest]).norm().item() == pytest.approx(20.0, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from pvrpipe.worldmodel.inputs import vector
 from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.tdmpc2 import RHO, TDMPC2
 from pvrpipe.worldmodel.tdmpc2_values import (
-    ENTROPY,
     Ensemble,
     RunningScale,
     discount_of,
@@ -24,6 +23,7 @@ from pvrpipe.worldmodel.tdmpc2_values import (
 )
 
 WIDTH, ACTION, H = 5, 2, 3
+ENTROPY = 1e-4  # upstream's entropy_coef
 SETTING = Setting(vector(WIDTH), ACTION, state=0, steps=500, episodic=True)
 
 
@@ -180,6 +180,23 @@ def test_the_policys_term_moves_the_policy_alone_and_no_other_term_moves_it() ->
             "termination": {"encoder", "dynamics", "termination"},
         }
         assert moved == expected[term], term
+
+
+def test_the_scale_is_told_the_values_of_each_windows_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's ``self.scale.update(qs[0])``: the two values' mean, of the policy's action, before any rolling out."""
+    model, batch = model_and_batch()
+    told: list[Tensor] = []
+    monkeypatch.setattr(RunningScale, "update", lambda _, values: told.append(values))
+    drawn = model.draw(batch, seeded(4))
+    model.losses(batch, drawn)
+    with torch.no_grad():
+        first = model.encoder(model._aligned(batch)[0][:, 0])
+        expected = [
+            (policy_objective(model, [member(model.values, i) for i in drawn.pairs[1]], z, noise), z, noise)
+            for z, noise in zip(first, drawn.noise[1][:, 0], strict=True)
+        ]
+        values = [3.0 * (both - ENTROPY * acted(model.policy(z), noise)[1]) for both, z, noise in expected]
+    assert [t.tolist() for t in told] == [pytest.approx(values, rel=1e-5)]
 
 
 def test_the_scale_follows_numpys_percentiles() -> None:

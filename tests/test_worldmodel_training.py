@@ -19,6 +19,7 @@ from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.store.planning import split_of
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
+from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
@@ -336,3 +337,17 @@ def test_validation_reads_held_out_episodes_and_no_others(
     monkeypatch.setattr(training, "validate", watched)
     train(short("dinowm"), write_planted(tmp_path / "store", episodes), tmp_path / "run")
     assert seen == {number for number in range(20) if split_of(number, 20) == "val"}
+
+
+def test_validation_is_a_mean_over_batches_by_chance_of_its_own() -> None:
+    """The same every time, another for each batch, and none that an update learned by."""
+
+    class Rolled:
+        def loss(self, _: Any, random: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            rolled = torch.rand((), generator=random)
+            return rolled, {"loss": rolled}
+
+    first, again = (training.validate(Rolled(), [{}] * 4, seed=3)["loss"] for _ in range(2))  # type: ignore[arg-type]
+    rolls = [[float(torch.rand((), generator=chance(3, k, *own))) for k in range(4)] for own in ((), (1,))]
+    assert first == again == pytest.approx(np.mean(rolls[1]))
+    assert not set(rolls[0]) & set(rolls[1])
