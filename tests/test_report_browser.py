@@ -192,6 +192,23 @@ def test_it_prints_with_all_charts_and_no_controls(opened: Chrome) -> None:
     assert len(pdf) > 50_000
     left = opened.find_elements(By.CSS_SELECTOR, "section.chart:not([data-drawn])")
     assert left == []
+    assert opened.find_elements(By.CSS_SELECTOR, "details[open]") == []  # folded again
+
+
+def test_no_heading_is_printed_without_what_it_is_of(opened: Chrome) -> None:
+    """What is folded on the screen could not be unfolded on paper."""
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    opened.execute_script("dispatchEvent(new Event('beforeprint'))")
+    try:
+        for name in ("tests", "provenance", "commands"):
+            section = opened.find_element(By.CSS_SELECTOR, f"section[aria-labelledby={name}]")
+            shown = [
+                each for each in section.find_elements(By.CSS_SELECTOR, "table, pre") if each.is_displayed()
+            ]
+            assert len(shown) == 1, name
+            assert shown[0].size["width"] <= section.size["width"]
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.slow

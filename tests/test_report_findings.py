@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,7 +16,7 @@ from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
 from pvrpipe.worldmodel.report_sources import evidence_of
 from pvrpipe.worldmodel.report_tables import errors_of
 
-from .planted_study import FLOOR, TRUE, Planted, data_of, write_study
+from .planted_study import BESIDE, FLOOR, ROWS, TRUE, Planted, data_of, write_study
 
 COMPARED = (33, 500)
 
@@ -84,6 +85,25 @@ def test_two_runs_are_too_few_to_tell(tmp_path: Path) -> None:
     assert {c.verdict for c in findings.comparisons} == {"too few runs"}
 
 
+def test_one_is_one_and_training_episodes_are_not_held_out(tmp_path: Path) -> None:
+    planted = Planted({"from scratch": 1.0, "vc1": 0.1}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    folder = write_study(tmp_path, planted)
+    record = json.loads((folder / "study.json").read_text())
+    record["study"]["probe"].update(splits=["train", "val"], horizons=[33])
+    (folder / "study.json").write_text(json.dumps(record))
+    page = build_report([folder], folder / "report", figures=False).page.read_text()
+    assert "2 runs: from scratch, vc1; tdmpc2 1m; one; 1 seed; each probed on 1 training episode.</p>" in page
+    assert "open loop, on training episodes: mean over runs" in page
+    assert "vc1, compared with learning from scratch twice: too few runs to tell in 2." in page
+    dots = {
+        chart["id"]: chart["panels"][0]["dots"]
+        for chart in data_of(folder / "report" / "index.html")["charts"][:2]
+    }
+    assert dots["summary"][0]["note"] == "1 run, 1 task"
+    assert dots["errors"][0]["note"] == "1 run on 1 episode"
+    assert dots["errors"][0]["value"] == pytest.approx(33 * 0.1 * BESIDE["train"], rel=0.3)
+
+
 def test_errors_are_means_over_runs_of_means_over_episodes(study: Path) -> None:
     rows = errors_of(evidence_of([study])).filter(
         environment="dmc:one", arm="vc1", model="tdmpc2", look="own", measure="reward_error", horizon=33
@@ -91,12 +111,8 @@ def test_errors_are_means_over_runs_of_means_over_episodes(study: Path) -> None:
     tables = [
         pl.read_parquet(p) for p in sorted(study.parents[1].glob("runs/one-vc1-tdmpc2-s?/probe.parquet"))
     ]
-    means = [
-        t.filter(prediction="open_loop", control="model", measure="reward_error", horizon=33)[
-            "accumulated"
-        ].mean()
-        for t in tables
-    ]
+    asked = {"split": "val", "prediction": "open_loop", "control": "model", "measure": "reward_error"}
+    means = [t.filter(**asked, horizon=33)["accumulated"].mean() for t in tables]
     assert len(means) == 6
     assert rows["mean"][0] == pytest.approx(np.mean(means))  # type: ignore[arg-type]
     assert rows["sem"][0] == pytest.approx(stats.sem(means))
@@ -141,3 +157,38 @@ def test_means_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
     assert "On fewer tasks, and not ranked: vc1 (1 of 2)." in sentence
     assert "Better than learning from scratch: " in sentence
     assert " better (1 of 2 tasks)</td>" in report.page.read_text()
+
+
+def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_path: Path) -> None:
+    """Bars and bands are a standard error long, points lie where both errors are, and cut episodes at their ends."""
+    page = build_report([study], tmp_path / "report", figures=False).page
+    errors = pl.read_parquet(tmp_path / "report" / "tables" / "errors.parquet")
+    charts = {chart["id"]: chart["panels"] for chart in data_of(page)["charts"]}
+    wanted = {"task": "one", "model": "tdmpc2 1m", "error": "reward error"}
+
+    def panel(chart: str, **more: str) -> dict[str, Any]:
+        (found,) = [p for p in charts[chart] if (wanted | more).items() <= p["keys"].items()]
+        return dict(found)
+
+    def known(arm: str, look: str = "own", horizon: int = 500) -> dict[str, Any]:
+        about = {"environment": "dmc:one", "model": "tdmpc2", "measure": "reward_error"}
+        return errors.filter(**about, arm=arm, look=look, horizon=horizon).row(0, named=True)
+
+    for dot in panel("errors", horizon="500")["dots"]:
+        row = known(dot["label"])
+        ends = (row["mean"] - row["sem"], row["mean"] + row["sem"])
+        assert (dot["value"], dot["low"], dot["high"]) == pytest.approx((row["mean"], *ends), rel=1e-3)
+        assert dot["runs"] == pytest.approx(row["values"], rel=1e-3)
+    for line in panel("horizons")["lines"]:
+        assert line["x"] == [1, 8, 33, ROWS]
+        row = known(line["label"])
+        ends = [row["mean"] - row["sem"], row["mean"] + row["sem"]]
+        assert [line["low"][-1], line["high"][-1]] == pytest.approx(ends, rel=1e-3)
+    for point in panel("ood", horizon="500", property="ViT")["points"]:
+        own, ood = known(point["label"]), known(point["label"], "ood")
+        numbers = [point[name] for name in ("x", "x_sem", "y", "y_sem")]
+        assert numbers == pytest.approx([own["mean"], own["sem"], ood["mean"], ood["sem"]], rel=1e-3)
+    assert f"said of {ROWS} rows on average" in page.read_text()
+    costs = {p["keys"]["cost"]: p["dots"] for p in charts["cost"]}
+    first = {cost: {dot["label"]: dot["value"] for dot in dots}["vc1"] for cost, dots in costs.items()}
+    assert list(first.values()) == pytest.approx([1000 / 11, 1536, 2], rel=1e-3)

@@ -277,7 +277,7 @@ function build(chart, parent) {
   return draw;
 }
 
-/* Charts are drawn when they come near the window, and all of them before printing. */
+/* Charts are drawn when they come near the window, and all of them before printing; paper cannot be unfolded. */
 const contents = document.getElementById("contents"), waiting = new Map();
 for (const chart of DATA.charts) {
   const draw = build(chart, document.getElementById("charts"));
@@ -295,4 +295,10 @@ function finish(section) {
   section.dataset.drawn = "yes";
 }
 for (const section of waiting.keys()) near.observe(section);
-addEventListener("beforeprint", () => [...waiting.keys()].forEach(finish));
+addEventListener("beforeprint", () => {
+  [...waiting.keys()].forEach(finish);
+  for (const box of document.querySelectorAll("details.printed:not([open])")) { box.open = true; box.dataset.unfolded = ""; }
+});
+addEventListener("afterprint", () => {
+  for (const box of document.querySelectorAll("[data-unfolded]")) { box.open = false; delete box.dataset.unfolded; }
+});
