@@ -90,6 +90,19 @@ def test_calibration_is_zero_where_predictions_are_means_and_the_bias_where_not(
     assert calibration(np.array([1.0]), np.array([3.0]))["expected_calibration_error"] == 2.0
 
 
+def test_bins_of_calibration_are_of_equally_many_rows_by_prediction() -> None:
+    predicted = np.array([9.0, 1.0, 3.0, 2.0, 4.0, 100.0, 8.0])
+    received = np.array([9.0, 0.0, 3.0, 0.0, 1.0, 50.0, 7.0])
+    found = calibration(predicted, received, bins=3)
+    assert found["bins"] == [
+        {"rows": 3, "predicted": 2.0, "received": 1.0},
+        {"rows": 2, "predicted": 6.0, "received": 4.0},
+        {"rows": 2, "predicted": 54.5, "received": 29.5},
+    ]
+    assert found["expected_calibration_error"] == pytest.approx((3 * 1 + 2 * 2 + 2 * 25) / 7)
+    assert len(calibration(np.arange(40.0), np.arange(40.0))["bins"]) == 10
+
+
 def test_a_state_that_lies_in_the_features_is_read_exactly_and_one_that_does_not_costs_its_variance() -> None:
     random = np.random.default_rng(1)
     features = random.normal(2, 3, size=(600, 6))
