@@ -203,7 +203,7 @@ def _level(model: str, factor: float, prediction: str, control: str, measure: st
     trivial = TRIVIAL.get(measure, "no_change")
     size = {"model": factor, "shuffled_actions": BESIDE["shuffled_actions"], trivial: FLOOR}
     level = size.get(control, BESIDE["other_control"])
-    level *= BESIDE["one_step"] if prediction == "one_step" else 1.0
+    level *= BESIDE["one_step"] if (prediction, control) == ("one_step", "model") else 1.0
     return level * (BESIDE["other_measure"] if measure in OTHERS[model] else 1.0)
 
 
