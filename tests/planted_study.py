@@ -61,6 +61,10 @@ class Planted:
     """of a run, relative"""
     episodes: int = 8
     pictures: bool = False
+    updates: int = 1000
+    """that each run was trained for"""
+    store: str = "0" * 64
+    """id of what they were trained on"""
 
 
 def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
@@ -83,7 +87,7 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
             variation="none",
             pvr=pvr,
             state="finished",
-            id="0" * 64,
+            id=planted.store,
             weights_sha256="1" * 64,
             random_weights=pvr.startswith("random"),
             vit=number % 2 == 0,
@@ -121,13 +125,13 @@ def _write_run(
     name = f"{task[4:]}-{pvr.replace(' ', '-')}{through}-{model}-s{seed}"
     run, key = root / "runs" / name, zlib.crc32(f"{name}".encode())
     run.mkdir(parents=True)
-    config = TrainConfig(model=model, seed=seed)
+    config = TrainConfig(model=model, seed=seed, updates=planted.updates)
     made = specification(rollout_specification(1, 1), pvr, (4,), "0" * 64)
     record = runs.RunRecord(
         state="finished",
         config=asdict(config),
         store=f"embeddings/{task[4:]}/{pvr}",
-        store_id="0" * 64,
+        store_id=planted.store,
         encoder=None if pvr == "from scratch" else made.encoder,
         setting=Setting(vector(4), 1, 2, 500, False),
         parameters=1,

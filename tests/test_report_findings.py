@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from scipy import stats
 
 from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
-from pvrpipe.worldmodel.report_sources import evidence_of
+from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
 
 from .planted_study import BESIDE, FLOOR, ROWS, TRUE, Planted, data_of, write_study
@@ -118,6 +119,22 @@ def test_errors_are_means_over_runs_of_means_over_episodes(study: Path) -> None:
     assert rows["sem"][0] == pytest.approx(stats.sem(means))
     assert rows["iqm"][0] == pytest.approx(stats.trim_mean(means, 0.25))
     assert rows["values"][0].to_list() == pytest.approx(means)
+    asked |= {"measure": "dynamics_kl_mean"}
+    table = pl.read_parquet(study.parents[1] / "runs" / "one-vc1-dreamerv3-s0" / "probe.parquet")
+    one = table.filter(**asked, horizon=33)["accumulated"]
+    found = evidence_of([study]).errors(measure="dynamics_error", horizon=33, look="own", seed=0)
+    row = found.filter(arm="vc1", model="dreamerv3", environment="dmc:one").row(0, named=True)
+    assert (row["accumulated"], row["sem"]) == pytest.approx((one.mean(), stats.sem(one)))
+
+
+def test_the_bar_of_a_single_run_is_over_its_episodes(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1))
+    table = pl.read_parquet(tmp_path / "runs" / "one-vc1-tdmpc2-s0" / "probe.parquet")
+    asked = {"prediction": "open_loop", "control": "model", "measure": "state_error", "horizon": 8}
+    known = stats.sem(table.filter(**asked, split="val")["accumulated"])
+    for evidence in (evidence_of([folder]), evidence_of_runs([tmp_path / "runs" / "one-vc1-tdmpc2-s0"])):
+        (found,) = errors_of(evidence).filter(look="own", measure="state_error", horizon=8)["sem"]
+        assert found == pytest.approx(known)
 
 
 def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_path: Path) -> None:
@@ -139,6 +156,30 @@ def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_
     }
     charts = {chart["id"]: chart["panels"] for chart in data_of(report.page)["charts"]}
     assert charts["ood"][0]["text"].startswith("Over the trivial prediction, all tasks: ViT (3): 0.3")
+
+
+def test_runs_of_studies_that_differ_are_no_repeats_and_those_of_studies_alike_are(tmp_path: Path) -> None:
+    """Two studies of one task: six runs of each representation, unless they were trained otherwise or on other data."""
+
+    def written(name: str, **changed: Any) -> Path:
+        planted = Planted({"from scratch": 1.0, "vc1": 0.5}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+        (tmp_path / name).mkdir()
+        return write_study(tmp_path / name, replace(planted, **changed))
+
+    def arms(*folders: Path) -> dict[str, int]:
+        rows = errors_of(evidence_of(folders)).filter(look="own", measure="reward_error", horizon=33)
+        assert set(rows["pvr"]) == {"from scratch", "vc1"}
+        return dict(rows.select("arm", "runs").rows())
+
+    first, again = written("first"), written("again")
+    longer, other = written("longer", updates=2000), written("other", store="2" * 64)
+    assert arms(first, again) == {"from scratch": 6, "vc1": 6}
+    lengths = (1000, 2000)
+    assert arms(first, longer) == {f"{p}, updates {n}": 3 for n in lengths for p in ("from scratch", "vc1")}
+    assert arms(first, other) == {f"{p}, of {f}": 3 for f in (first, other) for p in ("from scratch", "vc1")}
+    runs = [*(tmp_path / "first" / "runs").iterdir(), *(tmp_path / "other" / "runs").iterdir()]
+    named = set(evidence_of_runs(runs).runs["arm"])
+    assert named == {f"{p}, store {n * 8}" for n in "02" for p in ("from scratch", "vc1")}
 
 
 def test_means_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
@@ -189,6 +230,7 @@ def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_pa
         numbers = [point[name] for name in ("x", "x_sem", "y", "y_sem")]
         assert numbers == pytest.approx([own["mean"], own["sem"], ood["mean"], ood["sem"]], rel=1e-3)
     assert f"said of {ROWS} rows on average" in page.read_text()
+    assert "Episodes end before 33 rows" not in page.read_text()
     costs = {p["keys"]["cost"]: p["dots"] for p in charts["cost"]}
     first = {cost: {dot["label"]: dot["value"] for dot in dots}["vc1"] for cost, dots in costs.items()}
     assert list(first.values()) == pytest.approx([1000 / 11, 1536, 2], rel=1e-3)
