@@ -124,6 +124,7 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
         pvrs=["vc11", {"pvr": "vc1-l", "blocks": ["0-99"]}, {"pvr": "resnet18", "weights": "/nowhere/w.pt"}],
         models=[{"model": "dreamer"}, {"model": "tdmpc2", "updates": 0}],
         seeds=[0, 0, -1],
+        probe={"horizons": [9, 4, 9], "splits": ["val", "val"]},
         horizon=33,
     )
     code, _, told = study(tmp_path, "--dry-run")
@@ -135,6 +136,8 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
         "seeds[2]: input",
         "horizon: a study has no such field",
         "seeds: 0 is named 2 times",
+        "probe.horizons: 9 is named 2 times",
+        "probe.splits: val is named 2 times",
         "'camara'",
         "'nonsense'",
         "'vc11'",
@@ -146,7 +149,7 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
     lines = told.strip().splitlines()
     assert [sum(each in line for line in lines) for each in wanted] == [1] * len(wanted), told
     assert len(lines) == len(wanted), told
-    assert "12 mistakes more" in lines[-1]
+    assert "14 mistakes more" in lines[-1]
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])

@@ -163,8 +163,8 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
         return None
     asked = {
         "store_id": _id_of(store),
-        "horizons": sorted(map(str, job.horizons)),
-        "splits": sorted(job.split),
+        "horizons": sorted(set(map(str, job.horizons))),
+        "splits": sorted(set(job.split)),
         "split": job.split[0],
         "context": job.context,
         "seed": job.config.seed,
