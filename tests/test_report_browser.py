@@ -173,7 +173,8 @@ def contrast(browser: Chrome, selector: str) -> float:
 
 
 def test_every_chart_and_table_has_a_name_for_a_screen_reader(opened: Chrome) -> None:
-    drawn(opened)
+    for chart in drawn(opened):
+        chart.find_element(By.CSS_SELECTOR, "figure summary").click()
     tree = opened.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     named: dict[str, list[Any]] = {}
     for node in tree:
@@ -182,6 +183,9 @@ def test_every_chart_and_table_has_a_name_for_a_screen_reader(opened: Chrome) ->
     assert len(named["image"]) > 20
     for role in ("image", "table", "link", "combobox", "heading"):
         assert all(named[role]), role
+    assert "Imagined rollouts: one · dreamerv3 1m · vc1" in named["region"]
+    tables = [name for name in named["table"] if name.startswith("Table of ")]
+    assert len(tables) == len(set(tables)) == 7
     assert "main" in named
 
 
