@@ -45,6 +45,12 @@ def test_groups_cut_a_factor_into_strata_that_hold_every_episode_once() -> None:
     means = [g["reward_error"]["1"]["per_step"]["mean"] for g in by["factor_camera"]]
     assert means == [1.0, 4.0, 7.0]
     assert [(g["value"], g["episodes"]) for g in by["distribution"]] == [("id", 6), ("ood", 3)]
+    assert [g["reward_error"]["1"]["per_step"]["mean"] for g in by["distribution"]] == [2.5, 7.0]
+    seen = episodes[:4].with_columns(split=pl.lit("train"), episode=pl.int_range(9, 13))
+    values = {key: np.concatenate([rows, 100 + rows[:4]]) for key, rows in values.items()}
+    both = groups(table_of(Judged(values, np.ones(13, int)), pl.concat([episodes, seen]), [1]), [1], "mse")
+    assert [g for g in both if g["by"] != "split"] == [g for g in found if g["by"] != "split"]
+    assert [(g["value"], g["episodes"]) for g in both if g["by"] == "split"] == [("val", 9), ("train", 4)]
 
 
 def test_the_floor_of_a_two_hot_target_is_its_entropy() -> None:
