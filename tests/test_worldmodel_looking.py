@@ -60,7 +60,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_planted(folder / "store", seen, rollouts_id=made_of)
     for name, look in (("same", 0 * LOOK), ("other", LOOK)):
         anew = [{**e, "embedding": (e["embedding"] + look).astype(np.float32)} for e in seen]
-        write_planted(folder / name, anew, rollouts_id=f"{len(name):064x}", replay_of=made_of)
+        made = {"rollouts_id": f"{len(name):064x}", "replay_of": made_of, "variation": f"camera={name}"}
+        write_planted(folder / name, anew, **made)
     write_planted(folder / "stranger", seen[::-1], rollouts_id="1" * 64)
     settings = {"dreamerv3": {"length": 8, "warmup": 10, "learning_rate": 3e-3}, "tdmpc2": {"batch": 64}}
     for name, setting in settings.items():
@@ -186,6 +187,7 @@ def test_the_same_look_shifts_nothing_and_another_by_what_was_planted(model: str
         views.filter(**{**asked, "control": "replay"})["accumulated"].to_list()
         != own["accumulated"].to_list()
     )
+    assert views["variation"].unique().to_list() == ["camera=other"]
     check_latent_shifts(home, model, views)
     store = Store.open(home / "store")
     rows = [
