@@ -24,6 +24,7 @@ from pvrpipe.commands.options import (
 )
 from pvrpipe.commands.terminal import duration, mean_sem, note, tell
 from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
+from pvrpipe.schemas.progress import counted
 
 if TYPE_CHECKING:
     from pvrpipe.commands.study_plan import Plan
@@ -85,7 +86,7 @@ def study(
     note(f"what was found: {page}")
     if record.state != "finished":
         note(
-            f"without a result: {len(record.unfinished)} of {len(record.stores) + len(record.jobs)} parts, "
+            f"without a result: {len(record.unfinished)} of {counted(len(record.stores) + len(record.jobs), 'part')}, "
             f"{out / 'study.json'} says why; run it again to go on"
         )
         raise typer.Exit(1)
@@ -134,7 +135,7 @@ def refused(file: Path, mistakes: list[str]) -> NotAStudyError:
     """Tell all mistakes of a study, a line each."""
     for line in mistakes[:-1]:
         note(f"{file}: {line}")
-    more = f" (and {len(mistakes) - 1} mistakes more, above)" if mistakes[1:] else ""
+    more = f" (and {counted(len(mistakes) - 1, 'mistake')} more, above)" if mistakes[1:] else ""
     return NotAStudyError(f"{file}: {mistakes[-1]}{more}; nothing was begun")
 
 
@@ -202,7 +203,7 @@ def report(
     for sentence in made.findings:
         print(sentence)
     lacking = f", {made.unfinished} more without numbers" if made.unfinished else ""
-    note(f"{made.page}, {made.runs} runs{lacking}, {made.bytes / 1e6:.1f} MB")
+    note(f"{made.page}, {counted(made.runs, 'run')}{lacking}, {made.bytes / 1e6:.1f} MB")
     return None
 
 

@@ -72,7 +72,7 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
         plan: of a study without mistakes in its names.
         fetch: also fetch what weights are not on this machine, to be sure of them.
     """
-    found: list[str] = []
+    found = _one_as_another(plan)
     looks = [look for look in plan.looks if sealed(look.folder) is None]
     sound: set[str] = set()
     for environment, config in {look.environment: look.config for look in looks}.items():
@@ -89,6 +89,28 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
             with _noted(found, f"pvrs: {name}"):
                 find_weights(find_pvr(name), weights, name)
     return list(dict.fromkeys(found))
+
+
+def _one_as_another(plan: Plan) -> list[str]:
+    """Representations that would be one in the report, or are one under two names."""
+    of_look = [each for each in plan.encoded if each.look == plan.looks[0]] if plan.looks else []
+    called: dict[str, set[Path]] = {}
+    made: dict[Path, set[str]] = {}
+    for each in of_look:
+        called.setdefault(each.label, set()).add(each.folder)
+        made.setdefault(each.folder, set()).add(each.label)
+    return [
+        *(
+            f"pvrs: {len(folders)} representations would both be called {label!r}; rename the file or folder of one"
+            for label, folders in called.items()
+            if len(folders) > 1
+        ),
+        *(
+            f"pvrs: {' and '.join(sorted(labels))} are one and the same; name it once"
+            for labels in made.values()
+            if len(labels) > 1
+        ),
+    ]
 
 
 def unfetched(plan: Plan) -> list[str]:

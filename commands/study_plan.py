@@ -18,7 +18,10 @@ from pvrpipe.commands.rollouts import usual_policy
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretraining import PretrainConfig
 from pvrpipe.pipeline.readout import Readout
+from pvrpipe.pipeline.weights import WeightsFile, find_weights
+from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.rollouts.collect import CollectConfig
+from pvrpipe.schemas.errors import PvrpipeError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.study import (
     ALL,
@@ -32,6 +35,7 @@ from pvrpipe.schemas.study import (
     Windows,
 )
 from pvrpipe.schemas.study_record import JobRecord
+from pvrpipe.store.files import sha256_of
 from pvrpipe.store.workspace import Workspace, slug
 from pvrpipe.worldmodel.sweep import Job
 from pvrpipe.worldmodel.training import TrainConfig
@@ -172,7 +176,7 @@ def _encoded(study: Study, workspace: Workspace, trained: Look, look: Look) -> I
             else:
                 if wanted.pvr == RANDOM:
                     name, weights = CONTROL, "random:0" if weights == "auto" else weights
-                folder = pvr_label(name, weights, readout)
+                folder = pvr_label(name, weights, readout) + _whose(name, weights)
             precise = "" if study.embed.precision == "fp32" else f"-{study.embed.precision}"
             wide = "" if study.embed.dtype == "float16" else f"-{study.embed.dtype}"
             yield Encoded(
@@ -186,16 +190,31 @@ def _encoded(study: Study, workspace: Workspace, trained: Look, look: Look) -> I
             )
 
 
+def _whose(name: str, weights: str) -> str:
+    """Which weights, where they are not the published ones, so that no store of one's own is taken for another."""
+    if weights.startswith("random"):
+        return ""
+    try:
+        source = find_pvr(name).source
+        if weights == "auto":
+            return "" if source.repo or source.url or not source.sha256 else f"-{source.sha256[:8]}"
+        found = find_weights(find_pvr(name), weights, name)
+        return f"-{sha256_of(found.path)[:8]}" if isinstance(found, WeightsFile) else ""
+    except (PvrpipeError, OSError):  # is one of the study's mistakes
+        return f"-{digest(weights)}"
+
+
 def label_of(wanted: Representation, blocks: str) -> str:
     """How the report calls a representation in one of its readouts."""
     if wanted.pvr == SCRATCH:
         return "from scratch"
     name = Path(wanted.pvr).name
+    given = "" if wanted.weights == "auto" else Path(wanted.weights).stem
     parts = (
         f"layer {wanted.layer}" if wanted.layer else "",
         wanted.pool or "",
         f"blocks {blocks}" if blocks != ALL else "",
-        "random" if wanted.weights.startswith("random") else "",
+        "random" if given == "random:0" else given,
     )
     return " ".join([name, *filter(None, parts)])
 

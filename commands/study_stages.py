@@ -22,6 +22,7 @@ from pvrpipe.pipeline.pvrs import SPEC_FILE
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.rollouts.collect import Engine, collect, replay
 from pvrpipe.schemas.errors import PvrpipeError, one_line
+from pvrpipe.schemas.progress import counted
 from pvrpipe.schemas.study_record import StudyRecord
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
@@ -205,7 +206,9 @@ def _embed(look: Look, todo: Sequence[Encoded], how: How) -> list[EmbedResult]:
         workers=how.engine.workers,
     )
     outputs = [(each.request, each.folder) for each in todo if each.request is not None]
-    with watching("embed", "frames", f"embedding {look.folder} with {len(outputs)} encoders") as progress:
+    with watching(
+        "embed", "frames", f"embedding {look.folder} with {counted(len(outputs), 'encoder')}"
+    ) as progress:
         return embed(str(look.folder), outputs, config, progress)
 
 
@@ -250,7 +253,9 @@ def _train_all(studying: Studying, how: How) -> None:
         studying.jobs[record.run] = record.model_copy(update=became)
         studying.save()
 
-    with watching("models", "updates", f"{len(todo)} runs in {studying.plan.root / 'runs'}") as progress:
+    with watching(
+        "models", "updates", f"{counted(len(todo), 'run')} in {studying.plan.root / 'runs'}"
+    ) as progress:
         sweep(
             [job for job, _ in todo],
             engine=how.engine.name,

@@ -24,6 +24,7 @@ from pvrpipe.commands.options import (
 )
 from pvrpipe.commands.terminal import note, tell, watching
 from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions
+from pvrpipe.schemas.progress import counted
 
 
 @sharing
@@ -78,7 +79,7 @@ def sweep(
         )
         for store, each, width, number in itertools.product(stores, model, size, seed)
     ]
-    with watching("sweep", "updates", f"{len(jobs)} runs in {root / 'runs'}") as progress:
+    with watching("sweep", "updates", f"{counted(len(jobs), 'run')} in {root / 'runs'}") as progress:
         outcomes = schedule(jobs, engine=engine, address=address, workers=workers, progress=progress)
     failed = [outcome for outcome in outcomes if outcome.state != "finished"]
     for outcome in failed:

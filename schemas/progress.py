@@ -14,3 +14,8 @@ class Progress(Protocol):
 
 def silent(done: float, total: float, note: str = "") -> None:
     """Watch nothing."""
+
+
+def counted(count: int, what: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{count} {what}{'s' * (count != 1)}"

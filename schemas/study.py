@@ -142,6 +142,8 @@ class Study(Part):
             "models": [(m.model, size) for m in self.models for size in m.sizes],
             "encoders": list(self.encoders),
             "seeds": list(self.seeds),
+            "probe.horizons": list(self.probe.horizons),
+            "probe.splits": list(self.probe.splits),
         }
         return [
             f"{name}: {_told(value)} is named {count} times; name it once"

@@ -77,6 +77,7 @@ def write_planted(
     encoder: str = "planted",
     rollouts_id: str = "0" * 64,
     replay_of: str | None = None,
+    variation: str = "none",
 ) -> Path:
     """A store of episodes, each its columns (L + 1, ...) by name; returns its folder.
 
@@ -101,7 +102,7 @@ def write_planted(
                     arrays = {name: array.copy() for name, array in episodes[number].items()}
                     arrays["reward"][0], arrays["action"][-1] = 0, 0
                     total = float(arrays["reward"].sum())
-                    info = EpisodeInfo(number, lengths[number], total, number, "random")
+                    info = EpisodeInfo(number, lengths[number], total, number, "random", variation=variation)
                     writer.write_episode(Episode(info, arrays))
                 writer.commit()
         pending.seal()

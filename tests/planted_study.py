@@ -27,10 +27,21 @@ from .conftest import rollout_specification
 from .planted import specification
 
 HORIZONS = (1, 8, 33, 500)
+ROWS = 300  # of an episode behind the context; it does not reach the last horizon
 DIVERGENCES = {"dreamerv3": "dynamics_kl_mean", "tdmpc2": "dynamics_mse"}
+OTHERS = {"dreamerv3": ("dynamics_kl_forward", "dynamics_mse"), "tdmpc2": ()}
 #: Representations and their errors, as most tests plant them.
 TRUE = {"from scratch": 1.0, "vc1": 0.8, "autoencoder": 1.3, "random": 1.9}
 FLOOR = 2.0  # what the trivial prediction gets, in units of a factor of 1
+#: What is in a table of a probe besides, and counted nowhere: how many times as large it is as what is counted.
+BESIDE = {
+    "one_step": 7.0,
+    "shuffled_actions": 11.0,
+    "other_control": 13.0,
+    "other_measure": 17.0,
+    "train": 19.0,
+}
+TRIVIAL = {"state_error": "mean"}  # which control an error is held against; others against no_change
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Planted:
     """of a run, relative"""
     episodes: int = 8
     pictures: bool = False
+    updates: int = 1000
+    """that each run was trained for"""
+    store: str = "0" * 64
+    """id of what they were trained on"""
 
 
 def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
@@ -72,7 +87,7 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
             variation="none",
             pvr=pvr,
             state="finished",
-            id="0" * 64,
+            id=planted.store,
             weights_sha256="1" * 64,
             random_weights=pvr.startswith("random"),
             vit=number % 2 == 0,
@@ -110,13 +125,13 @@ def _write_run(
     name = f"{task[4:]}-{pvr.replace(' ', '-')}{through}-{model}-s{seed}"
     run, key = root / "runs" / name, zlib.crc32(f"{name}".encode())
     run.mkdir(parents=True)
-    config = TrainConfig(model=model, seed=seed)
+    config = TrainConfig(model=model, seed=seed, updates=planted.updates)
     made = specification(rollout_specification(1, 1), pvr, (4,), "0" * 64)
     record = runs.RunRecord(
         state="finished",
         config=asdict(config),
         store=f"embeddings/{task[4:]}/{pvr}",
-        store_id="0" * 64,
+        store_id=planted.store,
         encoder=None if pvr == "from scratch" else made.encoder,
         setting=Setting(vector(4), 1, 2, 500, False),
         parameters=1,
@@ -155,35 +170,45 @@ def _table(
     planted: Planted, model: str, factor: float, distribution: str, random: np.random.Generator
 ) -> pl.DataFrame:
     """Probe rows: an episode's error is the factor times what its episode adds, and grows with the horizon."""
-    measures = ("reward_error", "state_error", DIVERGENCES[model])
-    controls = {"model": factor, "no_change": FLOOR, "mean": FLOOR}
+    measures = ("reward_error", "state_error", DIVERGENCES[model], *OTHERS[model])
     keys = [
         (prediction, control, measure, horizon)
         for prediction in ("open_loop", "one_step")
-        for control in controls
+        for control in ("model", "shuffled_actions", "no_change", "mean")
         for measure in measures
         for horizon in HORIZONS
     ]
-    N, K = planted.episodes, len(keys)
+    N, K = planted.episodes + 1, len(keys)  # the last is of the other split
     columns = list(zip(*keys, strict=True))
     horizon = np.tile(np.array(columns[3], np.int32), N)
-    level = np.tile(np.array([controls[control] for control in columns[1]]), N)
-    of_episode = np.repeat(1 + 0.1 * random.normal(size=N), K)
-    accumulated = level * of_episode * horizon
+    level = np.tile([_level(model, factor, *key[:3]) for key in keys], N)
+    of_episode = 1 + 0.1 * random.normal(size=N)
+    of_episode[-1] *= BESIDE["train"]
+    steps = np.minimum(horizon, ROWS)
+    accumulated = level * np.repeat(of_episode, K) * steps
     return pl.DataFrame(
         {
             "episode": np.repeat(np.arange(N), K),
-            "split": np.full(N * K, "val"),
+            "split": np.repeat(["val"] * planted.episodes + ["train"], K),
             "distribution": np.full(N * K, distribution),
             "prediction": list(columns[0]) * N,
             "control": list(columns[1]) * N,
             "measure": list(columns[2]) * N,
             "horizon": horizon,
-            "steps": horizon,
+            "steps": steps,
             "accumulated": accumulated,
-            "per_step": accumulated / horizon,
+            "per_step": accumulated / steps,
         }
     )
+
+
+def _level(model: str, factor: float, prediction: str, control: str, measure: str) -> float:
+    """An error's size: what is planted, and other sizes of what a report does not ask for."""
+    trivial = TRIVIAL.get(measure, "no_change")
+    size = {"model": factor, "shuffled_actions": BESIDE["shuffled_actions"], trivial: FLOOR}
+    level = size.get(control, BESIDE["other_control"])
+    level *= BESIDE["one_step"] if (prediction, control) == ("one_step", "model") else 1.0
+    return level * (BESIDE["other_measure"] if measure in OTHERS[model] else 1.0)
 
 
 def _draw(run: Path, task: str, random: np.random.Generator, points: int = 400, moments: int = 8) -> None:

@@ -42,6 +42,10 @@ def test_compare_prints_runs_side_by_side(study: Path, tmp_path: Path) -> None:
     refused = run("compare", str(folders[0]), "--horizon", "7", cwd=tmp_path)
     assert refused.returncode == 1
     assert "they have 1, 8, 33, 500" in refused.stderr
+    of_file = run("compare", str(study / "study.json"), "--json", cwd=tmp_path)
+    assert of_file.returncode == 0, of_file.stderr
+    no_run = run("compare", str(folders[0] / "probe.parquet"), cwd=tmp_path)
+    assert "holds no run; first run `pvrpipe train-model`" in no_run.stderr
 
 
 def test_compare_takes_studies_counts_a_run_once_and_leaves_out_what_has_no_numbers(tmp_path: Path) -> None:

@@ -119,6 +119,26 @@ def test_the_same_study_gives_the_same_bytes(study: Path, report: Report, tmp_pa
     assert ours.keys() == theirs.keys()
 
 
+def test_maps_lie_as_they_were_laid_out_and_say_how_well_reward_separates(
+    study: Path, report: Report
+) -> None:
+    data = data_of(report.page)
+    (panels,) = [chart["panels"] for chart in data["charts"] if chart["id"] == "maps"]
+    table = pl.read_parquet(study.parents[1] / "runs" / "one-vc1-tdmpc2-s0" / "map.parquet")
+    wanted = {"task": "one", "model": "tdmpc2 1m", "representation": "vc1"}
+    for method, told in (("pca", "0.20"), ("umap", "0.40")):
+        (panel,) = [p for p in panels if (wanted | {"map": method.upper()}).items() <= p["keys"].items()]
+        assert panel["text"].startswith(
+            f"separation {told} here, 0.50 in the latent; 400 rows of 20 episodes"
+        )
+        for axis in "xy":
+            place = table[f"{method}_{axis}"].to_numpy()
+            unit = (place - place.min()) / np.ptp(place)
+            np.testing.assert_allclose(panel[axis], unit, atol=1e-3)
+        rows = data["rows"][panel["rows"]]
+        np.testing.assert_allclose(rows["reward"], table["reward"], rtol=1e-3)
+
+
 def test_a_look_of_several_factors_is_a_point_beside_the_look_that_was_trained_on(tmp_path: Path) -> None:
     looks = {"ood": 1.5, "camera=0.3+lighting=0.5": 1.3, "id:0.5,ood:0.5": 1.2, "camera=0.3": 1.1}
     planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, shifts=looks)

@@ -173,7 +173,8 @@ def contrast(browser: Chrome, selector: str) -> float:
 
 
 def test_every_chart_and_table_has_a_name_for_a_screen_reader(opened: Chrome) -> None:
-    drawn(opened)
+    for chart in drawn(opened):
+        chart.find_element(By.CSS_SELECTOR, "figure summary").click()
     tree = opened.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     named: dict[str, list[Any]] = {}
     for node in tree:
@@ -182,6 +183,9 @@ def test_every_chart_and_table_has_a_name_for_a_screen_reader(opened: Chrome) ->
     assert len(named["image"]) > 20
     for role in ("image", "table", "link", "combobox", "heading"):
         assert all(named[role]), role
+    assert "Imagined rollouts: one · dreamerv3 1m · vc1" in named["region"]
+    tables = [name for name in named["table"] if name.startswith("Table of ")]
+    assert len(tables) == len(set(tables)) == 7
     assert "main" in named
 
 
@@ -192,6 +196,23 @@ def test_it_prints_with_all_charts_and_no_controls(opened: Chrome) -> None:
     assert len(pdf) > 50_000
     left = opened.find_elements(By.CSS_SELECTOR, "section.chart:not([data-drawn])")
     assert left == []
+    assert opened.find_elements(By.CSS_SELECTOR, "details[open]") == []  # folded again
+
+
+def test_no_heading_is_printed_without_what_it_is_of(opened: Chrome) -> None:
+    """What is folded on the screen could not be unfolded on paper."""
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    opened.execute_script("dispatchEvent(new Event('beforeprint'))")
+    try:
+        for name in ("tests", "provenance", "commands"):
+            section = opened.find_element(By.CSS_SELECTOR, f"section[aria-labelledby={name}]")
+            shown = [
+                each for each in section.find_elements(By.CSS_SELECTOR, "table, pre") if each.is_displayed()
+            ]
+            assert len(shown) == 1, name
+            assert shown[0].size["width"] <= section.size["width"]
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,10 +14,10 @@ from scipy import stats
 
 from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
-from pvrpipe.worldmodel.report_sources import evidence_of
+from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
 
-from .planted_study import FLOOR, TRUE, Planted, data_of, write_study
+from .planted_study import BESIDE, FLOOR, ROWS, TRUE, Planted, data_of, write_study
 
 COMPARED = (33, 500)
 
@@ -84,6 +86,25 @@ def test_two_runs_are_too_few_to_tell(tmp_path: Path) -> None:
     assert {c.verdict for c in findings.comparisons} == {"too few runs"}
 
 
+def test_one_is_one_and_training_episodes_are_not_held_out(tmp_path: Path) -> None:
+    planted = Planted({"from scratch": 1.0, "vc1": 0.1}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    folder = write_study(tmp_path, planted)
+    record = json.loads((folder / "study.json").read_text())
+    record["study"]["probe"].update(splits=["train", "val"], horizons=[33])
+    (folder / "study.json").write_text(json.dumps(record))
+    page = build_report([folder], folder / "report", figures=False).page.read_text()
+    assert "2 runs: from scratch, vc1; tdmpc2 1m; one; 1 seed; each probed on 1 training episode.</p>" in page
+    assert "open loop, on training episodes: mean over runs" in page
+    assert "vc1, compared with learning from scratch twice: too few runs to tell in 2." in page
+    dots = {
+        chart["id"]: chart["panels"][0]["dots"]
+        for chart in data_of(folder / "report" / "index.html")["charts"][:2]
+    }
+    assert dots["summary"][0]["note"] == "1 run, 1 task"
+    assert dots["errors"][0]["note"] == "1 run on 1 episode"
+    assert dots["errors"][0]["value"] == pytest.approx(33 * 0.1 * BESIDE["train"], rel=0.3)
+
+
 def test_errors_are_means_over_runs_of_means_over_episodes(study: Path) -> None:
     rows = errors_of(evidence_of([study])).filter(
         environment="dmc:one", arm="vc1", model="tdmpc2", look="own", measure="reward_error", horizon=33
@@ -91,17 +112,29 @@ def test_errors_are_means_over_runs_of_means_over_episodes(study: Path) -> None:
     tables = [
         pl.read_parquet(p) for p in sorted(study.parents[1].glob("runs/one-vc1-tdmpc2-s?/probe.parquet"))
     ]
-    means = [
-        t.filter(prediction="open_loop", control="model", measure="reward_error", horizon=33)[
-            "accumulated"
-        ].mean()
-        for t in tables
-    ]
+    asked = {"split": "val", "prediction": "open_loop", "control": "model", "measure": "reward_error"}
+    means = [t.filter(**asked, horizon=33)["accumulated"].mean() for t in tables]
     assert len(means) == 6
     assert rows["mean"][0] == pytest.approx(np.mean(means))  # type: ignore[arg-type]
     assert rows["sem"][0] == pytest.approx(stats.sem(means))
     assert rows["iqm"][0] == pytest.approx(stats.trim_mean(means, 0.25))
     assert rows["values"][0].to_list() == pytest.approx(means)
+    asked |= {"measure": "dynamics_kl_mean"}
+    table = pl.read_parquet(study.parents[1] / "runs" / "one-vc1-dreamerv3-s0" / "probe.parquet")
+    one = table.filter(**asked, horizon=33)["accumulated"]
+    found = evidence_of([study]).errors(measure="dynamics_error", horizon=33, look="own", seed=0)
+    row = found.filter(arm="vc1", model="dreamerv3", environment="dmc:one").row(0, named=True)
+    assert (row["accumulated"], row["sem"]) == pytest.approx((one.mean(), stats.sem(one)))
+
+
+def test_the_bar_of_a_single_run_is_over_its_episodes(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1))
+    table = pl.read_parquet(tmp_path / "runs" / "one-vc1-tdmpc2-s0" / "probe.parquet")
+    asked = {"prediction": "open_loop", "control": "model", "measure": "state_error", "horizon": 8}
+    known = stats.sem(table.filter(**asked, split="val")["accumulated"])
+    for evidence in (evidence_of([folder]), evidence_of_runs([tmp_path / "runs" / "one-vc1-tdmpc2-s0"])):
+        (found,) = errors_of(evidence).filter(look="own", measure="state_error", horizon=8)["sem"]
+        assert found == pytest.approx(known)
 
 
 def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_path: Path) -> None:
@@ -125,6 +158,30 @@ def test_representations_are_grouped_by_property_in_and_out_of_distribution(tmp_
     assert charts["ood"][0]["text"].startswith("Over the trivial prediction, all tasks: ViT (3): 0.3")
 
 
+def test_runs_of_studies_that_differ_are_no_repeats_and_those_of_studies_alike_are(tmp_path: Path) -> None:
+    """Two studies of one task: six runs of each representation, unless they were trained otherwise or on other data."""
+
+    def written(name: str, **changed: Any) -> Path:
+        planted = Planted({"from scratch": 1.0, "vc1": 0.5}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+        (tmp_path / name).mkdir()
+        return write_study(tmp_path / name, replace(planted, **changed))
+
+    def arms(*folders: Path) -> dict[str, int]:
+        rows = errors_of(evidence_of(folders)).filter(look="own", measure="reward_error", horizon=33)
+        assert set(rows["pvr"]) == {"from scratch", "vc1"}
+        return dict(rows.select("arm", "runs").rows())
+
+    first, again = written("first"), written("again")
+    longer, other = written("longer", updates=2000), written("other", store="2" * 64)
+    assert arms(first, again) == {"from scratch": 6, "vc1": 6}
+    lengths = (1000, 2000)
+    assert arms(first, longer) == {f"{p}, updates {n}": 3 for n in lengths for p in ("from scratch", "vc1")}
+    assert arms(first, other) == {f"{p}, of {f}": 3 for f in (first, other) for p in ("from scratch", "vc1")}
+    runs = [*(tmp_path / "first" / "runs").iterdir(), *(tmp_path / "other" / "runs").iterdir()]
+    named = set(evidence_of_runs(runs).runs["arm"])
+    assert named == {f"{p}, store {n * 8}" for n in "02" for p in ("from scratch", "vc1")}
+
+
 def test_means_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
     """A representation that failed on the hard task would otherwise be the best of all."""
     folder = write_study(
@@ -141,3 +198,39 @@ def test_means_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
     assert "On fewer tasks, and not ranked: vc1 (1 of 2)." in sentence
     assert "Better than learning from scratch: " in sentence
     assert " better (1 of 2 tasks)</td>" in report.page.read_text()
+
+
+def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_path: Path) -> None:
+    """Bars and bands are a standard error long, points lie where both errors are, and cut episodes at their ends."""
+    page = build_report([study], tmp_path / "report", figures=False).page
+    errors = pl.read_parquet(tmp_path / "report" / "tables" / "errors.parquet")
+    charts = {chart["id"]: chart["panels"] for chart in data_of(page)["charts"]}
+    wanted = {"task": "one", "model": "tdmpc2 1m", "error": "reward error"}
+
+    def panel(chart: str, **more: str) -> dict[str, Any]:
+        (found,) = [p for p in charts[chart] if (wanted | more).items() <= p["keys"].items()]
+        return dict(found)
+
+    def known(arm: str, look: str = "own", horizon: int = 500) -> dict[str, Any]:
+        about = {"environment": "dmc:one", "model": "tdmpc2", "measure": "reward_error"}
+        return errors.filter(**about, arm=arm, look=look, horizon=horizon).row(0, named=True)
+
+    for dot in panel("errors", horizon="500")["dots"]:
+        row = known(dot["label"])
+        ends = (row["mean"] - row["sem"], row["mean"] + row["sem"])
+        assert (dot["value"], dot["low"], dot["high"]) == pytest.approx((row["mean"], *ends), rel=1e-3)
+        assert dot["runs"] == pytest.approx(row["values"], rel=1e-3)
+    for line in panel("horizons")["lines"]:
+        assert line["x"] == [1, 8, 33, ROWS]
+        row = known(line["label"])
+        ends = [row["mean"] - row["sem"], row["mean"] + row["sem"]]
+        assert [line["low"][-1], line["high"][-1]] == pytest.approx(ends, rel=1e-3)
+    for point in panel("ood", horizon="500", property="ViT")["points"]:
+        own, ood = known(point["label"]), known(point["label"], "ood")
+        numbers = [point[name] for name in ("x", "x_sem", "y", "y_sem")]
+        assert numbers == pytest.approx([own["mean"], own["sem"], ood["mean"], ood["sem"]], rel=1e-3)
+    assert f"said of {ROWS} rows on average" in page.read_text()
+    assert "Episodes end before 33 rows" not in page.read_text()
+    costs = {p["keys"]["cost"]: p["dots"] for p in charts["cost"]}
+    first = {cost: {dot["label"]: dot["value"] for dot in dots}["vc1"] for cost, dots in costs.items()}
+    assert list(first.values()) == pytest.approx([1000 / 11, 1536, 2], rel=1e-3)

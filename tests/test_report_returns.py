@@ -64,13 +64,22 @@ def test_returns_that_are_none_are_one_line(
 
 def test_returns_of_some_representations_are_correlated_for_these_alone(study: Path, tmp_path: Path) -> None:
     returns = tmp_path / "returns.csv"
-    returns.write_text("pvr,model,return\nvc1,tdmpc2,3\nautoencoder,tdmpc2,2\nrandom,tdmpc2,1\n")
+    returns.write_text(
+        "pvr,model,return\nvc1,tdmpc2,2\nvc1,tdmpc2,4\nautoencoder,tdmpc2,2\nrandom,tdmpc2,1\n"
+    )
     build_report([study], tmp_path / "report", returns=returns, figures=False)
     found = pl.read_parquet(tmp_path / "report" / "tables" / "correlations.parquet")
     assert set(found["model"]) == {"tdmpc2"}
     assert (found["points"] == 3).all()
     assert (found.filter(measure="reward_error")["spearman"] == -1).all()
     assert found["spearman_p"].to_list() == pytest.approx([1 / 3] * len(found))
+    tables = tmp_path / "report" / "tables"
+    given = pl.read_parquet(tables / "returns.parquet").filter(measure="reward_error", horizon=33)
+    assert dict(given.select("pvr", "return").rows()) == {"vc1": 3.0, "autoencoder": 2.0, "random": 1.0}
+    errors = pl.read_parquet(tables / "errors.parquet")
+    own = errors.filter(model="tdmpc2", look="own", measure="reward_error", horizon=33)
+    for pvr, mean in given.select("pvr", "mean").rows():  # over both tasks, in the look that was trained on
+        assert mean == pytest.approx(own.filter(pvr=pvr)["mean"].mean())
     said = json.loads((tmp_path / "report" / "report.json").read_text())["correlations"]
     assert [row["pearson"] for row in said] == pytest.approx(found["pearson"].to_list())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
         pvrs=["vc11", {"pvr": "vc1-l", "blocks": ["0-99"]}, {"pvr": "resnet18", "weights": "/nowhere/w.pt"}],
         models=[{"model": "dreamer"}, {"model": "tdmpc2", "updates": 0}],
         seeds=[0, 0, -1],
+        probe={"horizons": [9, 4, 9], "splits": ["val", "val"]},
         horizon=33,
     )
     code, _, told = study(tmp_path, "--dry-run")
@@ -134,6 +136,8 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
         "seeds[2]: input",
         "horizon: a study has no such field",
         "seeds: 0 is named 2 times",
+        "probe.horizons: 9 is named 2 times",
+        "probe.splits: val is named 2 times",
         "'camara'",
         "'nonsense'",
         "'vc11'",
@@ -145,7 +149,7 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
     lines = told.strip().splitlines()
     assert [sum(each in line for line in lines) for each in wanted] == [1] * len(wanted), told
     assert len(lines) == len(wanted), told
-    assert "12 mistakes more" in lines[-1]
+    assert "14 mistakes more" in lines[-1]
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])
@@ -205,6 +209,35 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
     assert measured(tmp_path) == numbers
 
 
+def test_an_encoder_in_two_weights_is_two_representations(tmp_path: Path) -> None:
+    """Two files had one store, and two seeds of random weights one name, so that their runs were repeats."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    wanted = [
+        {"pvr": "resnet18", "weights": str(tmp_path / f"{name}.safetensors")} for name in ("one", "two")
+    ]
+    wanted += [{"pvr": "resnet18", "weights": f"random:{seed}"} for seed in (0, 1)]
+    written(tmp_path, pvrs=[*wanted, "resnet18"], shifts=None)
+    read, _ = read_study(tmp_path / "study.yaml")
+    assert read is not None
+    plan = plan_of(read, tmp_path / "data", "cpu")
+    names = ["resnet18 one", "resnet18 two", "resnet18 random", "resnet18 random:1", "resnet18"]
+    assert [each.label for each in plan.encoded] == names
+    assert len({each.folder for each in plan.encoded}) == 5
+    assert len({job.run for job, _ in plan.jobs}) == 10
+    (tmp_path / "one.safetensors").write_bytes(b"other")
+    assert plan_of(read, tmp_path / "data", "cpu").encoded[0].folder != plan.encoded[0].folder
+    (tmp_path / "more").mkdir()
+    shutil.copy(tmp_path / "two.safetensors", tmp_path / "more" / "one.safetensors")
+    alike = {"pvr": "resnet18", "weights": str(tmp_path / "more" / "one.safetensors")}
+    written(tmp_path, pvrs=[wanted[0], alike, "random", wanted[2]], shifts=None)
+    code, _, told = study(tmp_path)
+    assert code == 1
+    assert "2 representations would both be called 'resnet18 one'" in told
+    assert "random and resnet18 random are one and the same; name it once" in told
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Path) -> None:
     """Weights that are none fail one representation; a flipped byte another; the third has its numbers."""
     (tmp_path / "weights.safetensors").write_bytes(b"\x08" + b"\x00" * 7 + b"{}      ")
@@ -214,7 +247,7 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     assert code == 1
     record = record_in(tmp_path)
     states = {job.pvr: job.state for job in record.jobs}
-    assert states == {"autoencoder": "finished", "from scratch": "finished", "resnet18": "failed"}
+    assert states == {"autoencoder": "finished", "from scratch": "finished", "resnet18 weights": "failed"}
     assert "pvrpipe study" not in told or "run it again" in told
     store = next(s for s in record.stores if s.pvr == "autoencoder" and s.kind == "embeddings")
     assert Store.open(tmp_path / "data" / store.folder).column("embedding").dtype == "float32"
@@ -226,7 +259,7 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     code, found, told = study(tmp_path)
     assert code == 1
     states = {job.pvr: job.state for job in record_in(tmp_path).jobs}
-    assert states == {"autoencoder": "damaged", "from scratch": "finished", "resnet18": "failed"}
+    assert states == {"autoencoder": "damaged", "from scratch": "finished", "resnet18 weights": "failed"}
     assert {part["state"] for part in found["unfinished"]} == {"failed", "damaged"}
     assert "does not verify" in Path(found["report"]).read_text()
     done = run("report", "--json", "--no-figures", cwd=tmp_path)

@@ -6,17 +6,24 @@ The frame's colour, the embedding and the reward follow from the last action alo
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError
 from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.counterfactual import probe_pairs
 from pvrpipe.worldmodel.filmstrip import film_strip
 from pvrpipe.worldmodel.maps import latent_map, pca, separation, umap
+from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.probe_reference import beliefs_of
+from pvrpipe.worldmodel.probe_subject import subject_of
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .commands import run
@@ -53,7 +60,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_planted(folder / "store", seen, rollouts_id=made_of)
     for name, look in (("same", 0 * LOOK), ("other", LOOK)):
         anew = [{**e, "embedding": (e["embedding"] + look).astype(np.float32)} for e in seen]
-        write_planted(folder / name, anew, rollouts_id=f"{len(name):064x}", replay_of=made_of)
+        made = {"rollouts_id": f"{len(name):064x}", "replay_of": made_of, "variation": f"camera={name}"}
+        write_planted(folder / name, anew, **made)
     write_planted(folder / "stranger", seen[::-1], rollouts_id="1" * 64)
     settings = {"dreamerv3": {"length": 8, "warmup": 10, "learning_rate": 3e-3}, "tdmpc2": {"batch": 64}}
     for name, setting in settings.items():
@@ -128,12 +136,32 @@ def test_separation_is_what_neighbours_in_other_episodes_tell() -> None:
     assert told < 0.5
 
 
+def test_umap_leaves_as_many_threads_as_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler takes all cores for the whole process: what a worker trained after a map had other bits."""
+
+    class Layout:
+        def __init__(self, **_: object) -> None: ...
+
+        def fit_transform(self, rows: np.ndarray) -> np.ndarray:
+            torch.set_num_threads(before + 2)
+            return rows[:, :2]
+
+    before = torch.get_num_threads()
+    monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=Layout))
+    umap(np.zeros((4, 3), np.float32))
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.slow  # UMAP compiles for half a minute
 def test_umap_keeps_two_clouds_apart_and_is_repeatable() -> None:
     random = np.random.default_rng(2)
     reward = np.repeat([0.0, 1.0], 80)
     rows = (random.normal(size=(160, 5)) + 20 * reward[:, None]).astype(np.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     points = umap(rows, 3)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
     assert points.shape == (160, 2)
     assert separation(points, reward, np.arange(160) % 8) == 1.0
     np.testing.assert_array_equal(points, umap(rows, 3))
@@ -150,6 +178,17 @@ def test_the_same_look_shifts_nothing_and_another_by_what_was_planted(model: str
             assert other["measures"][name]["20"]["shift"]["accumulated"]["mean"] > 1e-3, name
     errors = same["measures"]["open_loop.reward_error"]["5"]
     assert errors["source"] == errors["replay"]
+    views = pl.read_parquet(home / model / f"pairs-{other['replay_id'][:12]}.parquet")
+    asked = {"control": "source", "prediction": "open_loop", "measure": "reward_error", "horizon": 20}
+    probe(home / model, horizons=(5, 20))  # the same episodes of the source, on their own
+    own = pl.read_parquet(home / model / "probe.parquet").filter(split="val", **{**asked, "control": "model"})
+    np.testing.assert_array_equal(views.filter(**asked)["accumulated"], own["accumulated"])
+    assert (
+        views.filter(**{**asked, "control": "replay"})["accumulated"].to_list()
+        != own["accumulated"].to_list()
+    )
+    assert views["variation"].unique().to_list() == ["camera=other"]
+    check_latent_shifts(home, model, views)
     store = Store.open(home / "store")
     rows = [
         store.read_episode(number, ("embedding",))["embedding"][1:]
@@ -163,6 +202,31 @@ def test_the_same_look_shifts_nothing_and_another_by_what_was_planted(model: str
     table = pl.read_parquet(home / model / f"{name}.parquet")
     one = table.filter(prediction="filtered", measure="embedding_shift", control="shift", horizon=5)
     assert one["per_step"].mean() == pytest.approx(found)
+
+
+@torch.no_grad()
+def check_latent_shifts(home: Path, name: str, views: pl.DataFrame) -> None:
+    """KL of the source's latents to the replay's, and squared distances of features, by the formulas."""
+    with subject_of(home / name) as subject, subject_of(home / name, home / "other") as anew:
+        numbers, trained = subject.episodes("val"), subject.episodes("train")
+        seen = [s.model.filter(s.reader(numbers).batch, chance(0, numbers[0], 0)) for s in (subject, anew)]
+        spread = (
+            beliefs_of(subject.model, subject.reader, trained, 0).features.astype(np.float64).var(0).sum()
+        )
+    rows = subject.reader(numbers).rows
+    a, b = (one.features[:, 1:].double().numpy() for one in seen)
+    shifts = {"latent_shift": ((a - b) ** 2).sum(-1) / (2 * spread)}
+    p, q = (one.latents[:, 1:].double() for one in seen)
+    if name == "dreamerv3":
+        p, q = (0.99 * torch.softmax(x, -1) + 0.01 / x.shape[-1] for x in (p, q))
+        shifts["latent_kl_forward"] = (p * (p / q).log()).sum((-2, -1)).numpy()
+        shifts["latent_kl_backward"] = (q * (q / p).log()).sum((-2, -1)).numpy()
+    for measure, values in shifts.items():
+        found = views.filter(prediction="filtered", control="shift", measure=measure, horizon=20).sort(
+            "episode"
+        )
+        known = [line[: min(20, n - 1)].sum() for line, n in zip(values, rows, strict=True)]
+        np.testing.assert_allclose(found["accumulated"], known, rtol=1e-4, atol=1e-6)
 
 
 def test_the_command_probes_a_run_and_its_pair(home: Path) -> None:

@@ -45,6 +45,12 @@ def test_groups_cut_a_factor_into_strata_that_hold_every_episode_once() -> None:
     means = [g["reward_error"]["1"]["per_step"]["mean"] for g in by["factor_camera"]]
     assert means == [1.0, 4.0, 7.0]
     assert [(g["value"], g["episodes"]) for g in by["distribution"]] == [("id", 6), ("ood", 3)]
+    assert [g["reward_error"]["1"]["per_step"]["mean"] for g in by["distribution"]] == [2.5, 7.0]
+    seen = episodes[:4].with_columns(split=pl.lit("train"), episode=pl.int_range(9, 13))
+    values = {key: np.concatenate([rows, 100 + rows[:4]]) for key, rows in values.items()}
+    both = groups(table_of(Judged(values, np.ones(13, int)), pl.concat([episodes, seen]), [1]), [1], "mse")
+    assert [g for g in both if g["by"] != "split"] == [g for g in found if g["by"] != "split"]
+    assert [(g["value"], g["episodes"]) for g in both if g["by"] == "split"] == [("val", 9), ("train", 4)]
 
 
 def test_the_floor_of_a_two_hot_target_is_its_entropy() -> None:
@@ -88,6 +94,19 @@ def test_calibration_is_zero_where_predictions_are_means_and_the_bias_where_not(
     assert biased["expected_calibration_error"] == pytest.approx(0.3, abs=0.02)
     assert sum(entry["rows"] for entry in biased["bins"]) == 20_000
     assert calibration(np.array([1.0]), np.array([3.0]))["expected_calibration_error"] == 2.0
+
+
+def test_bins_of_calibration_are_of_equally_many_rows_by_prediction() -> None:
+    predicted = np.array([9.0, 1.0, 3.0, 2.0, 4.0, 100.0, 8.0])
+    received = np.array([9.0, 0.0, 3.0, 0.0, 1.0, 50.0, 7.0])
+    found = calibration(predicted, received, bins=3)
+    assert found["bins"] == [
+        {"rows": 3, "predicted": 2.0, "received": 1.0},
+        {"rows": 2, "predicted": 6.0, "received": 4.0},
+        {"rows": 2, "predicted": 54.5, "received": 29.5},
+    ]
+    assert found["expected_calibration_error"] == pytest.approx((3 * 1 + 2 * 2 + 2 * 25) / 7)
+    assert len(calibration(np.arange(40.0), np.arange(40.0))["bins"]) == 10
 
 
 def test_a_state_that_lies_in_the_features_is_read_exactly_and_one_that_does_not_costs_its_variance() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy import stats
 
 from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
 from pvrpipe.store.reading import Store
@@ -21,6 +23,7 @@ from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.predictions import Imagined, one_step
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
+from pvrpipe.worldmodel.probe_reference import beliefs_of, reference_of
 from pvrpipe.worldmodel.probe_subject import Subject, subject_of
 from pvrpipe.worldmodel.training import TrainConfig, train
 
@@ -158,6 +161,57 @@ def test_every_measure_is_its_formula_in_float64(subject: Any, probed: Any) -> N
             check_totals(rows.filter(measure=measure), values, episodes.rows - CONTEXT)
 
 
+@torch.no_grad()
+def test_controls_are_what_the_training_rows_say_and_states_are_read_off_each(
+    subject: Any, probed: Any
+) -> None:
+    name, opened = subject
+    model, numbers, trained = opened.model, opened.episodes("val", CONTEXT), opened.episodes("train")
+    _, table = probed[name]
+    ((_, learned),) = opened.reader.batches(trained)
+    believed = model.filter(learned.batch, chance(SEED, trained[0], 0))
+    exists = np.arange(1, learned.rows.max()) < learned.rows[:, None]  # but each episode's first row
+    latents, features = (
+        part[:, 1:].double().numpy()[exists] for part in (believed.latents, believed.features)
+    )
+    usual = learned.batch["reward"][:, 1:].double().numpy()[exists].mean()
+    mean = np.log(softmax(latents).mean(0)) if name == "dreamerv3" else latents.mean(0)
+    reader = reference_of(model, opened.reader, beliefs_of(model, opened.reader, trained, SEED)).state
+    assert reader is not None
+    states = learned.batch["state"][:, 1:, :2].double().numpy()[exists]  # the third number never changes
+    np.testing.assert_allclose(reader.spread.numpy(), states.var(0), rtol=1e-4)
+
+    ((_, episodes),) = opened.reader.batches(numbers)
+    key, batch, steps = (SEED, numbers[0]), episodes.batch, episodes.rows - CONTEXT
+    filtered = model.filter(batch, chance(*key, 0))
+    true, seen = (part[:, CONTEXT:].double().numpy() for part in (filtered.latents, filtered.features))
+    state, reward = (
+        batch["state"][:, CONTEXT:, :2].double().numpy(),
+        batch["reward"][:, CONTEXT:].double().numpy(),
+    )
+
+    def state_error(rows: Any) -> np.ndarray:
+        read = np.asarray(rows, np.float64) @ reader.weight.double().numpy() + reader.offset.double().numpy()
+        kept = np.clip(read, reader.low.double().numpy(), reader.high.double().numpy())
+        return ((kept - state) ** 2 / states.var(0)).mean(-1) + np.zeros(reward.shape)
+
+    begin = filtered.state(CONTEXT - 1)
+    held = {"open_loop": slice(CONTEXT - 1, CONTEXT), "one_step": slice(CONTEXT - 1, -1)}
+    for prediction, said in (
+        ("open_loop", model.predict(begin, batch["action"][:, CONTEXT - 1 : -1], chance(*key, 2))),
+        ("one_step", one_step(model, filtered, batch["action"], CONTEXT, chance(*key, 2))),
+    ):
+        rows = table.filter(split="val", prediction=prediction)
+        still = filtered.features[:, held[prediction]].double().numpy()
+        read = {"model": said.features, "no_change": still, "mean": features.mean(0), "filtered": seen}
+        for control, features_ in read.items():
+            check_totals(rows.filter(control=control, measure="state_error"), state_error(features_), steps)
+        flat = rows.filter(control="no_change", measure="reward_error")
+        check_totals(flat, np.abs(usual - reward), steps)
+        for measure, values in divergences(name, np.broadcast_to(mean, true.shape), true).items():
+            check_totals(rows.filter(control="mean", measure=measure), values, steps)
+
+
 def check_totals(rows: pl.DataFrame, values: np.ndarray, steps: np.ndarray) -> None:
     """Sums over the first rows of each episode, one by one."""
     for horizon in HORIZONS:
@@ -192,6 +246,21 @@ def test_every_number_of_the_report_comes_from_the_table(model: str, probed: Any
         for name in ("predicted", "received")
     )
     assert returns["pearson"]["value"] == pytest.approx(np.corrcoef(imagined, true)[0, 1])
+    assert returns["spearman"]["value"] == pytest.approx(stats.spearmanr(imagined, true).statistic)
+    assert [returns["imagined"], returns["true"]] == pytest.approx([imagined.mean(), true.mean()])
+    assert returns["absolute_error"] == pytest.approx(np.abs(imagined - true).mean())
+    for prediction, horizon in itertools.product(("open_loop", "one_step"), HORIZONS):
+        at = own.filter(prediction=prediction, horizon=horizon)
+        check_events(report["reward_events"][prediction][str(horizon)], at.filter(control="model"))
+        for measure, by_horizon in report["action_sensitivity"][prediction].items():
+            means = at.filter(measure=measure).group_by("control").agg(pl.col("per_step").mean())
+            of = dict(means.rows())
+            assert by_horizon[str(horizon)] == pytest.approx(of["shuffled_actions"] / of["model"])
+        entry = report["measures"][prediction]["reward_error"][str(horizon)]
+        assert (
+            entry["complete"]
+            == (at.filter(control="model", measure="reward_error")["steps"] == horizon).sum()
+        )
     for prediction, by_horizon in report["calibration"].items():
         for horizon, found in by_horizon.items():
             model_rows = own.filter(prediction=prediction, control="model", horizon=int(horizon))
@@ -204,6 +273,17 @@ def test_every_number_of_the_report_comes_from_the_table(model: str, probed: Any
     )
     assert train_group["episodes"] == len(errors)
     assert train_group["reward_error"]["4"]["per_step"]["mean"] == pytest.approx(errors["per_step"].mean())
+
+
+def check_events(found: dict[str, Any], rows: pl.DataFrame) -> None:
+    """Counts of events, and what share of those said happened, and of those that happened was said."""
+    said, happened, both = (
+        rows.filter(measure=f"events_{name}")["accumulated"].sum()
+        for name in ("predicted", "received", "hit")
+    )
+    assert (found["predicted"], found["received"]) == (said, happened)
+    assert found["precision"] == (pytest.approx(both / said) if said else None)
+    assert found["recall"] == pytest.approx(both / happened)
 
 
 def test_probing_again_writes_the_same_bytes_whatever_the_batches(

@@ -44,6 +44,9 @@ def test_what_is_in_an_embedding_is_found_and_what_is_not_is_not(tmp_path: Path)
     linear, mlp = (report["state"][reader]["r2"] for reader in ("linear", "mlp"))
     assert linear == pytest.approx(1 / 3, abs=0.05)  # one number of three; the third is nowhere
     assert 0.5 < mlp < 0.72
+    assert report["reward"]["neighbours"]["r2"] > 0.7
+    assert 0.1 < report["state"]["neighbours"]["r2"] < mlp
+    assert report["rows"]["train"] + report["rows"]["val"] == 60 * 59
 
 
 def test_ridge_equals_its_closed_form_solved_otherwise() -> None:
@@ -57,6 +60,7 @@ def test_ridge_equals_its_closed_form_solved_otherwise() -> None:
 def test_numbers_that_never_change_do_not_count() -> None:
     true = np.array([[1.0, 5.0], [3.0, 5.0]])
     assert judged(true + 1, true, np.array([2.0, 5.0])) == {"r2": 0.0, "mae": 1.0}
+    assert judged(true + 3, true, np.array([2.0, 5.0])) == {"r2": -8.0, "mae": 3.0}
 
 
 def test_a_store_without_held_out_episodes_is_one_line(tmp_path: Path) -> None:

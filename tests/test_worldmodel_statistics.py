@@ -47,6 +47,7 @@ def test_probability_of_improvement_is_that_of_rliable() -> None:
     assert (found.low, found.high) == pytest.approx(IMPROVEMENT_INTERVAL, abs=0.012)
     errors = probability_of_improvement(list(OURS.T), list(THEIRS.T), lower_is_better=True)
     assert errors.value == pytest.approx(1 - IMPROVEMENT, abs=1e-7)
+    assert probability_of_improvement([[1, 2]], [[1, 3]]).value == 1.5 / 4  # a tie counts half
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 40])

@@ -101,12 +101,14 @@ def test_a_sweep_makes_the_runs_that_train_makes_and_one_failure_stops_none(
 def test_a_sweep_that_is_run_again_leaves_finished_runs_alone(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    jobs = [replace(job, horizons=()) for job in jobs_in(tmp_path, stores)[:2]]
+    twice = {"horizons": (3, 3), "split": ("val", "val")}  # said twice, asked once
+    jobs = [replace(job, **twice) for job in jobs_in(tmp_path, stores)[:2]]
     first = sweep(jobs[:1], engine="inline")
-    stamp = (jobs[0].run / checkpoints.CHECKPOINT).stat().st_mtime_ns
+    made = [jobs[0].run / name for name in (checkpoints.CHECKPOINT, "probe.parquet")]
+    stamps = [path.stat().st_mtime_ns for path in made]
     both = sweep(jobs, engine="inline")
     assert both[0] == first[0]
-    assert (jobs[0].run / checkpoints.CHECKPOINT).stat().st_mtime_ns == stamp
+    assert [path.stat().st_mtime_ns for path in made] == stamps
     other = replace(jobs[0], config=config("dreamerv3", 9))
     (refused,) = sweep([other], engine="inline")
     assert "seed: 0, now 9" in refused.failure

@@ -107,10 +107,14 @@ def umap(features: NDArray[Any], seed: int = 0) -> Floats:
     """UMAP with its authors' defaults and a seed, which makes it repeatable: (M, n) -> (M, 2)."""
     import umap as authors  # compiles for seconds when imported
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a seed costs parallelism, which it says every time
-        layout = authors.UMAP(n_neighbors=min(NEAR, len(features) - 1), random_state=seed)
-        return np.asarray(layout.fit_transform(features), np.float64)
+    before = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a seed costs parallelism, which it says every time
+            layout = authors.UMAP(n_neighbors=min(NEAR, len(features) - 1), random_state=seed)
+            return np.asarray(layout.fit_transform(features), np.float64)
+    finally:
+        torch.set_num_threads(before)  # numba leaves as many as there are cores, and later runs other bits
 
 
 LAYOUTS = {"pca": pca, "umap": umap}

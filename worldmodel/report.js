@@ -186,9 +186,9 @@ const DRAW = {
     walkable(root, marks, label);
     return root;
   },
-  strip(panel) {
+  strip(panel, width, label) {
     const names = { true: "happened", imagined: "imagined", seen: "believed" };
-    const box = html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "film strip" });
+    const box = html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label });
     const root = html("div", { class: "strip" }, box);
     root.style.gridTemplateColumns = `4.5rem repeat(${panel.step.length}, minmax(3.5rem, 1fr))`;
     for (const [name, title] of Object.entries(names)) {
@@ -215,12 +215,12 @@ function rowsOf(panel) {
   const rows = DATA.rows[panel.rows];
   return [["episode", "row", "reward", "x", "y"], ...panel.x.map((v, i) => [rows.episode[i], rows.step[i], rows.reward[i], v, panel.y[i]])];
 }
-function tableOf(panel, parent) {
+function tableOf(panel, parent, label) {
   const box = html("details", {}, parent);
   html("summary", {}, box, "Table");
   box.addEventListener("toggle", () => {
     if (!box.open || box.querySelector("table")) return;
-    const [head, ...rows] = rowsOf(panel), table = html("table", {}, html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "table" }, box));
+    const [head, ...rows] = rowsOf(panel), table = html("table", { "aria-label": label }, html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, box));
     const top = html("tr", {}, html("thead", {}, table)), body = html("tbody", {}, table);
     for (const cell of head) html("th", { scope: "col" }, top, cell);
     for (const row of rows) {
@@ -268,16 +268,17 @@ function build(chart, parent) {
       const figure = html("figure", {}, panels), title = Object.values(panel.keys).filter(Boolean).join(" · ");
       html("h3", {}, figure, title || chart.title);
       const width = Math.max(260, Math.min(figure.clientWidth || 360, 560));
-      figure.append(DRAW[chart.kind](panel, width, `${chart.title}: ${title}`));
+      const label = `${chart.title}: ${title}`;
+      figure.append(DRAW[chart.kind](panel, width, label));
       if (panel.text) html("figcaption", {}, figure, panel.text);
-      tableOf(panel, figure);
+      tableOf(panel, figure, `Table of ${label}`);
     }
     if (!panels.children.length) html("p", { class: "about" }, panels, "There is no chart of all that is chosen.");
   }
   return draw;
 }
 
-/* Charts are drawn when they come near the window, and all of them before printing. */
+/* Charts are drawn when they come near the window, and all of them before printing; paper cannot be unfolded. */
 const contents = document.getElementById("contents"), waiting = new Map();
 for (const chart of DATA.charts) {
   const draw = build(chart, document.getElementById("charts"));
@@ -295,4 +296,10 @@ function finish(section) {
   section.dataset.drawn = "yes";
 }
 for (const section of waiting.keys()) near.observe(section);
-addEventListener("beforeprint", () => [...waiting.keys()].forEach(finish));
+addEventListener("beforeprint", () => {
+  [...waiting.keys()].forEach(finish);
+  for (const box of document.querySelectorAll("details.printed:not([open])")) { box.open = true; box.dataset.unfolded = ""; }
+});
+addEventListener("afterprint", () => {
+  for (const box of document.querySelectorAll("[data-unfolded]")) { box.open = false; delete box.dataset.unfolded; }
+});

@@ -22,14 +22,20 @@ SUMMARY = chart_of(
     "model",
     "error",
 )
-BY_PVR = chart_of(
-    "errors",
-    "Error by representation",
-    "dots",
-    f"Accumulated over the horizon, open loop, on held-out episodes: mean over runs. {BARS}; ticks: the runs.",
-    "model",
-    "horizon",
-)
+
+
+def by_pvr(episodes: str) -> dict[str, Any]:
+    """Of errors on ``held-out`` or other episodes."""
+    return chart_of(
+        "errors",
+        "Error by representation",
+        "dots",
+        f"Accumulated over the horizon, open loop, on {episodes} episodes: mean over runs. {BARS}; ticks: the runs.",
+        "model",
+        "horizon",
+    )
+
+
 BY_HORIZON = chart_of(
     "horizons",
     "Error by horizon",

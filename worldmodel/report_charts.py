@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from pvrpipe.schemas.progress import counted
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map, read_strip
 from pvrpipe.worldmodel.report_captions import (
     BLOCKS,
     BY_HORIZON,
-    BY_PVR,
     COST,
     ENCODERS,
     MAPS,
@@ -29,13 +29,14 @@ from pvrpipe.worldmodel.report_captions import (
     SEVERITY,
     STRIPS,
     SUMMARY,
+    by_pvr,
 )
 from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_panels import number_of, panels_of, task_of, unit_of
 from pvrpipe.worldmodel.report_scatters import return_panels, shifted_panels
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import severities_of
-from pvrpipe.worldmodel.report_words import NAMES
+from pvrpipe.worldmodel.report_words import NAMES, episodes_of
 
 MOMENTS = ("true", "imagined", "seen")
 WITHOUT = "the study says `maps: false`, its runs are not done, or a file is damaged (`pvrpipe study` draws it anew)."
@@ -85,7 +86,7 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
     at = errors.filter(pl.col("horizon").is_in(horizons)) if horizons else errors
     own = at.filter(look=OWN)
     made.add(SUMMARY, list(_standing_panels(findings, evidence.runs)), "No run has an error to be compared.")
-    made.add(BY_PVR, list(_dots_by(own, "arm")), "No run has an error.")
+    made.add(by_pvr(episodes_of(evidence)), list(_dots_by(own, "arm")), "No run has an error.")
     made.add(BY_HORIZON, list(_growth(errors.filter(look=OWN))), "Errors were probed at one horizon only.")
     _maps(made, evidence)
     made.add(
@@ -128,7 +129,7 @@ def _standing_panels(findings: Findings, runs: pl.DataFrame) -> Iterator[dict[st
                     "low": s.relative.low,
                     "high": s.relative.high,
                     "random": s.pvr in random,
-                    "note": f"{s.runs} runs, {s.tasks} task{'s' * (s.tasks > 1)}",
+                    "note": f"{counted(s.runs, 'run')}, {counted(s.tasks, 'task')}",
                 }
                 for s in standings
             ],
@@ -156,7 +157,7 @@ def _dot(row: dict[str, Any], label: str) -> dict[str, Any]:
         "high": row["mean"] + sem,
         "runs": row["values"],
         "random": row["random_weights"],
-        "note": f"{row['runs']} run{'s' * (row['runs'] > 1)} on {row['episodes']} episodes",
+        "note": f"{counted(row['runs'], 'run')} on {counted(row['episodes'], 'episode')}",
     }
 
 
@@ -228,7 +229,7 @@ def _maps(made: Charts, evidence: Evidence) -> None:
         table, separation = read_map(folder)
         rows, reward = made.rows_of(table), table["reward"].to_numpy()
         colours = f"reward from {reward.min():.3g} (blue) to {reward.max():.3g} (orange)"
-        count = f"{len(table)} rows of {table['episode'].n_unique()} episodes"
+        count = f"{counted(len(table), 'row')} of {counted(table['episode'].n_unique(), 'episode')}"
         for method in ("umap", "pca"):
             place = table.select(f"{method}_x", f"{method}_y").to_numpy()
             low, high = place.min(0), place.max(0)

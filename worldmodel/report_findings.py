@@ -20,7 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import stats
 
-from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
+from pvrpipe.worldmodel.report_sources import ERRORS, OWN, TASK, Evidence
 from pvrpipe.worldmodel.statistics import Estimate, aggregate, probability_of_improvement
 
 ALPHA = 0.05
@@ -28,7 +28,6 @@ ALPHA = 0.05
 JUDGED = ("reward_error", "state_error")
 EXACT, DRAWN = 20_000, 9_999  # arrangements that are all looked at; else so many of them
 REFERENCE = "from scratch"
-TASK = ("environment", "variation")
 Floats = NDArray[np.float64]
 Verdict = Literal["better", "worse", "unclear", "too few runs"]
 

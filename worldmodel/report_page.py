@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 
+from pvrpipe.schemas.progress import counted
 from pvrpipe.schemas.study_record import STATES
 from pvrpipe.worldmodel.report_charts import Charts
 from pvrpipe.worldmodel.report_findings import ALPHA, Findings
@@ -21,11 +22,13 @@ from pvrpipe.worldmodel.report_words import (
     NAMES,
     TRIVIAL,
     about_of,
+    episodes_of,
     grouped,
     legible,
     sentences_of,
     summary_of,
     title_of,
+    told,
 )
 
 
@@ -73,11 +76,11 @@ def _lead(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     names = ", ".join(short(e) if v == "none" else f"{short(e)} ({v})" for e, v in tasks)
     arms = ", ".join(runs["arm"].unique(maintain_order=True))
     models = ", ".join(f"{m} {s}" for m, s in runs.select("model", "size").unique(maintain_order=True).rows())
-    seeds = runs["seed"].n_unique()
-    counted = _counted(seeds, "seed")
+    seeds = counted(runs["seed"].n_unique(), "seed")
     probed = evidence.scores.filter(look=OWN)["episodes"]
-    held = f"each probed on {_range(probed.min(), probed.max())} held-out episodes"
-    text = f"<p>{_counted(len(runs), 'run')}: {escape(arms)}; {escape(models)}; {escape(names)}; {counted}; {held}.</p>"
+    held = f"each probed on {_range(probed.min(), probed.max())} {episodes_of(evidence)} episode"
+    held += "s" * (probed.max() != 1)
+    text = f"<p>{counted(len(runs), 'run')}: {escape(arms)}; {escape(models)}; {escape(names)}; {seeds}; {held}.</p>"
     random = runs.filter(pl.col("random_weights"))["arm"].unique(maintain_order=True).to_list()
     if random:
         text += f'<p class="alarm">Random weights, nobody trained these encoders: {escape(", ".join(random))}.</p>'
@@ -102,8 +105,9 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
         return "<p><strong>Nothing: there are no errors to be compared.</strong></p>"
     claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
     count = len(findings.comparisons)
+    find = "finds" if claims == 1 else "find"
     head = (
-        f"Of {_counted(count, 'comparison')} with {findings.reference}, {claims} find a difference."
+        f"Of {counted(count, 'comparison')} with {told(findings.reference)}, {claims} {find} a difference."
         if count
         else "There is nothing to compare."
     )
@@ -184,7 +188,7 @@ def _comparisons(findings: Findings) -> str:
     ]
     head = ["model", "error", "horizon", "representation", "against", "P(smaller error)", "p", "q", "verdict"]
     table = _table(head, rows, "Every comparison of the report, each with its test.")
-    return _folded(_counted(len(rows), "comparison"), table) if rows else "<p>None.</p>"
+    return _folded(counted(len(rows), "comparison"), table) if rows else "<p>None.</p>"
 
 
 def _absent(sentences: Sequence[str]) -> str:
@@ -225,17 +229,15 @@ def _provenance(evidence: Evidence, unfinished: pl.DataFrame) -> str:
     )
     return (
         missing
-        + _folded(_counted(len(rows), "store"), stores)
-        + _folded(_counted(len(evidence.runs), "run"), runs)
+        + _folded(counted(len(rows), "store"), stores)
+        + _folded(counted(len(evidence.runs), "run"), runs, printed=False)
     )
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _folded(summary: str, content: str) -> str:
-    return f"<details><summary>{summary}</summary>{content}</details>"
+def _folded(summary: str, content: str, *, printed: bool = True) -> str:
+    """Content that is unfolded by a click, and where it is ``printed`` on paper too."""
+    kind = ' class="printed"' if printed else ""
+    return f"<details{kind}><summary>{summary}</summary>{content}</details>"
 
 
 def _commands(evidence: Evidence) -> str:
@@ -246,7 +248,7 @@ def _commands(evidence: Evidence) -> str:
         ]
         steps = "\n".join(filter(None, parts))
         text += f"<pre>{escape(record.command)}</pre>"
-        text += _folded("Step by step", f"<pre>{escape(steps)}</pre>")
+        text += _folded("Step by step", f"<pre>{escape(steps)}</pre>", printed=False)
     return text
 
 

@@ -26,6 +26,8 @@ CHANGED = "what its probe wrote; probe it again"
 OWN = "own"  # the look that a run was trained on
 #: What a run is; equal in all but ``seed``, runs are repeats of one another.
 RUN_KEYS = ("environment", "variation", "pvr", "encoder", "blocks", "model", "size", "seed")
+TASK = ("environment", "variation")
+STORE = "store_id"
 #: Of a run's configuration, what is in :data:`RUN_KEYS` or changes no number.
 UNTOLD = ("model", "size", "seed", "encoder", "save_every", "log_every")
 #: What an episode's numbers are grouped by.
@@ -71,7 +73,7 @@ def evidence_of(folders: Sequence[Path]) -> Evidence:
         NotAStudyError: one of the folders holds none, or none of their runs was begun.
     """
     studies = tuple((folder, read_record(folder)) for folder in folders)
-    parts = [part for folder, record in studies for part in _of_study(folder, record)]
+    parts = _told_apart([part for folder, record in studies for part in _of_study(folder, record)])
     if all(part.row["state"] == "waiting" for part in parts):
         raise NotAStudyError(
             f"no run of {', '.join(map(str, folders))} has numbers yet ({len(parts)} waiting); "
@@ -89,7 +91,7 @@ def evidence_of_runs(folders: Sequence[Path]) -> Evidence:
     """
     parts: list[Part] = []
     for folder in folders:
-        study = (folder / RECORD).is_file()
+        study = folder.name == RECORD or (folder / RECORD).is_file()
         parts += _of_study(folder, read_record(folder)) if study else [_of_run(folder)]
     if all(part.scores is None for part in parts):
         told = next((f"{part.row['run']} {part.row['failure']}" for part in parts), "there is no run")
@@ -104,7 +106,9 @@ class Part:
     row: dict[str, Any]
     scores: pl.DataFrame | None
     trained: dict[str, Any] = field(default_factory=dict)
-    """how, besides :data:`RUN_KEYS`; of a run that is not of a study, whose names tell its runs apart"""
+    """how, and how it was probed, besides :data:`RUN_KEYS`; ``store_id`` says on what"""
+    of: str = ""
+    """what to call it by where others were trained on other stores of the same task"""
 
     @property
     def place(self) -> Path:
@@ -119,21 +123,34 @@ def _of_study(folder: Path, record: StudyRecord) -> Iterator[Part]:
     ids = {store.folder: store.id for store in record.stores}
     for job in record.jobs:
         row = {name: getattr(job, name) for name in (*RUN_KEYS, "store", "state", "failure")}
-        row |= {"run": str(root / job.run), "random_weights": random.get(job.store, False)}
-        finished = job.state == "finished"
-        yield _part(
-            row, _scores_of(root / job.run, job, record.study.probe, ids.get(job.store)) if finished else {}
-        )
+        run, asked = root / job.run, record.study.probe
+        row |= {"run": str(run), "random_weights": random.get(job.store, False)}
+        if job.state == "finished":
+            trained = {**_trained(run), "split": asked.splits[0], "context": asked.context}
+            found = _scores_of(run, job, asked, ids.get(job.store))
+            yield replace(_part(row, found, trained), of=f"of {folder}")
+        else:
+            yield _part(row, {})
 
 
-def _of_run(folder: Path) -> Part:
-    """A run on its own, as it was probed last."""
-    record, path = read_run(folder), folder / runs.PROBE_TABLE
+def _trained(run: Path) -> dict[str, Any]:
+    """How a run was trained, and on which store; nothing of one that cannot be read."""
+    try:
+        record = read_run(run)
+    except PvrpipeError:
+        return {}
     trained = {name: value for name, value in record.config.items() if name not in UNTOLD}
     if record.encoder:
         readout = {name: getattr(record.encoder, name) for name in ("layer", "pooling", "blocks")}
         seed = record.encoder.weights.random_seed
         trained |= {**readout, "weights": "its own" if seed is None else f"random:{seed}"}
+    return trained | {STORE: record.store_id}
+
+
+def _of_run(folder: Path) -> Part:
+    """A run on its own, as it was probed last."""
+    record, path = read_run(folder), folder / runs.PROBE_TABLE
+    trained = _trained(folder)
     row = {
         "environment": "",
         "variation": "",
@@ -185,7 +202,10 @@ def _part(
 
 
 def _told_apart(parts: Sequence[Part]) -> list[Part]:
-    """Runs of one name that were not trained alike are no repeats: their names say in what they differ."""
+    """Runs of one name that were not trained alike are no repeats: their names say in what they differ.
+
+    Stores of different tasks always differ; where those of one task do, runs are told apart by where they are from.
+    """
     names = ("pvr", "model", "size")
     alike: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
@@ -195,12 +215,21 @@ def _told_apart(parts: Sequence[Part]) -> list[Part]:
         differs = [
             name
             for name in part.trained
-            if len({repr(other.trained[name]) for other in others if name in other.trained}) > 1
+            if name != STORE
+            and len({repr(other.trained[name]) for other in others if name in other.trained}) > 1
         ]
         told = "".join(f", {name.replace('_', ' ')} {part.trained[name]}" for name in differs)
-        return replace(part, row={**part.row, "pvr": part.row["pvr"] + told})
+        if STORE in part.trained and _of_several_stores(others):
+            told += ", " + (part.of or f"store {part.trained[STORE][:8]}")
+        return replace(part, row={**part.row, "told": told})
 
     return [named(part, alike[tuple(part.row[name] for name in names)]) for part in parts]
+
+
+def _of_several_stores(parts: Sequence[Part]) -> bool:
+    """Whether some runs of one task were trained on different stores."""
+    known = {(*(p.row[name] for name in TASK), p.trained[STORE]) for p in parts if STORE in p.trained}
+    return len(known) > len({task[:-1] for task in known})
 
 
 def _blocks(blocks: Iterable[int] | None) -> str:
@@ -217,7 +246,7 @@ def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence:
         for part in kept.values()
         if part.scores is not None
     ]
-    known = pl.DataFrame([part.row for part in kept.values()]).with_columns(_arm())
+    known = pl.DataFrame([part.row for part in kept.values()]).with_columns(_arm()).drop("told")
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
     return Evidence(
         studies,
@@ -232,8 +261,13 @@ def _arm() -> pl.Expr:
     """What a run is a repeat of: its representation, and its map where the model was given several."""
     through = pl.col("encoder")
     several = through.filter(through != "cnn").n_unique().over("model") > 1
-    named = pl.format("{} ({})", "pvr", through)
-    return pl.when(several & (through != "cnn")).then(named).otherwise(pl.col("pvr")).alias("arm")
+    named = pl.format("{} ({}){}", "pvr", through, "told")
+    return (
+        pl.when(several & (through != "cnn"))
+        .then(named)
+        .otherwise(pl.col("pvr") + pl.col("told"))
+        .alias("arm")
+    )
 
 
 def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> pl.DataFrame | dict[str, str]:

@@ -20,6 +20,10 @@ TRIVIAL = {
 }
 
 
+#: What episodes of a split are called.
+EPISODES = {"val": "held-out", "train": "training"}
+
+
 def legible(value: float) -> str:
     """Two decimals; two digits where these would say nothing, or too much."""
     return f"{value:.2f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.2g}"
@@ -29,6 +33,12 @@ def title_of(evidence: Evidence) -> str:
     """Of the page: the study's own, or its name."""
     titles = [record.study.title or record.study.name for _, record in evidence.studies]
     return "; ".join(titles) or "World models side by side"
+
+
+def episodes_of(evidence: Evidence) -> str:
+    """Which episodes the runs of a page were probed on: ``held-out``."""
+    kinds = (EPISODES[record.study.probe.splits[0]] for _, record in evidence.studies)
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def summary_of(findings: Findings) -> list[str]:
@@ -45,7 +55,9 @@ def summary_of(findings: Findings) -> list[str]:
         parts = [
             phrase.format(verdicts.count(verdict)) for verdict, phrase in words.items() if verdict in verdicts
         ]
-        lines.append(f"{pvr}, compared with {findings.reference} {len(verdicts)} times: {', '.join(parts)}.")
+        lines.append(
+            f"{pvr}, compared with {told(findings.reference)} {_times(len(verdicts))}: {', '.join(parts)}."
+        )
     return lines
 
 
@@ -72,8 +84,17 @@ def sentences_of(findings: Findings) -> list[str]:
     return found
 
 
+def told(reference: str) -> str:
+    """What is compared with, in a sentence."""
+    return "learning from scratch" if reference == REFERENCE else reference
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
 def _verdicts(compared: Sequence[Comparison], reference: str) -> list[str]:
-    reference = "learning from scratch" if reference == REFERENCE else reference
+    reference = told(reference)
     words = {
         "better": f"Better than {reference}",
         "worse": f"Worse than {reference}",

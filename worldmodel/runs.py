@@ -159,7 +159,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     try:
         return RunRecord.model_validate_json((folder / RECORD).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder} holds no run; first run `pvrpipe train-model`") from None
     except OSError as error:
         problem = f"cannot be read ({error}): mend that"

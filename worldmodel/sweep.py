@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, one_line
-from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.schemas.progress import Progress, counted, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
@@ -163,8 +163,8 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
         return None
     asked = {
         "store_id": _id_of(store),
-        "horizons": sorted(map(str, job.horizons)),
-        "splits": sorted(job.split),
+        "horizons": sorted(set(map(str, job.horizons))),
+        "splits": sorted(set(job.split)),
         "split": job.split[0],
         "context": job.context,
         "seed": job.config.seed,
@@ -236,7 +236,7 @@ def _one_by_one(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[int, 
     for number, job in enumerate(jobs):
         outcome = do(job, partial(_shifted, progress, before, total))
         before += outcome.updates
-        progress(before, total, f"{number + 1} of {len(jobs)} runs")
+        progress(before, total, f"{number + 1} of {counted(len(jobs), 'run')}")
         yield number, outcome
 
 
@@ -250,7 +250,9 @@ def _on_ray(
 
     def watch() -> None:
         progress(
-            sum(updates_done(job.run) for job in jobs), _updates_of(jobs), f"{count} of {len(jobs)} runs"
+            sum(updates_done(job.run) for job in jobs),
+            _updates_of(jobs),
+            f"{count} of {counted(len(jobs), 'run')}",
         )
 
     gpus = 1 if any(job.device.startswith("cuda") for job in jobs) else 0
