@@ -72,7 +72,7 @@ def test_a_size_that_a_manifest_only_claims_evicts_nothing(write_rollouts: Write
     store.shard(0)
     with pytest.raises(StoreError, match="PVRPIPE_CACHE_GB"):
         store.shard(1)
-    store.shard.cache_clear()
+    store._opened.cache_clear()
     fsspec.filesystem("memory").rm_file("/huge/shards/00000.parquet")
     assert store.shard(0)
 
