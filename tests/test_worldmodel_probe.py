@@ -319,6 +319,32 @@ def test_what_cannot_be_probed_is_one_line_that_names_the_next_step(home: Path, 
         probe(tmp_path)
 
 
+def test_another_environment_is_probed_where_that_is_asked_for_and_nowhere_else(
+    home: Path, tmp_path: Path
+) -> None:
+    """The encoder and the actions are alike: what it said took the place of what the own store had said."""
+    run = tmp_path / "run"
+    shutil.copytree(home / "tdmpc2", run)
+    there = write_planted(tmp_path / "there", [noisy_episode(i, 12) for i in range(12)], environment="test:run")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    told = rf"trained in test:walk, and {there} is of test:run; give a store of test:walk, or --label NAME"
+    for known in ("test:walk", ""):  # of a run that did not note it, what its own store says
+        record = runs.read_run(run)
+        assert record.environment
+        runs.write_run(run, record.model_copy(update={"environment": known}))
+        with pytest.raises(RunError, match=told):
+            probe(run, there, horizons=(5,))
+        runs.write_run(run, record)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert probe(run, there, horizons=(5,), label="there")["environment"] == "test:run"
+    assert {name: (run / name).read_bytes() for name in before} == before
+    wider = [noisy_episode(i, 12) for i in range(12)]
+    for episode in wider:
+        episode["action"] = np.repeat(episode["action"], 2, 1)
+    with pytest.raises(RunError, match=r"takes 2 actions, .* has 4"):
+        probe(run, write_planted(tmp_path / "wider", wider), horizons=(5,))
+
+
 def test_a_checkpoint_with_a_flipped_bit_is_no_model(home: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(home / "tdmpc2", run)

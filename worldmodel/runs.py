@@ -73,6 +73,7 @@ class RunRecord(Frozen):
     config: dict[str, Any]
     store: str
     store_id: str
+    environment: str = ""  # of a run that was begun before this was noted: unknown
     encoder: EncoderIdentity | None  # None: learned from frames
     tuning: Tuning | None = None  # of an encoder that is a part of the model
     setting: Setting
