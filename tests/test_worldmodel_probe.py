@@ -331,7 +331,8 @@ def test_another_environment_is_probed_where_that_is_asked_for_and_nowhere_else(
     """The encoder and the actions are alike: what it said took the place of what the own store had said."""
     run = tmp_path / "run"
     shutil.copytree(home / "tdmpc2", run)
-    there = write_planted(tmp_path / "there", [noisy_episode(i, 12) for i in range(12)], environment="test:run")
+    rows = [noisy_episode(i, 12) for i in range(12)]
+    there = write_planted(tmp_path / "there", rows, environment="test:run")
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     told = rf"trained in test:walk, and {there} is of test:run; give a store of test:walk, or --label NAME"
     for known in ("test:walk", ""):  # of a run that did not note it, what its own store says
@@ -344,9 +345,7 @@ def test_another_environment_is_probed_where_that_is_asked_for_and_nowhere_else(
     assert {name: (run / name).read_bytes() for name in before} == before
     assert probe(run, there, horizons=(5,), label="there")["environment"] == "test:run"
     assert {name: (run / name).read_bytes() for name in before} == before
-    wider = [noisy_episode(i, 12) for i in range(12)]
-    for episode in wider:
-        episode["action"] = np.repeat(episode["action"], 2, 1)
+    wider = [{**episode, "action": np.repeat(episode["action"], 2, 1)} for episode in rows]
     with pytest.raises(RunError, match=r"takes 2 actions, .* has 4"):
         probe(run, write_planted(tmp_path / "wider", wider), horizons=(5,))
 
