@@ -81,7 +81,7 @@ def test_numbers_that_never_change_do_not_count() -> None:
     assert judged(true + 1, true, np.array([2.0, 5.0])) == {"r2": 0.0, "mae": 1.0}
     assert judged(true + 3, true, np.array([2.0, 5.0])) == {"r2": -8.0, "mae": 3.0}
     large = np.array([[1.0, 100.0], [3.0, 300.0]])  # a number in other units counts as much as any
-    assert judged(large + [[1, 0]], large, large.mean(0))["r2"] == 0.5
+    assert judged(large + np.array([1, 0]), large, large.mean(0))["r2"] == 0.5
 
 
 def test_a_store_without_held_out_episodes_is_one_line(tmp_path: Path) -> None:
