@@ -108,7 +108,9 @@ class WindowSampler:
         if rows.sum() < plan.length:
             among = select_episodes(store.episodes, plan.split, plan.where)["rows"].to_list()
             cure = (
-                "give a smaller --length or --burn-in" if among else "choose other episodes, or collect more"
+                "give a smaller --length (or --burn-in, if you gave one)"
+                if among
+                else "choose other episodes, or collect more"
             )
             raise InvalidValueError(
                 f"no {plan.split or ''} episode of {store.path} has {plan.length} rows "

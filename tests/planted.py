@@ -78,6 +78,7 @@ def write_planted(
     rollouts_id: str = "0" * 64,
     replay_of: str | None = None,
     variation: str = "none",
+    environment: str = "test:walk",
 ) -> Path:
     """A store of episodes, each its columns (L + 1, ...) by name; returns its folder.
 
@@ -88,7 +89,9 @@ def write_planted(
     first = episodes[0]
     columns = with_bounds(column(name, str(array.dtype), array.shape[1:]) for name, array in first.items())
     plan = plan_shards(len(episodes), max(lengths) + 1)
-    rollouts = rollout_specification(len(episodes), max(lengths)).model_copy(update={"replay_of": replay_of})
+    rollouts = rollout_specification(len(episodes), max(lengths)).model_copy(
+        update={"replay_of": replay_of, "environment": environment}
+    )
     made = (
         rollouts
         if "frame" in first

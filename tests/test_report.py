@@ -105,6 +105,11 @@ def test_the_folder_has_tables_figures_and_json(report: Report) -> None:
 def test_the_page_flags_random_weights_and_asks_for_nothing(report: Report) -> None:
     page = report.page.read_text()
     assert "RANDOM WEIGHTS random" in page
+    for figure in (report.page.parent / "figures").rglob("*.svg"):
+        drawn = figure.read_text()
+        assert "in red: random weights, nobody trained this encoder</text>" in drawn, figure
+        red = re.findall(r'<text style="[^"]*fill: #b3121d[^"]*"[^>]*>([^<]*)</text>', drawn)
+        assert {re.split("[,:]", name)[0] for name in red if "R²" not in name} == {"in red", "random"}, figure
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"<(link|script|img|iframe)[^>]+(src|href)=\"(?!data:)", page)
 
@@ -162,6 +167,17 @@ def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_pat
     found = evidence_of([study]).runs
     assert found["state"].to_list() == ["finished", "waiting", "waiting"]
     assert "probes it again" in found["failure"][1]
+
+
+def test_a_run_that_was_begun_again_has_no_numbers_until_it_is_finished(tmp_path: Path) -> None:
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
+    again, _ = sorted((tmp_path / "runs").iterdir())
+    record = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps(record | {"state": "training"}))
+    found = evidence_of([study])
+    assert found.runs["state"].to_list() == ["waiting", "finished"]
+    assert "begun again" in found.runs["failure"][0]
+    assert errors_of(found)["runs"].unique().to_list() == [1]
 
 
 def test_figures_of_looks_with_dots_and_of_names_with_slashes_are_all_there(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.neighbours import nearest, neighbours_say
 from pvrpipe.worldmodel.probe_dynamics import Judged
 from pvrpipe.worldmodel.probe_networks import dormant_units, effective_rank, watched
+from pvrpipe.worldmodel.probe_reference import evenly
 from pvrpipe.worldmodel.probe_reward import Event, calibration, event_of, precision_recall
 from pvrpipe.worldmodel.probe_state import PENALTIES, fit_state_reader
 from pvrpipe.worldmodel.probe_table import accumulate, groups, horizons_of, table_of
@@ -134,6 +135,21 @@ def test_a_state_that_lies_in_the_features_is_read_exactly_and_one_that_does_not
         assert bool((read <= reader.high).all())
     np.testing.assert_allclose(reader.high.numpy(), state[:500, :2].max(0), rtol=1e-6)
     assert fit_state_reader(features, np.ones((600, 2)), episode, torch.device("cpu")) is None
+
+
+def test_training_rows_that_are_looked_at_are_of_episodes_spread_over_all() -> None:
+    assert evenly(list(range(10, 20)), np.full(20, 10), 30) == [10, 14, 19]
+    assert evenly([3, 5], np.full(6, 10), 1000) == [3, 5]
+    assert evenly([3, 5], np.full(6, 10), 1) == [3]
+
+
+def test_the_penalty_is_the_one_that_episodes_held_out_of_the_fit_ask_for() -> None:
+    """Of noise, what fits the rows best, the least penalty, says the most that is wrong of others."""
+    random = np.random.default_rng(4)
+    features, state = random.normal(size=(60, 40)), random.normal(size=(60, 2))
+    reader = fit_state_reader(features, state, np.repeat(np.arange(20), 3), torch.device("cpu"))
+    assert reader is not None
+    assert reader.penalty == PENALTIES[-1]
 
 
 def test_effective_rank_counts_directions() -> None:

@@ -21,8 +21,10 @@ from pvrpipe.worldmodel import probe_episodes, runs
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.predictions import Imagined, one_step
-from pvrpipe.worldmodel.probe import probe
+from pvrpipe.worldmodel.probe import check_finite, probe
+from pvrpipe.worldmodel.probe_dynamics import Judged
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
+from pvrpipe.worldmodel.probe_networks import effective_rank
 from pvrpipe.worldmodel.probe_reference import beliefs_of, reference_of
 from pvrpipe.worldmodel.probe_subject import Subject, subject_of
 from pvrpipe.worldmodel.training import TrainConfig, train
@@ -167,7 +169,7 @@ def test_controls_are_what_the_training_rows_say_and_states_are_read_off_each(
 ) -> None:
     name, opened = subject
     model, numbers, trained = opened.model, opened.episodes("val", CONTEXT), opened.episodes("train")
-    _, table = probed[name]
+    report, table = probed[name]
     ((_, learned),) = opened.reader.batches(trained)
     believed = model.filter(learned.batch, chance(SEED, trained[0], 0))
     exists = np.arange(1, learned.rows.max()) < learned.rows[:, None]  # but each episode's first row
@@ -178,6 +180,10 @@ def test_controls_are_what_the_training_rows_say_and_states_are_read_off_each(
     mean = np.log(softmax(latents).mean(0)) if name == "dreamerv3" else latents.mean(0)
     reader = reference_of(model, opened.reader, beliefs_of(model, opened.reader, trained, SEED)).state
     assert reader is not None
+    shown = learned.batch["observation"][:, 1:].double().numpy()[exists]
+    for part, rows_ in (("latent", features), ("embedding", shown)):
+        known = {"rank": effective_rank(rows_), "of": min(len(rows_) - 1, rows_.shape[1])}
+        assert report["networks"]["effective_rank"][part] == pytest.approx(known, rel=1e-3), part
     states = learned.batch["state"][:, 1:, :2].double().numpy()[exists]  # the third number never changes
     np.testing.assert_allclose(reader.spread.numpy(), states.var(0), rtol=1e-4)
 
@@ -319,6 +325,31 @@ def test_what_cannot_be_probed_is_one_line_that_names_the_next_step(home: Path, 
         probe(tmp_path)
 
 
+def test_another_environment_is_probed_where_that_is_asked_for_and_nowhere_else(
+    home: Path, tmp_path: Path
+) -> None:
+    """The encoder and the actions are alike: what it said took the place of what the own store had said."""
+    run = tmp_path / "run"
+    shutil.copytree(home / "tdmpc2", run)
+    rows = [noisy_episode(i, 12) for i in range(12)]
+    there = write_planted(tmp_path / "there", rows, environment="test:run")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    told = rf"trained in test:walk, and {there} is of test:run; give a store of test:walk, or --label NAME"
+    for known in ("test:walk", ""):  # of a run that did not note it, what its own store says
+        record = runs.read_run(run)
+        assert record.environment
+        runs.write_run(run, record.model_copy(update={"environment": known}))
+        with pytest.raises(RunError, match=told):
+            probe(run, there, horizons=(5,))
+        runs.write_run(run, record)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert probe(run, there, horizons=(5,), label="there")["environment"] == "test:run"
+    assert {name: (run / name).read_bytes() for name in before} == before
+    wider = [{**episode, "action": np.repeat(episode["action"], 2, 1)} for episode in rows]
+    with pytest.raises(RunError, match=r"takes 2 actions, .* has 4"):
+        probe(run, write_planted(tmp_path / "wider", wider), horizons=(5,))
+
+
 def test_a_checkpoint_with_a_flipped_bit_is_no_model(home: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(home / "tdmpc2", run)
@@ -346,6 +377,13 @@ def test_a_model_that_diverged_is_named_and_not_averaged(home: Path, monkeypatch
     ):
         probe(home / "tdmpc2")
     assert (home / "tdmpc2" / runs.PROBE).read_bytes() == before
+
+
+def test_what_is_padded_behind_an_episode_need_be_no_number(tmp_path: Path) -> None:
+    rows = np.array([[1.0, 2.0, np.nan], [1.0, 2.0, 3.0]])
+    check_finite(tmp_path, Judged({("open_loop", "model", "x"): rows}, np.array([2, 3])), [4, 7])
+    with pytest.raises(RunError, match="not finite in episode 4"):
+        check_finite(tmp_path, Judged({("open_loop", "model", "x"): rows}, np.array([3, 3])), [4, 7])
 
 
 def test_a_store_without_state_has_no_state_error(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
 from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.readout import judged, read_out, ridge_weights
 
 from .planted import write_planted
@@ -47,6 +49,23 @@ def test_what_is_in_an_embedding_is_found_and_what_is_not_is_not(tmp_path: Path)
     assert report["reward"]["neighbours"]["r2"] > 0.7
     assert 0.1 < report["state"]["neighbours"]["r2"] < mlp
     assert report["rows"]["train"] + report["rows"]["val"] == 60 * 59
+    seen, told = (rows_of(store, split) for split in ("train", "val"))
+    _, five = cKDTree(scaled(seen[0], seen[0])).query(scaled(told[0], seen[0]), 5)
+    apart = np.abs(seen[1][five].mean(1) - told[1]).mean()
+    assert report["reward"]["neighbours"]["mae"] == pytest.approx(apart, rel=1e-4)
+
+
+def rows_of(store: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and rewards of a split but for the first rows."""
+    opened = Store.open(store)
+    episodes = opened.episodes.filter(opened.episodes["split"] == split)["episode"]
+    parts = [opened.read_episode(number, ("embedding", "reward")) for number in episodes]
+    embedding, reward = (np.concatenate([p[name][1:] for p in parts]) for name in ("embedding", "reward"))
+    return embedding.astype(np.float64), reward.astype(np.float64)
+
+
+def scaled(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return (rows - by.mean(0)) / by.std(0)
 
 
 def test_ridge_equals_its_closed_form_solved_otherwise() -> None:
@@ -61,6 +80,8 @@ def test_numbers_that_never_change_do_not_count() -> None:
     true = np.array([[1.0, 5.0], [3.0, 5.0]])
     assert judged(true + 1, true, np.array([2.0, 5.0])) == {"r2": 0.0, "mae": 1.0}
     assert judged(true + 3, true, np.array([2.0, 5.0])) == {"r2": -8.0, "mae": 3.0}
+    large = np.array([[1.0, 100.0], [3.0, 300.0]])  # a number in other units counts as much as any
+    assert judged(large + np.array([1, 0]), large, large.mean(0))["r2"] == 0.5
 
 
 def test_a_store_without_held_out_episodes_is_one_line(tmp_path: Path) -> None:

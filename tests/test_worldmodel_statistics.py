@@ -110,6 +110,11 @@ def test_few_ranks_are_permuted_and_three_in_order_prove_nothing() -> None:
         assert spearman(x, y).p == pytest.approx(known.pvalue, abs=1e-9 if n < 8 else 0.02)
 
 
+def test_a_p_that_was_drawn_is_never_zero() -> None:
+    """The order that was seen is one of those drawn (Phipson and Smyth 2010)."""
+    assert spearman(range(12), range(12)).p == pytest.approx(1e-4, rel=1e-9)
+
+
 def test_what_cannot_be_said_is_not_said() -> None:
     assert np.isnan(pearson([1, 2, 3, 4], [5, 5, 5, 5]).value)
     assert pearson([1, 2, 4], [1, 3, 4]).low is None

@@ -80,6 +80,8 @@ def test_training_refuses_a_shard_that_is_not_the_stores(
         shard.write_bytes(data)
     with pytest.raises(CorruptStoreError, match=r"has sha256 .*pvrpipe verify"):
         train(QUICK["tdmpc2"], store, tmp_path / "run")
+    assert [row["state"] for row in runs.listed(tmp_path)] == ["failed"]
+    assert "has sha256" in runs.read_run(tmp_path / "run").failure
 
 
 def test_a_finished_run_is_returned_at_once_and_another_configuration_refused(
@@ -138,7 +140,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     ):
         train(config, store, run, progress=poison)
     assert (run / checkpoints.CHECKPOINT).read_bytes() == seen["bytes"]
+    assert [row["state"] for row in runs.listed(tmp_path) if row["run"] == str(run)] == ["diverged"]
     assert train(config, store, run).updates == 40
+    assert (runs.read_run(run).state, runs.read_run(run).failure) == ("finished", "")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -60,6 +60,27 @@ def test_windows_use_true_preceding_rows_and_pair_action_with_the_next_reward() 
     assert reward.tolist() == [[103, 104, 105], [201, 202, 203]]
 
 
+def test_the_end_of_an_episode_that_is_one_window_is_seen_half_the_time() -> None:
+    """Its last two rows were always left out, and a store of such episodes taught that none ever ends."""
+    model = build_model("tdmpc2", "1m", replace(setting(WIDTH, ACTION), episodic=True), seed=0)
+    batch = {name: rows.repeat(32, *[1] * (rows.ndim - 1)) for name, rows in windows().items()}
+    batch["is_terminal"][:, 5] = True
+    drawn = model.draw(batch, torch.Generator().manual_seed(0))
+    assert 20 < drawn.ends.sum() < 44
+    _, _, reward, terminal = model._aligned(batch, drawn.ends)
+    whole, shown = batch["is_first"][:, 0], drawn.ends
+    assert torch.equal(terminal[:, -1], (shown | ~whole).float())
+    assert reward[whole & shown].unique(dim=0).tolist() == [[203, 204, 205]]
+    assert reward[whole & ~shown].unique(dim=0).tolist() == [[201, 202, 203]]
+    batch["is_terminal"][:] = False  # cut where their time was over, they are windows as any other
+    assert all(map(torch.equal, model._aligned(batch, shown), model._aligned(batch)))
+    without = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)
+    plain = without.draw(batch, torch.Generator().manual_seed(0))  # no other chance is another
+    assert plain.ends is None
+    for name in ("noise", "pairs"):
+        assert all(map(torch.equal, getattr(plain, name), getattr(drawn, name)))
+
+
 def test_loss_at_initialisation_and_its_weights() -> None:
     """Reward and value know nothing: ln 101 times the mean of 1, 1/2, 1/4. Weights: 20, 0.1, 0.1 and the policy's 1."""
     model = build_model("tdmpc2", "1m", setting(WIDTH, ACTION), seed=0)

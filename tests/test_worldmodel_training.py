@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pvrpipe.schemas.errors import OutputExistsError, RunError
+from pvrpipe.store.loading import WindowLoader
 from pvrpipe.store.planning import split_of
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
@@ -337,6 +338,37 @@ def test_validation_reads_held_out_episodes_and_no_others(
     monkeypatch.setattr(training, "validate", watched)
     train(short("dinowm"), write_planted(tmp_path / "store", episodes), tmp_path / "run")
     assert seen == {number for number in range(20) if split_of(number, 20) == "val"}
+
+
+def test_losses_are_logged_as_means_over_the_updates_since_the_last_line(
+    write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store, logs = write_embeddings(), {}
+    for every in (1, 3):
+        train(short(log_every=every, save_every=6), store, tmp_path / str(every))
+        lines = (tmp_path / str(every) / runs.METRICS).read_text().splitlines()
+        logs[every] = [entry["train"] for entry in map(json.loads, lines) if "train" in entry]
+    assert (len(logs[1]), len(logs[3])) == (6, 2)
+    for name in logs[1][0]:
+        each = [entry[name] for entry in logs[1]]
+        assert [entry[name] for entry in logs[3]] == pytest.approx(
+            [np.mean(each[:3]), np.mean(each[3:])], rel=1e-5
+        )
+
+
+def test_the_share_of_time_that_was_waited_is_that_of_the_loader(
+    write_embeddings: WriteEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = WindowLoader.__call__
+
+    def waiting(self: WindowLoader, k: int) -> Any:
+        batch = load(self, k)
+        self.waited = 3.0
+        return batch
+
+    monkeypatch.setattr(WindowLoader, "__call__", waiting)
+    result = train(short(), write_embeddings(), tmp_path / "run")
+    assert result.data_wait_fraction == pytest.approx(3.0 / (6 / result.updates_per_second))
 
 
 def test_validation_is_a_mean_over_batches_by_chance_of_its_own() -> None:

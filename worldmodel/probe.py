@@ -71,7 +71,8 @@ def probe(
         split: which episodes; of several, the first is what the report is about and the others are groups.
         seed: decides the samples and the shuffled actions.
         device: where to compute.
-        label: of the store, where it is not the run's own: ``probe-LABEL.parquet`` lies beside the run's own.
+        label: of the store, where it is not the run's own: ``probe-LABEL.parquet`` lies beside the run's own. A store
+            of another environment needs one.
         backbone: on the device, what the run was trained through, if it was.
         progress: told episodes done and to do.
 
@@ -86,7 +87,7 @@ def probe(
         standard errors are over episodes; the standard error of one episode is None.
 
     Raises:
-        RunError: no run, or a store of another encoder.
+        RunError: no run, or a store of another encoder, or without a label of another environment.
         DivergedError: predictions that are not finite.
         InvalidValueError: no episode of the split is longer than the context.
     """
@@ -94,7 +95,7 @@ def probe(
     if label != slug(label):
         raise InvalidValueError(f"--label {label!r} is no part of a file's name; give {slug(label)!r}")
     folder, splits = Path(run), (split,) if isinstance(split, str) else tuple(split) or ("val",)
-    with subject_of(folder, store, device, backbone) as subject:
+    with subject_of(folder, store, device, backbone, elsewhere=bool(label)) as subject:
         model, record, reader = subject.model, subject.record, subject.reader
         wanted = {name: subject.episodes(name, context) for name in splits}
         seen = beliefs_of(model, reader, subject.episodes("train"), seed)

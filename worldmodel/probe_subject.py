@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, RunError, UnknownNameError
+from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, PvrpipeError, RunError, UnknownNameError
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.reading import Store
 from pvrpipe.store.selecting import SPLITS
@@ -65,6 +65,8 @@ def subject_of(
     store: Path | str | None = None,
     device: str | torch.device = "cpu",
     backbone: torch.nn.Module | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> Iterator[Subject]:
     """Load a run's model and open what it is to be probed on, on as many threads as suit it.
 
@@ -73,14 +75,17 @@ def subject_of(
         store: of the same encoder; the run's own if None.
         device: where to compute.
         backbone: on the device, what the run was trained through, if it was.
+        elsewhere: whether the store may be of another environment than the run was trained in.
 
     Raises:
-        RunError: no run, another backbone, or a store of another encoder; the message says which fields differ.
+        RunError: no run, another backbone, or a store of another encoder or environment; the message says which
+            fields differ.
     """
     device = torch.device(device)
     model, record = load_model(Path(run), device, backbone)
     held_out = open_observations(store) if store is not None else _own_store(record)
     check_encoder(record, held_out)
+    check_environment(record, held_out, elsewhere=elsewhere)
     with suitable_threads(model, device):
         yield Subject(
             model, record, Reader(held_out, record.setting.shown, ("state", *model.columns), device)
@@ -96,6 +101,26 @@ def _own_store(record: runs.RunRecord) -> Store:
             f"the run was trained on {record.store}, where there is no such store now; give its place, or another "
             f"store of {record.pvr}: pvrpipe probe RUN STORE"
         ) from None
+
+
+def check_environment(record: runs.RunRecord, store: Store, *, elsewhere: bool) -> None:
+    """Refuse other actions; and another environment, whose errors would stand where those of the run's own belong."""
+    taken, there = record.setting.action, store.column("action").shape[0]
+    if taken != there:
+        raise RunError(
+            f"the run takes {taken} actions, {store.path} has {there}; give a store of its environment"
+        )
+    if elsewhere:
+        return
+    here, own = store.manifest.rollouts.environment, record.environment
+    if not own:
+        with contextlib.suppress(PvrpipeError):
+            own = _own_store(record).manifest.rollouts.environment
+    if own and own != here:
+        raise RunError(
+            f"the run was trained in {own}, and {store.path} is of {here}; give a store of {own}, or --label NAME to "
+            "probe it there all the same, apart from what its own store said"
+        )
 
 
 def check_encoder(record: runs.RunRecord, store: Store) -> None:

@@ -2,12 +2,12 @@
 
 ``figures/NAME.svg``: a panel per task and model, at the shortest horizon. ``figures/paper/``: figures 6 (dynamics
 error), 7 (reward error) and 8 (latent maps) of Schneider et al. 2024: a column for each model, a row for each horizon,
-bars with standard errors; maps with a row for each model.
+bars with standard errors; maps with a row for each model. What nobody trained is named in red, which is said below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "pvrpipe",
 }
 SCIENTIFIC = (-3, 4)  # powers of ten that are written out
+ALARM, ALARMED = "#b3121d", "in red: random weights, nobody trained this encoder"
 PAPER = {"dynamics_error": "figure-6-dynamics-error", "reward_error": "figure-7-reward-error"}
 
 
@@ -80,6 +81,7 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
             axis.set_ylim(-0.8, len(ordered) - 0.2)
             axis.ticklabel_format(axis="x", scilimits=SCIENTIFIC)
             axis.locator_params(axis="x", nbins=5)
+            _flag(axis.get_yticklabels(), part)
 
 
 def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
@@ -107,6 +109,7 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
                 last = line == len(horizons) - 1
                 axis.set_xlim(-0.6, len(arms) - 0.4)
                 axis.set_xticks(range(len(arms)), arms if last else [], rotation=90 if turned else 0)
+                _flag(axis.get_xticklabels(), part)
                 axis.ticklabel_format(axis="y", scilimits=SCIENTIFIC)
                 axis.set_ylabel(f"{name}, {horizon} rows")
                 if line == 0:
@@ -141,10 +144,27 @@ def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path)
             )
             told = separation["latent"]
             axis.set_title(
-                f"{row['arm']}, {row['model']}" + ("" if told is None else f"\nR² {told:.2f}"), fontsize=6
+                f"{row['arm']}, {row['model']}" + ("" if told is None else f"\nR² {told:.2f}"),
+                fontsize=6,
             )
+            if row["random_weights"]:
+                _alarm(axis.title)
         if least != most:  # of the same rows in every panel
             axes[0, 0].figure.colorbar(shown, ax=axes, label="reward", shrink=0.5, aspect=30)
+
+
+def _flag(labels: Iterable[Any], rows: pl.DataFrame) -> None:
+    """Mark the names of representations that nobody trained."""
+    random = set(rows.filter(pl.col("random_weights"))["arm"])
+    for label in labels:
+        if label.get_text() in random:
+            _alarm(label)
+
+
+def _alarm(name: Any) -> None:
+    """Red, and under the figure what that means."""
+    name.set_color(ALARM)
+    name.figure.supxlabel(ALARMED, fontsize=6, color=ALARM)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from pyarrow import parquet
 from pydantic import Field, ValidationError, field_validator
 
 import pvrpipe
-from pvrpipe.schemas.errors import OutputExistsError, RunError
+from pvrpipe.schemas.errors import DivergedError, OutputExistsError, RunError, one_line
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.specifications import EncoderIdentity, Frozen, Tuning
 from pvrpipe.store.files import (
@@ -69,10 +69,13 @@ class RunRecord(Frozen):
 
     format: Literal["pvrpipe run"] = "pvrpipe run"
     format_version: Literal[1] = 1
-    state: Literal["training", "finished"]
+    state: Literal["training", "finished", "diverged", "failed"]
+    failure: str = ""
+    """why a training that diverged or failed ended; the same command goes on with it"""
     config: dict[str, Any]
     store: str
     store_id: str
+    environment: str = ""  # of a run that was begun before this was noted: unknown
     encoder: EncoderIdentity | None  # None: learned from frames
     tuning: Tuning | None = None  # of an encoder that is a part of the model
     setting: Setting
@@ -218,10 +221,16 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
         elif overwrite:
             _clear(folder)
         record = same_run(folder, draft)
-        if record is draft:
+        if record is draft or record.failure:
+            record = record.model_copy(update={"state": "training", "failure": ""})
             write_run(folder, record)
         remove_temporaries(folder)
-        yield record
+        try:
+            yield record
+        except Exception as error:
+            state = "diverged" if isinstance(error, DivergedError) else "failed"
+            write_run(folder, record.model_copy(update={"state": state, "failure": one_line(error)}))
+            raise
 
 
 def same_run(folder: Path, draft: RunRecord) -> RunRecord:

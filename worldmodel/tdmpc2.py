@@ -155,7 +155,7 @@ class TDMPC2(nn.Module):
         return self.losses(batch, self.draw(batch, random))
 
     def draw(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Drawn:
-        """Shifts and dropout, while gradients are recorded, noise of actions, and which values are compared."""
+        """Shifts and dropout, while gradients are recorded, noise of actions, values compared, and ends taken."""
         chance = on_device(random, batch["reward"].device)
         B, rows = batch["reward"].shape
         H, noisy = rows - self.rows_before - 1, torch.is_grad_enabled()
@@ -166,7 +166,15 @@ class TDMPC2(nn.Module):
         kept = self.values.kept(B * H, chance) if noisy else None
         policy = self._noise(B, H + 1, chance), self._pair(chance)
         noise, pairs = zip(target, policy, strict=True)
-        return Drawn(noise, pairs, None if after is None or first is None else (after, first), kept)
+        moves = None if after is None or first is None else (after, first)
+        return Drawn(noise, pairs, moves, kept, self._ends(B, chance))
+
+    def _ends(self, B: int, chance: torch.Generator) -> Tensor | None:
+        """Which windows show their end, should they be a whole episode: (B,)."""
+        if self.termination is None:
+            return None
+        device = chance.device
+        return own_part(lambda whole: torch.rand(whole, generator=chance, device=device) < 0.5, (B,))
 
     def _noise(self, B: int, T: int, chance: torch.Generator) -> Tensor:
         """Of actions: (B, T, A)."""
@@ -189,7 +197,7 @@ class TDMPC2(nn.Module):
             The loss, and its terms before scaling.
         """
         after, first = drawn.shifts or (None, None)
-        stacks, action, reward, terminal = self._aligned(batch)
+        stacks, action, reward, terminal = self._aligned(batch, drawn.ends)
         H = reward.shape[1]
         rho = RHO ** torch.arange(H, device=reward.device) / H
         with torch.no_grad():
@@ -254,14 +262,19 @@ class TDMPC2(nn.Module):
             return self.encoder(stacks, by)
         return self.encoder(stacks)
 
-    def _aligned(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _aligned(
+        self, batch: Mapping[str, Tensor], ends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stacks (B, H + 1, ...), the actions between them (B, H, A), what these bring: reward, termination (B, H).
 
         A window that begins with its episode has no rows before it to look back to: there the first row
-        is repeated and the window's last two rows are left out instead.
+        is repeated and the window's last two rows are left out instead. Of a window that is a whole episode,
+        no other shows its termination: where ``ends`` says so, the first two rows only lead.
         """
         seen, action, reward = self.pool(self.seen(batch["observation"])), batch["action"], batch["reward"]
         begins = batch["is_first"][:, 0]
+        if ends is not None:
+            begins = begins & ~(ends & batch["is_terminal"][:, -1])
         rows = seen.shape[1] - self.rows_before
         start = torch.where(begins, 0, self.rows_before)
         kept = start.unsqueeze(1) + torch.arange(rows, device=start.device)

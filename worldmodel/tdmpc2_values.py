@@ -75,6 +75,8 @@ class Drawn(NamedTuple):
     """of frames, (2, B·H, 1) and (2, B, 1); None where nothing is shifted"""
     kept: Tensor | None
     """units of the values' first layer, (members, B·H, units); None where nothing is dropped"""
+    ends: Tensor | None
+    """(B,), of windows that are a whole episode, whether its last rows are taken; None where no end is learned"""
 
 
 def sample_action(mean_and_log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

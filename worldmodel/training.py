@@ -368,6 +368,7 @@ def _record(
         config=asdict(config),
         store=str(store.path.absolute() if isinstance(store.path, Path) else store.path),
         store_id=store.manifest.id,
+        environment=store.manifest.rollouts.environment,
         encoder=encoder,
         tuning=tuning,
         setting=setting,
