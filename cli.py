@@ -5,6 +5,7 @@ The commands are in ``commands/``, a file for each stage.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -58,17 +59,11 @@ def main() -> None:
             raise
         fail(one_line(error), 1)
     except Exception as error:
-        # The second is torch's, of a GPU; it is no MemoryError, and torch need not be loaded here.
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            if "--debug" in sys.argv:
-                raise
-            fail(
-                f"memory does not suffice ({one_line(error)[:120]}); give a smaller --batch, --length or --size",
-                1,
-            )
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: wrong usage
             error.show()
             sys.exit(error.exit_code)
+        if "--debug" not in sys.argv and (limit := _limit_of_the_machine(error)):
+            fail(limit, 1)
         raise
     if status == STOPPED:
         again = "without --overwrite " if "--overwrite" in sys.argv else ""
@@ -77,6 +72,19 @@ def main() -> None:
             STOPPED,
         )
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _limit_of_the_machine(error: Exception) -> str | None:
+    """What was asked for is more than there is memory for, or longer than a name can be."""
+    # torch's, of a GPU and of a CPU, are no MemoryError; and torch need not be loaded here
+    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or torchs:
+        return (
+            f"memory does not suffice ({one_line(error)[:120]}); give a smaller --batch, --length or --size"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:80]}… is longer than the name of a file can be; give a shorter one"
+    return None
 
 
 def fail(message: str, status: int) -> None:

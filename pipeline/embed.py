@@ -214,8 +214,9 @@ def _run(
         outcomes.append(outcome)
         progress(sum(o.rows for o in outcomes), total, size)
     if failures := [failure for outcome in outcomes for failure in outcome.failures]:
-        others = f" (and {len(failures) - 1} shards more failed)" if failures[1:] else ""
-        raise type(failures[0])(f"{failures[0]}{others}")
+        others = len(failures) - 1
+        more = f" (and {others} more {'failure' if others == 1 else 'failures'})" if others else ""
+        raise type(failures[0])(f"{failures[0]}{more}")
     return outcomes
 
 

@@ -23,6 +23,7 @@ from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.replaying import Replayed
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
+from pvrpipe.schemas.addresses import there_is
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
 from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe
 
@@ -70,7 +71,7 @@ def _absolute(name: str) -> str:
     """The path of what lies on this machine, from anywhere; other names as they are."""
     prefix = "hf:" if name.startswith("hf:") else ""
     path = Path(name.removeprefix(prefix))
-    return f"{prefix}{path.absolute()}" if path.exists() else name
+    return f"{prefix}{path.absolute()}" if there_is(path) else name
 
 
 class Encoder:
@@ -94,6 +95,8 @@ class Encoder:
         network.narrow()
         self.network = frozen(network.channels_last().to(self.device))
         self.identity = self.identity_on(self.pvr.recipe.crop or NATIVE, self.pvr.recipe.crop or NATIVE)
+        if self.pvr == asked and request.pvr not in PVRS and not request.pvr.startswith(("timm:", "hf:")):
+            _refuse_another_width(self.pvr, self.identity.shape)
         self.compiled = False
         self._compute: Callable[[Tensor], Tensor] = _computing(self.network, self.pvr.recipe)
         if request.compiled:
@@ -191,6 +194,16 @@ def _refuse_uneven(pvr: Pvr, network: Network) -> None:
         nearest = max(1, round(crop / patch)) * patch
         raise InvalidValueError(
             f"--input-size {crop}: {pvr.name} sees patches of {patch} pixels; give {nearest}"
+        )
+
+
+def _refuse_another_width(pvr: Pvr, shape: tuple[int, ...]) -> None:
+    """A specification of one's own says how wide its embeddings are; of a map that is flattened, its channels."""
+    width = shape[0] if pvr.pooling == "conv-map" else shape[-1]
+    if width != pvr.width and pvr.pooling != "flat":
+        raise WeightsError(
+            f"the specification of {pvr.name} says width {pvr.width}, but its embeddings are {list(shape)}; "
+            f"write {width}"
         )
 
 

@@ -24,7 +24,15 @@ from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
 from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
 from pvrpipe.pipeline.pvrs import SPEC_FILE, WEIGHTS_FILE, Pvr, WeightsSource
-from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, OutputExistsError
+from pvrpipe.pipeline.zoo import find_pvr
+from pvrpipe.schemas.errors import (
+    CorruptStoreError,
+    InvalidValueError,
+    NotAStoreError,
+    OutputExistsError,
+    PvrpipeError,
+    one_line,
+)
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import Recipe
@@ -94,7 +102,8 @@ class PretrainResult:
     pvr: Path
     updates: int
     loss: float
-    val_loss: float
+    val_loss: float | None
+    """None where no episode is held out"""
     val_accuracy: float | None
     """how often a frame's partner is told from those of 63 others; of ``atc`` and ``curl`` only"""
     seconds: float
@@ -269,7 +278,7 @@ def _held_out(model: Any, val: Frames, recipe: Recipe, device: torch.device) -> 
         if score is not None:
             scores.append(score.item())
     return {
-        "val_loss": float(np.mean(losses)) if losses else 0.0,
+        "val_loss": float(np.mean(losses)) if losses else None,
         "val_accuracy": float(np.mean(scores)) if scores else None,
     }
 
@@ -292,16 +301,30 @@ def _take_up(run: Training, out: Path, asked: dict[str, Any], device: torch.devi
     """Go on from a checkpoint of this training, if there is one; after how many updates."""
     if not (out / CHECKPOINT_FILE).is_file():
         return 0
-    state = torch.load(out / CHECKPOINT_FILE, map_location=device, weights_only=True)
-    if state["asked"] != asked:
-        raise OutputExistsError(
-            f"{out} holds a training of another configuration; choose another output, or --overwrite"
-        )
-    run.updates, run.losses = state["updates"], state["losses"]
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
+    with _undamaged(out / CHECKPOINT_FILE):
+        state = torch.load(out / CHECKPOINT_FILE, map_location=device, weights_only=True)
+        if state["asked"] != asked:
+            raise OutputExistsError(
+                f"{out} holds a training of another configuration; choose another output, or --overwrite"
+            )
+        run.updates, run.losses = state["updates"], state["losses"]
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.schedule.load_state_dict(state["schedule"])
     return run.updates
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """What an earlier run left is read within; whatever is wrong with it is one line."""
+    try:
+        yield
+    except PvrpipeError:
+        raise
+    except Exception as error:  # bytes that are no pickle make its reader fail in any way
+        raise CorruptStoreError(
+            f"{path} is not what `pvrpipe pretrain` wrote ({one_line(error)[:120]}); begin again with --overwrite"
+        ) from error
 
 
 def _finished(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -314,12 +337,17 @@ def _finished(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, An
             (out / name).unlink(missing_ok=True)
     if not (out / SPEC_FILE).is_file():
         return None
-    report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
-    if report.pop("asked") != asked:
-        raise OutputExistsError(
-            f"{out} holds an encoder of another configuration; choose another output, or --overwrite"
-        )
-    return report
+    with _undamaged(out / REPORT_FILE):
+        report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
+        if report.pop("asked") != asked:
+            raise OutputExistsError(
+                f"{out} holds an encoder of another configuration; choose another output, or --overwrite"
+            )
+        found = {name: report[name] for name in ("loss", "val_loss", "val_accuracy")}
+    with _undamaged(out / WEIGHTS_FILE):
+        if find_pvr(str(out)).source.sha256 != sha256_of(out / WEIGHTS_FILE):
+            raise ValueError(f"its sha256 is not that of {SPEC_FILE}")
+    return found
 
 
 def _write(

@@ -49,7 +49,7 @@ class WeightsSource(Frozen):
     repo: str | None = None
     revision: str | None = None
     url: str | None = None
-    file: str
+    file: str = Field(min_length=1, max_length=255)
     sha256: str | None = None
     md5: str | None = None  # its first digits, where that is all that its authors publish
     note: str | None = None  # what there is to know before it is fetched
@@ -113,6 +113,8 @@ class Pvr(Frozen):
             raise ValueError(f"the recipe's resize and crop must be 1 to {LARGEST} pixels")
         if min(made.std) <= 0 or not all(map(math.isfinite, (*made.mean, *made.std))):
             raise ValueError("the recipe's mean and std must be numbers, and std positive")
+        if made.backend != "torch":
+            raise ValueError(f"the recipe's backend is torch, there is no '{made.backend}'")
         if elsewhere := sorted(NOT_OVERRIDES & self.overrides.keys()):
             raise ValueError(f"override {elsewhere[0]} is not of the architecture; source names the weights")
         return self

@@ -13,6 +13,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.schemas.specifications import EncoderIdentity
 
 SMALLEST = 16  # pixels of a side
+MOST_BLOCKS = 1000  # of a list; no network has as many
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def block_list(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, to, last = part.partition("-")
-            numbers += range(int(first), int(last if to else first) + 1)
+            numbers += range(int(first), min(int(last if to else first), MOST_BLOCKS) + 1)
     except ValueError:
         numbers = []
-    if not numbers or numbers != sorted(set(numbers)):
+    if not numbers or numbers != sorted(set(numbers)) or numbers[-1] >= MOST_BLOCKS:
         raise InvalidValueError(f"--blocks {text}: write a range or a rising list, e.g. 0-5 or 0,2,4")
     return tuple(numbers)

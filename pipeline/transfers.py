@@ -106,7 +106,11 @@ class ReadAhead(Generic[T]):
         self._ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(READ_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items,), name="read-ahead", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C while it waits for the thread's first sign: nobody else can end it
+            self._stopped.set()
+            raise
 
     def __iter__(self) -> Generator[T, None, None]:
         """The items; the thread ends with the iteration."""

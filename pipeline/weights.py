@@ -21,6 +21,7 @@ from pvrpipe.pipeline.cached import cached_weights, download_target
 from pvrpipe.pipeline.checkpoints import tensors_of
 from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.pvrs import Positions, Pvr
+from pvrpipe.schemas.addresses import there_is
 from pvrpipe.schemas.errors import WeightsError
 from pvrpipe.schemas.specifications import WeightsIdentity
 from pvrpipe.store.cache import cache_errors
@@ -70,8 +71,8 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
     path = Path(asked.removeprefix("hf:")) if weights == "auto" else Path(weights)
     if path.suffix == ".json":  # a specification: its weights lie beside it
         path = path.parent
-    file = path / pvr.source.file if path.is_dir() else path
-    if not file.is_file():
+    file = path / pvr.source.file if there_is(path) and path.is_dir() else path
+    if not (there_is(file) and file.is_file()):
         raise WeightsError(
             f"there is no file {file}; give the weights of {pvr.name} with --weights FILE_OR_FOLDER"
         )

@@ -10,6 +10,7 @@ from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr
 from pvrpipe.pipeline.zoo_cnn import CNN_PVRS
 from pvrpipe.pipeline.zoo_language import LANGUAGE_PVRS
 from pvrpipe.pipeline.zoo_vit import VIT_PVRS
+from pvrpipe.schemas.addresses import there_is
 from pvrpipe.schemas.errors import UnknownNameError, WeightsError
 
 PVRS: dict[str, Pvr] = {pvr.name: pvr for pvr in (*VIT_PVRS, *LANGUAGE_PVRS, *CNN_PVRS)}
@@ -45,7 +46,7 @@ def find_pvr(name: str) -> Pvr:
         raise UnknownNameError.among("PVR", name, PVRS)
     path = Path(name)
     spec = path if path.suffix == ".json" else path / SPEC_FILE
-    if not spec.is_file():
+    if not (there_is(spec) and spec.is_file()):
         known = all_pvrs()
         if name in known:
             return known[name]

@@ -1,4 +1,4 @@
-"""Places that a user gives to write to: refused at once where they cannot work."""
+"""Places that a user gives: those to write to are refused at once where they cannot work."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def refuse_url(output: Path) -> None:
     if SCHEME.match(str(output)):
         url = SCHEME.sub(r"\1://", str(output))
         raise InvalidValueError(f"{url} is a URL; write to a local folder, then `pvrpipe push` it there")
+
+
+def there_is(path: Path) -> bool:
+    """Whether something lies at a path that may be any string; nothing does at one that no file can have."""
+    try:
+        return path.exists()
+    except OSError:  # too long a name, a folder that may not be looked into
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pvrpipe import cli
 from pvrpipe.cli import app
 from pvrpipe.commands.terminal import watching
 from pvrpipe.pipeline.readout import Readout, read_out
@@ -166,3 +168,30 @@ def test_a_place_where_an_environment_belongs() -> None:
     assert "name the environment first: pvrpipe collect dmc:pendulum-swingup data/mine" in str(
         result.exception
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("Unable to allocate 72.8 TiB"), "memory does not suffice .* smaller --batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory does not suffice"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "o" * 300),
+            "o{80}… is longer .* give a shorter one",
+        ),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr("sys.argv", ["pvrpipe", "embed"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert re.fullmatch(rf"pvrpipe: {says}.*\n", capsys.readouterr().err)
+    monkeypatch.setattr("sys.argv", ["pvrpipe", "embed", "--debug"])
+    with pytest.raises(type(error)):
+        cli.main()

@@ -19,7 +19,7 @@ import transformers
 from pvrpipe.pipeline import own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
-from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
+from pvrpipe.schemas.errors import InvalidValueError, PvrpipeError, UnknownNameError, WeightsError
 
 from .test_zoo_vit import in_dinov2_layout
 from .upstream import FRAMES, VIT_TO_HUB, encoder_with, noise, published, randomised, relative_error
@@ -292,6 +292,10 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         ({"blocks": [2, 0]}, "rising"),  # it was block 0 alone
         ({"blocks": [-1]}, "rising"),
         ({"width": 0}, "width"),
+        ({"width": 7}, r"width 7, but its embeddings are \[384\]; write 384"),
+        ({"source": {"file": "a" * 300}}, "255 characters"),
+        ({"source": {"file": "é" * 200}}, "there is no file"),  # 400 bytes
+        ({"recipe": {"backend": "PIL"}}, "backend is torch"),
         ({"name": ".."}, "name"),
         ({"recipe": {"resize": -3}}, "1 to 2048 pixels"),
         ({"recipe": {"resize": 0}}, "1 to 2048 pixels"),
@@ -315,7 +319,20 @@ def test_what_a_specification_cannot_mean_is_one_line(
     (tmp_path / "pvr.json").write_text(json.dumps(spec))
     safetensors.torch.save_file({"a": noise(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=refusal):
-        Encoder(EncoderRequest(str(tmp_path), device="cpu"))
+        Encoder(EncoderRequest(str(tmp_path), "random:0" if "width" in changes else "auto", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("pvr", "weights", "refusal"),
+    [
+        ("a" * 300, "auto", "unknown PVR"),
+        ("resnet18", "a" * 300, "there is no file a.* --weights FILE_OR_FOLDER"),
+        (f"hf:{'a' * 300}", "auto", f"hf:{'a' * 300}"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(pvr: str, weights: str, refusal: str) -> None:
+    with pytest.raises(PvrpipeError, match=refusal):
+        Encoder(EncoderRequest(pvr, weights, device="cpu").anywhere())
 
 
 def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

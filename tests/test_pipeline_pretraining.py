@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pvrpipe.pipeline.pretrain_contrastive import Atc, Curl, info_nce, random_cr
 from pvrpipe.pipeline.pretrain_frames import frames_of
 from pvrpipe.pipeline.pretrain_mae import MaskedAutoencoder, masked_loss, patches_of
 from pvrpipe.pipeline.pretraining import Method, PretrainConfig, kept_recipe, pretrain, recipe_of
-from pvrpipe.schemas.errors import InvalidValueError, NotAStoreError, OutputExistsError
+from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NotAStoreError, OutputExistsError
 from pvrpipe.schemas.records import Episode
 from pvrpipe.store.building import PendingStore, ShardWriter
 from pvrpipe.store.reading import Store
@@ -215,6 +216,56 @@ def trained_in_pieces(rollouts: Path, method: Method, place: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["mae", pytest.param("atc", marks=pytest.mark.slow)])
+def _truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint.pt", _truncated),
+        ("checkpoint.pt", lambda _: b"no pickle"),
+        ("checkpoint.pt", lambda _: b""),
+        ("pretrain.json", _truncated),
+        ("pretrain.json", lambda _: b"[]"),
+        ("pretrain.json", lambda data: data.replace(b'"val_loss"', b'"validation"')),  # another version's
+        ("encoder.safetensors", _truncated),
+    ],
+)
+def test_what_an_earlier_training_left_damaged_is_one_line(
+    rollouts: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[bytes], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, config = tmp_path / "own", small("autoencoder")
+    if name == pretraining.CHECKPOINT_FILE:
+        monkeypatch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
+        monkeypatch.setattr(pretraining, "_write", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(rollouts, out, config)
+        monkeypatch.undo()
+    else:
+        pretrain(rollouts, out, config)
+    (out / name).write_bytes(damage((out / name).read_bytes()))
+    with pytest.raises(CorruptStoreError, match=rf"{name} is not what .* begin again with --overwrite"):
+        pretrain(rollouts, out, config)
+    assert not pretrain(rollouts, out, config, overwrite=True).reused
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_without_a_held_out_episode_there_is_no_validation(
+    write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    result = pretrain(write_rollouts((6,), size=SIZE), tmp_path / "own", small("autoencoder"))
+    assert (result.val_loss, result.val_accuracy) == (None, None)
+    assert pretrain(tmp_path / "rollouts", tmp_path / "own", small("autoencoder")).reused
+
+
 def test_killed_after_a_checkpoint_it_goes_on_and_ends_with_the_same_bytes(
     method: Method, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
     ]
     assert len(list((tmp_path / "sound-e" / "shards").glob("*.json"))) == 6
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_failures_of_two_stores_are_counted_one_by_one(rollouts: Path, tmp_path: Path) -> None:
+    frames = Store.open(rollouts).read_episode(2)["frame"]
+    outputs = [
+        (brittle(tmp_path / f"pvr{n}", name=f"pvr{n}", nan_at=number_of(frames[step])), tmp_path / f"e{n}")
+        for n, step in enumerate((20, 3))
+    ]
+    with pytest.raises(EncodingError, match=r"pvr1 .* episode 2, step 3; .* \(and 1 more failure\)"):
+        embed(rollouts, outputs, INLINE)
 
 
 def test_a_frame_that_cannot_be_read_stops_its_shard_with_episode_and_step(
@@ -234,6 +245,22 @@ def test_what_threads_read_ahead_is_in_order_and_raises_here() -> None:
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):
         next(items)
+
+
+def test_ctrl_c_while_a_thread_begins_to_read_ahead_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        ReadAhead(n for n in range(100))
+    for left in set(threading.enumerate()) - before:
+        left.join(10)
+        assert not left.is_alive()
 
 
 @pytest.mark.gpu
