@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvrpipe.pipeline.networks import Network, build_network
-from pvrpipe.pipeline.preprocessing import preprocess
+from pvrpipe.pipeline.preprocessing import own_kernels, preprocess
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.replaying import Replayed
@@ -142,6 +142,7 @@ class Encoder:
             threads=CPU_THREADS if cpu else None,
             batch=self.batch,
             compiled=self.compiled,
+            resizing="triton" if own_kernels(self.device) else "torch",
         )
 
     def __call__(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
     size = _resized_to(frames, recipe)
     window = _middle(size, recipe.crop)
     normalise = _scale_and_shift(recipe.mean, recipe.std, frames.device)
-    kernels = _kernels(frames.device)
+    kernels = own_kernels(frames.device)
     if kernels is not None and frames.numel() < MOST_VALUES:
         return kernels(frames, size, window, recipe, normalise)
     pixels = frames.permute(0, 3, 1, 2)
@@ -46,7 +46,7 @@ def preprocess(frames: Tensor, recipe: Recipe) -> Tensor:
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Callable[..., Tensor] | None:
+def own_kernels(device: torch.device) -> Callable[..., Tensor] | None:
     """Those for a GPU, where Triton is and finds a C compiler; else torch's own do the work, more slowly."""
     if device.type != "cuda":
         return None

@@ -112,6 +112,9 @@ class Computation(Frozen):
     threads: int | None  # of one worker, on a CPU
     batch: int  # frames; a shard for which memory did not suffice has its own
     compiled: bool = Field(default=False, exclude_if=lambda compiled: not compiled)  # by torch.compile
+    resizing: Literal["torch", "triton"] = Field(
+        default="torch", exclude_if=lambda kernels: kernels == "torch"
+    )
 
 
 class EmbeddingSpecification(Frozen):

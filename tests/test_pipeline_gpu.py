@@ -74,9 +74,9 @@ def test_one_kernel_for_each_axis_does_what_torchs_do(
     recipe = Recipe(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **made)
     noise = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (5, height, width, 3), dtype=torch.uint8, generator=noise).cuda()
-    assert preprocessing._kernels(frames.device) is not None
+    assert preprocessing.own_kernels(frames.device) is not None
     ours = preprocessing.preprocess(frames, recipe)
-    monkeypatch.setattr(preprocessing, "_kernels", lambda device: None)
+    monkeypatch.setattr(preprocessing, "own_kernels", lambda device: None)
     theirs = preprocessing.preprocess(frames, recipe)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     levels = (ours - theirs).abs() * 255 * torch.tensor(recipe.std, device="cuda").view(1, 3, 1, 1)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pvrpipe.pipeline import encoders
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
@@ -219,6 +220,20 @@ def test_a_worker_with_other_weights_is_told_so(rollouts: Path, tmp_path: Path) 
     other = EncoderRequest(request.pvr, "random:1", device="cpu", batch=16)
     target = Target(other, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0}))
     with pytest.raises(EncodingError, match=r"weights\.random_seed: 0, on this worker 1"):
+        ShardEmbedder(rollouts, [target])
+
+
+def test_a_worker_that_resizes_with_other_kernels_is_told_so(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU without a C compiler takes torch's; to a grey level they give the same."""
+    request = brittle(tmp_path / "pvr")
+    with monkeypatch.context() as with_triton:
+        with_triton.setattr(encoders, "own_kernels", lambda device: abs)
+        made = draft(Store.open(rollouts), request, tmp_path / "e", INLINE)
+    assert made_by(made.manifest).computation.resizing == "triton"
+    target = Target(made.request, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0}))
+    with pytest.raises(EncodingError, match=r"resizing: triton, on this worker .*let workers be alike"):
         ShardEmbedder(rollouts, [target])
 
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pvrpipe.schemas.errors import CorruptStoreError, PvrpipeError, StoreError
+from pvrpipe.store import parquet
 from pvrpipe.store.layout import VALUES_LIMIT
 from pvrpipe.store.merging import split
 from pvrpipe.store.reading import Store
@@ -119,3 +121,17 @@ def test_a_message_is_one_printable_line(write_rollouts: WriteStore) -> None:
     (folder / "store.json").write_text(json.dumps(raw))
     with pytest.raises(PvrpipeError, match="two  "):
         Store.open(folder)
+
+
+@pytest.mark.parametrize("more", [-1, 1, 1 << 24])
+@pytest.mark.parametrize("rows", ["all of a group", "one"])
+def test_a_page_that_holds_more_or_less_than_it_should_is_refused(
+    more: int, rows: str, write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is decompressed straight into the reader's array, which must neither overflow nor keep old bytes."""
+    shard = Store.open(write_rollouts(size=24)).shard(0)
+    size = shard.column("frame").width * shard.groups[0]
+    page = np.frombuffer(pa.compress(bytes(size + more), codec="zstd", asbytes=True), np.uint8)
+    monkeypatch.setattr(parquet, "zstd_page", lambda *_: page)
+    with pytest.raises(CorruptStoreError, match="column 'frame' cannot be read"):
+        shard.rows("frame", 0, 1 if rows == "one" else shard.groups[0])
