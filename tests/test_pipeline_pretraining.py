@@ -215,7 +215,6 @@ def trained_in_pieces(rollouts: Path, method: Method, place: str) -> None:
     pretrain(rollouts, Path(place), small(method, updates=7))
 
 
-@pytest.mark.parametrize("method", ["mae", pytest.param("atc", marks=pytest.mark.slow)])
 def _truncated(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
@@ -266,6 +265,7 @@ def test_without_a_held_out_episode_there_is_no_validation(
     assert pretrain(tmp_path / "rollouts", tmp_path / "own", small("autoencoder")).reused
 
 
+@pytest.mark.parametrize("method", ["mae", pytest.param("atc", marks=pytest.mark.slow)])
 def test_killed_after_a_checkpoint_it_goes_on_and_ends_with_the_same_bytes(
     method: Method, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
