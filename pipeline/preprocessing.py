@@ -7,13 +7,14 @@ the result is theirs to two grey levels, and to a tenth of one on average (tests
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrpipe.schemas.errors import EncodingError
+from pvrpipe.schemas.errors import EncodingError, one_line
 from pvrpipe.schemas.specifications import Recipe
 
 MOST_VALUES = 1 << 29  # of a batch of frames: the kernels count in 32 bits
@@ -61,7 +62,12 @@ def own_kernels(device: torch.device) -> Callable[..., Tensor] | None:
             torch.ones(3, device=device),
         )
         resize_and_normalise(frames, (4, 4), (0, 0, 4, 4), recipe, (one, one))
-    except Exception:  # of Triton, of its compiler, of the driver: there is no common one
+    except ImportError:
+        return None
+    except Exception as error:  # of Triton, of its compiler, of the driver: there is no common one
+        warnings.warn(
+            f"Triton cannot be used, frames are resized more slowly: {one_line(error)}", stacklevel=2
+        )
         return None
     return resize_and_normalise
 

@@ -306,29 +306,8 @@ def is_value(name: str) -> bool:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no NaN, indented by a space: one value, one text.
-
-    The text of ``json.dumps(value, indent=1, …)``, which would make it in Python, number by number: of a shard's
-    moments that are thousands, while a GPU waits for the next shard.
-    """
-    return _indented(value, "\n")
-
-
-def _indented(value: Any, line: str) -> str:
-    """JSON of a value that stands on a line of its own, which begins with ``line``."""
-    inner = line + " "
-    if isinstance(value, dict) and value:
-        entries = [f"{_plain(str(key))}: {_indented(value[key], inner)}" for key in sorted(value)]
-        return "{" + inner + ("," + inner).join(entries) + line + "}"
-    if isinstance(value, list | tuple) and value:
-        if any(isinstance(item, dict | list | tuple) for item in value):
-            return "[" + inner + ("," + inner).join(_indented(item, inner) for item in value) + line + "]"
-        return "[" + inner + _plain(value, "," + inner)[1:-1] + line + "]"
-    return _plain(value)
-
-
-def _plain(value: Any, between: str = ", ") -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(between, ": "))
+    """JSON with sorted keys and no NaN: one value, one text."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
 
 
 def store_id(

@@ -21,9 +21,7 @@ from pvrpipe.store.shards import Decoded, Rows, Shard
 MAPPED_GROUP_BYTES = 64 << 20  # a row group is one page, and a page must stay far below 2 GiB
 PACKED_GROUP_BYTES = 4 << 20  # what a reader must decompress to see one frame
 DECODED_LIMIT = 1 << 30  # of a row group that has to be decoded; ours have 4 MiB
-SCALARS_LIMIT = (
-    16 << 20
-)  # of a column of scalars that is read at once, and kept; ours have some kilobytes a shard
+SCALARS_LIMIT = 16 << 20  # bytes of a column of scalars that is read at once, and kept
 SLACK = 1 << 20  # bytes that pages may hold beyond the values that they should
 PAGE_LIMIT = 1 << 30  # never reached: pages end with their row group
 
@@ -33,7 +31,7 @@ class ParquetShard(Shard):
 
     def __init__(self, folder: Path, manifest: Manifest, index: int, decoded: Decoded | None = None) -> None:
         super().__init__(folder, manifest, index, decoded)
-        self._columns: dict[str, Rows | None] = {}
+        self._kept: dict[str, Rows | None] = {}
         self._one_at_a_time = threading.Lock()  # threads may share a shard, not pyarrow's reader
         try:
             self._chunks = read_chunks(self.data)
@@ -80,13 +78,13 @@ class ParquetShard(Shard):
     def _scalars(self, column: Column) -> Rows | None:
         """All rows of a column of scalars, read once; None where they are too many, or not all can be read."""
         with self._one_at_a_time:
-            if column.name not in self._columns:
+            if column.name not in self._kept:
                 rows = None
                 if column.width * int(self.first[-1]) <= SCALARS_LIMIT:
                     with contextlib.suppress(CorruptStoreError):
                         rows = self._read_groups(column, 0, len(self.groups))
-                self._columns[column.name] = rows
-            return self._columns[column.name]
+                self._kept[column.name] = rows
+            return self._kept[column.name]
 
     def _read_groups(self, column: Column, begin: int, end: int) -> Rows:
         """Decode row groups of a column, however they are written."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -71,20 +70,3 @@ def test_one_line_folds_a_message() -> None:
     assert one_line(ValueError("a\n  b\tc")) == "a b c"
     assert one_line(ValueError()) == "ValueError"
     assert one_line(KeyError("open_loop")) == "KeyError: 'open_loop'"
-
-
-def test_canonical_json_is_what_the_standard_library_indents() -> None:
-    """Ids are hashes of it, so not a byte may differ."""
-    values: list[Any] = [
-        {"b": [1.5, -0.0, 1e-320, 1e300, 3], "a": {"z": (), "y": {}, "x": [], 'é"\n': "Ünï\\code"}},
-        [[1, 2], (3.25, None), {"t": True, "f": [False, "a, b", "]"]}, "text", []],
-        {"10": 1, "9": [{"deep": [[[0.1]]]}]},
-        [],
-        "alone",
-        7,
-    ]
-    for value in values:
-        assert canonical_json(value) == json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False)
-    for broken in ([1.0, float("nan")], {"a": float("inf")}):
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            canonical_json(broken)
