@@ -122,9 +122,14 @@ class ShardEmbedder:
         return outcome
 
     def each(self, shards: Iterable[int]) -> Iterator[ShardOutcome]:
-        """As :meth:`attempt` on each, in order; while one is encoded, the last is written and the next is read."""
+        """As :meth:`attempt` on each, in order; while one is encoded, the last is committed and the next is read.
+
+        To commit is to wait for the disk: in a thread of its own, or the next shard's embeddings would wait for it
+        too, and with them the device.
+        """
         with (
             ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
+            ThreadPoolExecutor(1, thread_name_prefix="commit") as committing,
             contextlib.closing(self._reader),
         ):
             before: Future[ShardOutcome] | None = None
@@ -132,10 +137,10 @@ class ShardEmbedder:
                 assert shard is not None
                 if following is not None:
                     self._reader.begin(following, self._largest(following))
-                written = self._attempted(shard, writing)
+                committed = self._attempted(shard, writing, committing)
                 if before is not None:
                     yield before.result()
-                before = written
+                before = committed
             if before is not None:
                 yield before.result()
 
@@ -143,8 +148,8 @@ class ShardEmbedder:
         """Rows of a shard that are read at a time: what the largest batch takes of those that it is embedded in."""
         return max(t.specification.computation.batch for t in self.targets if shard in t.todo)
 
-    def _attempted(self, shard: int, writing: Executor) -> Future[ShardOutcome]:
-        """Encode a shard; what becomes of it is told when it is written."""
+    def _attempted(self, shard: int, writing: Executor, committing: Executor) -> Future[ShardOutcome]:
+        """Encode a shard; what becomes of it is told when it is committed."""
 
         def failed(error: PvrpipeError) -> ShardOutcome:
             return ShardOutcome(shard, failures=[error])
@@ -152,7 +157,7 @@ class ShardEmbedder:
         try:
             commit = self._computed(shard, writing)
         except PvrpipeError as error:
-            return writing.submit(failed, error)
+            return committing.submit(failed, error)
 
         def committed() -> ShardOutcome:
             try:
@@ -160,7 +165,7 @@ class ShardEmbedder:
             except PvrpipeError as error:
                 return failed(error)
 
-        return writing.submit(committed)
+        return committing.submit(committed)
 
     def _computed(self, shard: int, writing: Executor) -> Commit:
         """Embed a shard with batches that fit; what remains to be done is to commit it."""

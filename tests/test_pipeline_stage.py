@@ -6,7 +6,7 @@ import gc
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,16 @@ from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.memory import Need, even_batch, fit, passes, peak_of, smaller, tried_until_it_fits
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
+from pvrpipe.schemas.manifest import ShardCommit
 from pvrpipe.schemas.records import Episode
+from pvrpipe.store.building import PendingStore
 from pvrpipe.store.describing import describe
 from pvrpipe.store.files import sha256_of
 from pvrpipe.store.layout import read_commit
 from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
 from pvrpipe.store.verifying import verify
+from pvrpipe.store.writing import ShardWriter
 
 from . import conftest
 from .brittle import brittle, number_of
@@ -235,6 +239,32 @@ def test_a_worker_that_resizes_with_other_kernels_is_told_so(
     target = Target(made.request, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0}))
     with pytest.raises(EncodingError, match=r"resizing: triton, on this worker .*let workers be alike"):
         ShardEmbedder(rollouts, [target])
+
+
+def test_a_disk_that_is_slow_to_commit_does_not_stop_the_next_shard(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a device would wait for it too. Here a shard is committed once the next is encoded and written."""
+    request = brittle(tmp_path / "pvr", batch=2)
+    made = draft(Store.open(rollouts), request, tmp_path / "e", INLINE)
+    target = Target(made.request, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0, 1}))
+    following = iter(range((Store.open(rollouts).manifest.shards[1].rows - 1) // 2))
+    write, commit, enough = ShardWriter.write_rows, ShardWriter.commit, threading.Event()
+
+    def counted(writer: ShardWriter, arrays: Mapping[str, Rows]) -> None:
+        write(writer, arrays)
+        if writer.plan.shard == 1 and next(following, None) is None:
+            enough.set()
+
+    def slow(writer: ShardWriter, batch: int | None) -> ShardCommit:
+        assert writer.plan.shard == 1 or enough.wait(20)
+        return commit(writer, batch=batch)
+
+    monkeypatch.setattr(ShardWriter, "write_rows", counted)
+    monkeypatch.setattr(ShardWriter, "commit", slow)
+    with PendingStore.begin(tmp_path / "e", made.manifest):
+        outcomes = list(ShardEmbedder(rollouts, [target]).each([0, 1]))
+    assert [(outcome.shard, outcome.failures) for outcome in outcomes] == [(0, []), (1, [])]
 
 
 def test_memory_of_a_batch_is_measured() -> None:
