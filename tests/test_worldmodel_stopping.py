@@ -230,6 +230,19 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_on_resume(tmp_path: Pat
         checkpoints.load(tmp_path, model, updater)
 
 
+@pytest.mark.parametrize("where", ["a tensor", "the update"])
+def test_one_bit_that_a_disk_turned_is_seen_on_resume(where: str, tmp_path: Path) -> None:
+    model = build_model("tdmpc2", "1m", setting(4, 2), seed=0)
+    updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
+    checkpoints.save(tmp_path, 3, model, updater)
+    path = tmp_path / checkpoints.CHECKPOINT
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if where == "a tensor" else data.index(b'"update\\": 3') + 11] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=r"tensor \S+ is not as it was written; train again with --overwrite"):
+        checkpoints.load(tmp_path, model, updater)
+
+
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     write_embeddings: WriteEmbeddings, tmp_path: Path
 ) -> None:

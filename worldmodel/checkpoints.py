@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def save(folder: Path, update: int, model: nn.Module, updater: Updater) -> None:
         **{OPTIMIZER + name: value for name, value in updater.tensors().items()},
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    sums = {name: _sum(value, update) for name, value in sorted(tensors.items())}
     # One metadata entry only: safetensors writes several in an order of its own.
-    metadata = {"pvrpipe": json.dumps({"update": update})}
+    metadata = {"pvrpipe": json.dumps({"update": update, "crc32": sums})}
     try:
         with disk_errors(path):
             safetensors.torch.save_file(tensors, temporary, metadata)
@@ -57,7 +59,8 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, back
         The number of updates done.
 
     Raises:
-        RunError: the file is no checkpoint, or a tensor is missing, extra or of another shape or dtype.
+        RunError: the file is no checkpoint, or a tensor is missing, extra, of another shape or dtype, or not as it
+            was written.
     """
     path = folder / CHECKPOINT
     wanted = {MODEL + name: value for name, value in own_tensors(model).items()}
@@ -65,7 +68,8 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, back
         wanted |= {OPTIMIZER + name: value for name, value in updater.tensors().items()}
     try:
         with safetensors.safe_open(path, "pt") as file:
-            update = int(json.loads((file.metadata() or {})["pvrpipe"])["update"])
+            told = json.loads((file.metadata() or {})["pvrpipe"])
+            update, sums = int(told["update"]), dict(told.get("crc32", {}))  # none in older runs
             names = [name for name in file.keys() if updater is not None or name.startswith(MODEL)]  # noqa: SIM118
             names = [name for name in names if backbone or not name.startswith(MODEL + BACKBONE)]
             found = {name: file.get_tensor(name) for name in names}
@@ -78,6 +82,9 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, back
             f"{path} is no checkpoint of pvrpipe ({error}); train again with --overwrite"
         ) from None
     _check(path, wanted, found)
+    for name in found.keys() & sums.keys():
+        if _sum(found[name], update) != sums[name]:
+            raise RunError(f"{path}: tensor {name} is not as it was written; train again with --overwrite")
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(found[name])
@@ -105,6 +112,11 @@ def tuned(folder: Path) -> dict[str, Tensor]:
     with safetensors.safe_open(folder / CHECKPOINT, "pt") as file:
         names = [name for name in file.keys() if name.startswith(MODEL + BACKBONE)]  # noqa: SIM118
         return {name.removeprefix(MODEL): file.get_tensor(name) for name in names}
+
+
+def _sum(tensor: Tensor, update: int) -> int:
+    """CRC-32 of a tensor's bytes, and of the update that it is of: what a disk may do to the file is seen."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), update)
 
 
 def _check(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
