@@ -28,6 +28,15 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.progress import silent
 
 VIEWS = ("source", "replay", "shift")  # of a pair of stores
+OF_A_RUN = (
+    "store",
+    "horizon",
+    "context",
+    "split",
+    "beside",
+    "weights",
+    "device",
+)  # and not of reading a store out
 
 
 @sharing
@@ -113,6 +122,7 @@ def train_model(
 
 
 def probe(
+    given: typer.Context,
     run: Annotated[
         str | None,
         typer.Argument(help="Folder of a run, or an embedding store to read out; default: the newest run."),
@@ -156,6 +166,7 @@ def probe(
     if label and (store is None or beside is not None):
         raise InvalidValueError("--label names another STORE than the run's own, without --beside; give that")
     if run is not None and not (Path(run) / RUN).exists() and holds_store(run):
+        refuse_any_of_a_run(given, run)
         read_out(run, seed, json_)
         return
     folder = took("run", Workspace(root).newest_run()) if run is None else Path(run)
@@ -191,6 +202,16 @@ def pair_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
         for name, by_horizon in report["measures"].items()
         for horizon, entry in by_horizon.items()
     ]
+
+
+def refuse_any_of_a_run(given: typer.Context, store: str) -> None:
+    """An embedding store is read out, and knows none of the options of a run's probe."""
+    for name in OF_A_RUN:
+        if getattr(given.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            option = "a second STORE" if name == "store" else f"--{name}"
+            raise InvalidValueError(
+                f"{option} does not go with {store}, an embedding store that is read out; leave it out, or give a run"
+            )
 
 
 def holds_store(place: str) -> bool:

@@ -87,6 +87,12 @@ def test_the_daily_way_with_no_path_typed(tmp_path: Path) -> None:
     metrics = last_json(run("probe", "--horizon", "5", "--json", cwd=tmp_path))
     assert set(metrics["dynamics_error"]["5"]["accumulated"]) == {"mean", "sem"}
     assert (Path(tmp_path / result["run"]) / "metrics.json").is_file()
+    for option in ("--horizon=5", "--split=val", f"--beside={store['store']}", store["store"]):
+        refused = run("probe", store["store"], option, cwd=tmp_path)
+        assert (
+            "does not go with an embedding store, which is read out; leave it out, or give a run"
+            in refused.stderr
+        )
     for path in (collected["store"], store["store"]):
         assert last_json(run("verify", path, "--json", cwd=tmp_path)) == {"ok": True, "failures": []}
         assert last_json(run("inspect", path, "--json", cwd=tmp_path))["rows"] == 75
