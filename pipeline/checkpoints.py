@@ -21,7 +21,7 @@ from pvrpipe.pipeline.pvrs import KeyMap
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.store.cache import cache_errors, cache_folder
-from pvrpipe.store.files import sha256_of, write_whole
+from pvrpipe.store.files import sha256_of, tensors_to, write_whole
 
 
 def tensors_of(path: Path, digest: str, keys: KeyMap) -> dict[str, Tensor]:
@@ -65,11 +65,8 @@ def _convert(tensors: dict[str, Tensor], target: Path) -> None:
     beside = target.with_suffix(f".tmp-{os.getpid()}")
     with cache_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with tensors_to(beside):
             safetensors.torch.save_file(own, beside)
-        except safetensors.SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))  # it hides what the operating system said
-            raise (OSError(int(code[1]), str(error)) if code else error) from None
         seal = sha256_of(beside)
         beside.replace(target)
         write_whole(target.with_suffix(".sha256"), seal.encode())

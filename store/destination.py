@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
-from pvrpipe.store.files import TEMPORARY, disk_errors, settle, temporary_beside
+from pvrpipe.store.files import TEMPORARY, disk_errors, make_folder, replacing
 from pvrpipe.store.hub import address_of, ask_anew, is_hub
 from pvrpipe.store.layout import (
     CARD,
@@ -195,11 +195,6 @@ def _manifest_at(destination: Destination) -> Manifest | None:
 
 
 def _copy(file: Path, target: Path) -> None:
-    temporary = temporary_beside(target)
-    try:
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, temporary)
-            settle(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(target.parent)
+    with replacing(target) as temporary:
+        shutil.copyfile(file, temporary)

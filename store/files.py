@@ -6,10 +6,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import DiskError, StoreBusyError, StoreError
@@ -40,15 +43,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file that a reader sees in full or not at all."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write within; a reader of ``path`` sees it in full afterwards, or not at all.
+
+    Raises:
+        DiskError: the operating system refuses to write it.
+    """
     temporary = temporary_beside(path)
     try:
         with disk_errors(path):
-            temporary.write_bytes(data)
+            yield temporary
             settle(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system; the first failure is the one to report
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file that a reader sees in full or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def sha256_of(path: Path) -> str:
@@ -118,6 +133,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         advice = {
             errno.ENOSPC: "the disk is full; free some space",
             errno.EDQUOT: "the disk quota is used up; free some space",
+            errno.EFBIG: "files may not be that large here; raise the limit with `ulimit -f unlimited`",
             errno.EACCES: "permission denied; make the folder writable",
             errno.EPERM: "permission denied; make the folder writable",
             errno.EIO: "the disk fails; choose another output",
@@ -133,6 +149,23 @@ def disk_errors(path: Path) -> Iterator[None]:
         if advice is None:
             raise
         raise DiskError(f"cannot write {path}: {advice}, then run the same command again to go on") from error
+
+
+@contextmanager
+def tensors_to(path: Path) -> Iterator[None]:
+    """Around ``save_file`` to ``path``, as if any other file were written there.
+
+    Safetensors lets nobody but its user read the file, and hides what the operating system says in a text.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        yield
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), str(error)) from None
+        raise
+    path.chmod(mode)
 
 
 @contextmanager

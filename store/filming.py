@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def write_film(path: Path, frames: Iterator[Frame], rate: float) -> int:
             count = (_gif if path.suffix.lower() == ".gif" else _mp4)(temporary, frames, rate)
             settle(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first failure is the one to report
+            temporary.unlink(missing_ok=True)
     return count
 
 

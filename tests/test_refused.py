@@ -18,6 +18,7 @@ import pytest
 
 from pvrpipe.schemas.errors import PvrpipeError, StoreError
 from pvrpipe.store.building import PendingStore, ShardWriter
+from pvrpipe.store.files import write_whole
 from pvrpipe.store.reading import Store
 from pvrpipe.store.sharing import pull, push
 from pvrpipe.store.verifying import verify
@@ -186,6 +187,7 @@ def test_a_read_only_file_system_is_read_and_not_written(folder: Path) -> None:
             assert told(work[0], mounted / "store", *work[1:]) == "done"
         for work in (
             (write_three, mounted / "new", "parquet"),
+            (write_whole, mounted / "new", b"metrics of a run"),
             (push, store, str(mounted / "new")),
             (pull, str(other), mounted / "pulled"),
             (functools.partial(push, overwrite=True), other, str(mounted / "store")),

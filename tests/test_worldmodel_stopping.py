@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
+    DiskError,
     DivergedError,
     InvalidValueError,
     NotAStoreError,
@@ -228,6 +230,25 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_on_resume(tmp_path: Pat
     save_file(tensors, path, {"pvrpipe": '{"update": 3}'})
     with pytest.raises(RunError, match=r"optimizer\.exp_avg\.encoder\.0\.weight is missing"):
         checkpoints.load(tmp_path, model, updater)
+
+
+def test_a_checkpoint_is_read_by_whom_its_folder_lets_and_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """Safetensors makes files for their user alone, and calls a full disk an error of its own."""
+    model = build_model("tdmpc2", "1m", setting(4, 2), seed=0)
+    updater = Updater.of("tdmpc2", model, learning_rate=None, warmup=1)
+    checkpoints.save(tmp_path, 3, model, updater)
+    path = tmp_path / checkpoints.CHECKPOINT
+    (tmp_path / "beside").touch()
+    assert path.stat().st_mode == (tmp_path / "beside").stat().st_mode
+    before, most = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, most[1]))  # as the quota that some clusters give
+    try:
+        with pytest.raises(DiskError, match=r"files may not be that large here.*run the same command again"):
+            checkpoints.save(tmp_path, 4, model, updater)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "beside"}
 
 
 @pytest.mark.parametrize("where", ["a tensor", "the update"])

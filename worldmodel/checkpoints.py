@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.schemas.errors import RunError
-from pvrpipe.store.files import disk_errors, settle, temporary_beside
+from pvrpipe.store.files import replacing, settle, tensors_to
 from pvrpipe.worldmodel.inputs import BACKBONE
 from pvrpipe.worldmodel.models import own_tensors
 from pvrpipe.worldmodel.optimizer import Updater
@@ -28,8 +28,6 @@ def save(folder: Path, update: int, model: nn.Module, updater: Updater) -> None:
 
     Chance needs no state here: every update derives its own from the seed and its number.
     """
-    path = folder / CHECKPOINT
-    temporary = temporary_beside(path)
     tensors = {
         **{MODEL + name: value for name, value in own_tensors(model).items()},
         **{OPTIMIZER + name: value for name, value in updater.tensors().items()},
@@ -38,12 +36,8 @@ def save(folder: Path, update: int, model: nn.Module, updater: Updater) -> None:
     sums = {name: _sum(value, update) for name, value in sorted(tensors.items())}
     # One metadata entry only: safetensors writes several in an order of its own.
     metadata = {"pvrpipe": json.dumps({"update": update, "crc32": sums})}
-    try:
-        with disk_errors(path):
-            safetensors.torch.save_file(tensors, temporary, metadata)
-            settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / CHECKPOINT) as temporary, tensors_to(temporary):
+        safetensors.torch.save_file(tensors, temporary, metadata)
 
 
 def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, backbone: bool = True) -> int:
@@ -93,13 +87,8 @@ def load(folder: Path, model: nn.Module, updater: Updater | None = None, *, back
 
 def mark_best(folder: Path) -> None:
     """Note that the checkpoint is the best so far."""
-    temporary = temporary_beside(folder / BEST)
-    try:
-        with disk_errors(folder / BEST):
-            shutil.copyfile(folder / CHECKPOINT, temporary)
-            settle(temporary, folder / BEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / BEST) as temporary:
+        shutil.copyfile(folder / CHECKPOINT, temporary)
 
 
 def keep_best(folder: Path) -> None:

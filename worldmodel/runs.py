@@ -169,7 +169,7 @@ def read_run(folder: Path) -> RunRecord:
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
-        problem = f"cannot be read ({where}: {wrong['msg']}): fetch it again"
+        problem = f"cannot be read ({where or 'as a whole'}: {wrong['msg']}): fetch it again"
         if where == "format_version":
             problem = f"is of format {wrong['input']}, which another pvrpipe wrote: take that"
     raise RunError(f"{folder / RECORD} {problem}, or train again with --overwrite")
