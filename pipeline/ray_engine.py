@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,8 @@ from pvrpipe.store.files import left_behind, marked
 from pvrpipe.store.layout import shard_file
 from pvrpipe.store.places import Place, place_of
 
+IN_A_ROW = 8  # shards that an actor is given at most
+TURNS = 4  # at least, of each actor, where there are shards enough: what is left at the end is small
 DEATHS = 3  # of workers that had one shard, until that is this shard's failure
 LOOK_AROUND = 0.5  # seconds between two looks at how far a worker is
 
@@ -30,25 +33,42 @@ R = TypeVar("R")
 
 
 class _Actor:
-    """A :class:`ShardEmbedder` that Ray Data feeds one shard at a time."""
+    """A :class:`ShardEmbedder` that Ray Data feeds a few shards at a time."""
 
     def __init__(self, rollouts: Place | str, targets: Sequence[Target]) -> None:
         self._arguments = rollouts, targets
         self._embedder: ShardEmbedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Shards in a row, so that one is read and one committed while another is encoded.
+
+        Where a worker died at any of them, one after the other: what it dies at again is then known.
+        """
+        shards = [int(shard) for shard in batch["shard"]]
+        alone = len(shards) > 1 and any(left_behind(self._mark(shard)[1]) for shard in shards)
+        groups = [[shard] for shard in shards] if alone else [shards]
+        outcomes = [outcome for group in groups for outcome in self._outcomes(group)]
+        return {"outcome": np.array([pickle.dumps(outcome) for outcome in outcomes], object)}
+
+    def _outcomes(self, shards: list[int]) -> list[ShardOutcome]:
         """Not the constructor loads the encoders: Ray buries its errors in a dead actor's story."""
-        shard = int(batch["shard"][0])
-        target = next(t for t in self._arguments[1] if shard in t.todo)
-        attempt = (target.folder / shard_file(shard, target.manifest.shard_format)).with_suffix(".attempt")
         try:
-            _refuse_deadly(target, shard, len(left_behind(attempt)))
-            self._embedder = self._embedder or ShardEmbedder(*self._arguments)
-            with marked(attempt):
-                outcome = self._embedder.attempt(shard)
+            with ExitStack() as marks:
+                for shard in shards:
+                    target, mark = self._mark(shard)
+                    _refuse_deadly(target, shard, len(left_behind(mark)))
+                    marks.enter_context(marked(mark))
+                self._embedder = self._embedder or ShardEmbedder(*self._arguments)
+                return list(self._embedder.each(shards))
         except PvrpipeError as error:
-            outcome = ShardOutcome(shard, failures=[error])
-        return {"outcome": np.array([pickle.dumps(outcome)], object)}
+            return [ShardOutcome(shard, failures=[error]) for shard in shards]
+
+    def _mark(self, shard: int) -> tuple[Target, Path]:
+        """A store that lacks the shard, and beside its file what tells of attempts at it."""
+        target = next(t for t in self._arguments[1] if shard in t.todo)
+        return target, (target.folder / shard_file(shard, target.manifest.shard_format)).with_suffix(
+            ".attempt"
+        )
 
 
 def _refuse_deadly(target: Target, shard: int, deaths: int) -> None:
@@ -161,13 +181,17 @@ def _pass(
     on_gpu = targets[0].request.resolved_device().type == "cuda"
     now = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
     most = min(workers or len(todo), len(todo))
-    shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
+    begin = max(1, min(now, most))
+    in_a_row = max(1, min(IN_A_ROW, len(todo) // (TURNS * begin)))
+    shards = ray.data.from_items(
+        [{"shard": shard} for shard in todo], override_num_blocks=-(-len(todo) // in_a_row)
+    )
     outcomes = shards.map_batches(
         _Actor,
         fn_constructor_args=(place_of(rollouts).resolve(), list(targets)),
-        batch_size=1,
+        batch_size=None,
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=most, initial_size=max(1, min(now, most)), max_tasks_in_flight_per_actor=2
+            min_size=1, max_size=most, initial_size=begin, max_tasks_in_flight_per_actor=2
         ),
         num_cpus=1,
         num_gpus=1 if on_gpu else 0,
