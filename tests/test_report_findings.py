@@ -300,6 +300,7 @@ def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_pa
         assert [line["low"][-1], line["high"][-1]] == pytest.approx(ends, rel=1e-3)
     for point in panel("ood", horizon="500", property="ViT")["points"]:
         own, ood = known(point["label"]), known(point["label"], "ood")
+        assert point["filled"] == (point["label"] == "autoencoder"), "the only one that was planted as a ViT"
         numbers = [point[name] for name in ("x", "x_sem", "y", "y_sem")]
         assert numbers == pytest.approx([own["mean"], own["sem"], ood["mean"], ood["sem"]], rel=1e-3)
     assert f"said of {ROWS} rows on average" in page.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -10,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from pvrpipe.commands.studies import reported
@@ -17,6 +19,7 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.study_record import read_record
 from pvrpipe.worldmodel import report_figures
 from pvrpipe.worldmodel.report import build_report
+from pvrpipe.worldmodel.report_panels import task_of
 
 from .planted_study import Planted, data_of, write_study
 
@@ -128,3 +131,20 @@ def test_one_run_on_one_episode_has_no_interval(tmp_path: Path) -> None:
     lines = [line for panel in charts["horizons"]["panels"] for line in panel["lines"]]
     assert lines
     assert all(set(line["low"]) == set(line["high"]) == {None} for line in lines)
+
+
+def test_a_strip_shows_what_was_drawn(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, pictures=True)
+    folder = write_study(tmp_path, planted)
+    data = data_of(build_report([folder], folder / "report", figures=False).page)
+    (panel,) = next(chart["panels"] for chart in data["charts"] if chart["id"] == "strips")
+    table = pl.read_parquet(next((tmp_path / "runs").glob("*/strip.parquet")))
+    for name in ("step", "received", "predicted", "distance"):
+        assert panel[name] == pytest.approx(table[name].to_list(), rel=1e-3)
+    for name, shown in dict(panel["strip"]).items():
+        assert [base64.b64decode(str(data["frames"][frame])) for frame in shown] == table[name].to_list()
+
+
+def test_a_task_is_named_with_the_look_it_was_trained_in() -> None:
+    assert task_of("dmc:one", "none") == "one"
+    assert task_of("gym:one", "ood") == "gym:one, ood"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pvrpipe.commands.study_checks import mistakes_of
 from pvrpipe.commands.study_options import StudyOptions
+from pvrpipe.commands.study_plan import plan_of
+from pvrpipe.rollouts.variation import FACTORS
 from pvrpipe.schemas.study import study_of
 
 from .commands import run
@@ -81,3 +85,19 @@ def test_a_study_by_options_is_planned_like_any_other(tmp_path: Path) -> None:
     # frames and a ResNet have no blocks; of TD-MPC2 there is one map, and of frames none
     assert len(json.loads(done.stdout.splitlines()[-1])["runs"]) == 2 * (2 + 3 * (2 + 1))
     assert not (tmp_path / "data").exists()
+
+
+def test_names_of_folders_fit_and_stay_apart(tmp_path: Path) -> None:
+    """Two looks that vary every factor made one name of 304 letters, and a study failed half way."""
+    looks = ["+".join(f"{factor}={severity}" for factor in FACTORS) for severity in (0.25, 0.5, 0.75)]
+    asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], variation=looks[:1])
+    wanted, mistakes = study_of(replace(asked, shift=looks[1:]).within(None))
+    assert wanted is not None
+    assert mistakes + mistakes_of(wanted) == []
+    plan = plan_of(wanted, tmp_path, "cpu")
+    folders = [each.folder for each in (*plan.looks, *plan.encoded)]
+    (job, record) = plan.jobs[0]
+    names = [part for folder in folders for part in folder.relative_to(tmp_path).parts]
+    assert max(map(len, [*names, *record.probes, job.run.name])) <= 255 - len(".metrics-.json.partial")
+    assert len(set(folders)) == len(folders) == 6
+    assert len(set(record.probes)) == 3

@@ -122,7 +122,7 @@ def test_pca_is_the_singular_value_decomposition() -> None:
 @pytest.mark.parametrize("count", [1, 2, 4, 16, 40])
 @pytest.mark.parametrize("width", [1, 2, 64])
 def test_pca_of_few_rows_and_of_rows_that_are_alike(count: int, width: int) -> None:
-    """Where rows are no more than columns, or alike, ARPACK had no vector to start from, and a run failed for its picture."""
+    """Where rows are few, or alike, ARPACK had no vector to start from, and a run failed for its picture."""
     rows = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
     left, strength, _ = np.linalg.svd(rows - rows.mean(0, dtype=np.float64), full_matrices=False)
     kept = min(2, len(strength))
