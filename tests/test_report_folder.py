@@ -20,6 +20,7 @@ from pvrpipe.schemas.study_record import read_record
 from pvrpipe.worldmodel import report_figures
 from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_panels import task_of
+from pvrpipe.worldmodel.report_stamp import stamp_of
 
 from .planted_study import Planted, data_of, write_study
 
@@ -60,6 +61,9 @@ def test_a_report_that_was_stopped_half_way_is_written_anew_by_the_study(
     folder = write_study(tmp_path, planted)
     page = reported(folder, read_record(folder))
     whole = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
+    column = (page.parent / "figures" / "reward-error.svg").read_text()
+    assert "reward error, 33 rows" in column, "the shortest horizon that was asked for"
+    assert "500 rows" not in column
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -71,6 +75,16 @@ def test_a_report_that_was_stopped_half_way_is_written_anew_by_the_study(
                 build_report([folder], page.parent)
         assert reported(folder, read_record(folder)) == page
         assert {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()} == whole
+
+
+def test_a_page_of_other_code_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvrpipe.worldmodel.report_stamp.files", lambda _: tmp_path)
+    stamps = []
+    for name, content in (("report.js", "a"), ("report.js", "b"), ("statistics.py", "a"), ("probe.py", "a")):
+        (tmp_path / name).write_text(content)
+        stamps.append(stamp_of([]))
+    assert len(set(stamps[:3])) == 3
+    assert stamps[3] == stamps[2], "what draws no page"
 
 
 def test_names_of_any_letters_stay_within_page_and_figures(tmp_path: Path) -> None:
