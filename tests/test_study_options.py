@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pvrpipe.commands.study_checks import mistakes_of
+from pvrpipe.commands.study_estimate import costs_of
 from pvrpipe.commands.study_options import StudyOptions
 from pvrpipe.commands.study_plan import plan_of
 from pvrpipe.rollouts.variation import FACTORS
@@ -101,3 +102,13 @@ def test_names_of_folders_fit_and_stay_apart(tmp_path: Path) -> None:
     assert max(map(len, [*names, *record.probes, job.run.name])) <= 255 - len(".metrics-.json.partial")
     assert len(set(folders)) == len(folders) == 6
     assert len(set(record.probes)) == 3
+
+
+def test_bytes_are_estimated_for_the_precision_they_are_stored_in(tmp_path: Path) -> None:
+    taken = {}
+    for dtype in ("float16", "float32"):
+        asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], episodes=6, max_steps=12)
+        wanted, _ = study_of(asked.within(None) | {"embed": {"dtype": dtype}})
+        assert wanted is not None
+        (taken[dtype],) = (c.bytes for c in costs_of(plan_of(wanted, tmp_path, "cpu")) if c.stage == "embed")
+    assert taken == {"float16": 6 * 13 * 512 * 2, "float32": 6 * 13 * 512 * 4}
