@@ -20,8 +20,10 @@ from pvrpipe.commands.options import (
     Root,
     Workers,
     pick_device,
+    sharing,
     took,
 )
+from pvrpipe.commands.study_options import StudyOptions
 from pvrpipe.commands.terminal import duration, mean_sem, note, tell
 from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
 from pvrpipe.schemas.progress import counted
@@ -33,11 +35,16 @@ if TYPE_CHECKING:
 STUDIES, REPORT = "studies", "report"  # folders of a workspace, and of a study
 
 
+@sharing
 def study(
-    file: Annotated[Path, typer.Argument(help="YAML file of the study, e.g. studies/quick.yaml.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="YAML file of the study, e.g. studies/quick.yaml; or options alone.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Argument(help="Folder of study.json and the report; default: after its name.")
     ] = None,
+    *,
+    asked: StudyOptions,
     engine: Engine = "ray",
     address: Address = None,
     workers: Workers = None,
@@ -51,9 +58,11 @@ def study(
 ) -> None:
     """Collect, embed, train and probe all that a study compares, and report it; run again, it goes on.
 
-    Example: pvrpipe study studies/quick.yaml
+    Options take the place of what the file says.
+
+    Example: pvrpipe study --environment dmc:pendulum-swingup --pvr scratch --pvr random --seed 0 --seed 1
     """
-    plan = planned(file, root, device, fetch=not dry_run)
+    plan = planned(file, asked, root, device, fetch=not dry_run)
     if dry_run:
         return estimated(plan, json_)
 
@@ -107,15 +116,15 @@ def reported(out: Path, record: StudyRecord) -> Path:
     return build_report([out], page.parent).page
 
 
-def planned(file: Path, root: Path, device: str, *, fetch: bool) -> Plan:
-    """The plan of a study's file.
+def planned(file: Path | None, asked: StudyOptions, root: Path, device: str, *, fetch: bool) -> Plan:
+    """The plan of a study's file, its options, or both.
 
     Raises:
         NotAStudyError: it has mistakes; each was told in a line of its own.
     """
-    from pvrpipe.schemas.study import read_study
+    from pvrpipe.schemas.study import read_content, study_of
 
-    wanted, mistakes = read_study(file)
+    wanted, mistakes = study_of(asked.within(None if file is None else read_content(file)))
     if wanted is None:
         raise refused(file, mistakes)
     from pvrpipe.commands.study_checks import mistakes_of, mistakes_of_plan, right_in, unfetched
@@ -131,12 +140,13 @@ def planned(file: Path, root: Path, device: str, *, fetch: bool) -> Plan:
     return plan
 
 
-def refused(file: Path, mistakes: list[str]) -> NotAStudyError:
+def refused(file: Path | None, mistakes: list[str]) -> NotAStudyError:
     """Tell all mistakes of a study, a line each."""
+    where = file or "the study"
     for line in mistakes[:-1]:
-        note(f"{file}: {line}")
+        note(f"{where}: {line}")
     more = f" (and {counted(len(mistakes) - 1, 'mistake')} more, above)" if mistakes[1:] else ""
-    return NotAStudyError(f"{file}: {mistakes[-1]}{more}; nothing was begun")
+    return NotAStudyError(f"{where}: {mistakes[-1]}{more}; nothing was begun")
 
 
 def estimated(plan: Plan, json_: bool) -> None:

@@ -19,13 +19,23 @@ from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.rollouts.collect import CollectConfig, draft_manifest
 from pvrpipe.rollouts.variation import parse_variation
-from pvrpipe.schemas.errors import PvrpipeError, one_line
+from pvrpipe.schemas.errors import InvalidValueError, PvrpipeError, one_line
 from pvrpipe.schemas.manifest import Manifest
-from pvrpipe.schemas.study import ALL, AUTOENCODER, RANDOM, SCRATCH, Collecting, Representation, Study
+from pvrpipe.schemas.study import (
+    ALL,
+    AUTOENCODER,
+    CONTROL,
+    RANDOM,
+    SCRATCH,
+    Collecting,
+    Representation,
+    Study,
+)
 from pvrpipe.store.layout import read_manifest
 from pvrpipe.worldmodel.models import check_names
 
 OWN = (SCRATCH, AUTOENCODER)  # have no weights to be fetched
+READ_OUT = ("weights", "pool", "layer", "blocks")  # what of an encoder is the embedding
 
 
 def mistakes_of(study: Study) -> list[str]:
@@ -140,9 +150,18 @@ def _weights_of(plan: Plan) -> set[tuple[str, str]]:
 
 
 def _check(wanted: Representation) -> None:
-    if wanted.pvr in (*OWN, RANDOM):
+    if wanted.pvr in OWN:
+        usual = Representation(pvr=wanted.pvr)
+        if given := [name for name in READ_OUT if getattr(wanted, name) != getattr(usual, name)]:
+            raise InvalidValueError(
+                f"it is of the study's own making, without {', '.join(given)}; leave that out"
+            )
         return
-    pvr = find_pvr(wanted.pvr)
+    if wanted.pvr == RANDOM and not wanted.weights.startswith(("auto", RANDOM)):
+        raise InvalidValueError(
+            f"weights {wanted.weights} are not random; give random:SEED, or {CONTROL} as pvr"
+        )
+    pvr = find_pvr(CONTROL if wanted.pvr == RANDOM else wanted.pvr)
     readouts = [
         Readout(wanted.layer, None if blocks == ALL else blocks, None, wanted.pool)
         for blocks in wanted.blocks

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pvrpipe.commands.study_checks import sealed
 from pvrpipe.commands.study_plan import Encoded, Look, Plan
 from pvrpipe.pipeline.pvrs import SPEC_FILE
@@ -76,7 +78,7 @@ def costs_of(plan: Plan) -> list[Cost]:
             "embed",
             len(plan.embeddings),
             [_embedding(each, past) for each in embeddings],
-            sum(frames_of(each.look) * _width(each) * 2 for each in embeddings),
+            sum(frames_of(each.look) * _width(each) * np.dtype(each.dtype).itemsize for each in embeddings),
         ),
         _cost(
             "train and probe",

@@ -42,6 +42,7 @@ from pvrpipe.worldmodel.training import TrainConfig
 
 MAPS = {"dreamerv3": ("linear", "mlp"), "tdmpc2": ("mlp",)}  # that a model can be given for one embedding
 LOG_EVERY = 50
+LONGEST = 100  # letters of what a folder is of, in its name
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,12 @@ def _looks(study: Study, workspace: Workspace) -> Iterator[Look]:
             }
             config = CollectConfig(environment=environment, variation=variation, **asked)
             name = environment + ("" if variation == "none" else f"-{variation}")
-            yield Look(environment, variation, workspace.rollouts(f"{name}-{digest(asdict(config))}"), config)
+            folder = workspace.rollouts(f"{fitting(name)}-{digest(asdict(config))}")
+            yield Look(environment, variation, folder, config)
 
 
 def _seen_anew(look: Look, shift: str, workspace: Workspace) -> Look:
-    folder = workspace.rollouts(f"{look.folder.name}-{shift}")
+    folder = workspace.rollouts(f"{look.folder.name}-{fitting(shift)}")
     return Look(look.environment, shift, folder, look.config, look)
 
 
@@ -183,7 +185,7 @@ def _encoded(study: Study, workspace: Workspace, trained: Look, look: Look) -> I
                 look,
                 label_of(wanted, blocks),
                 blocks,
-                workspace.embeddings(look.folder.name, folder + precise + wide),
+                workspace.embeddings(look.folder.name, fitting(folder) + precise + wide),
                 EncoderRequest(name, weights, study.embed.precision, readout=readout),
                 pretrained,
                 study.embed.dtype,
@@ -225,7 +227,7 @@ def _jobs(
     """The runs on one look, each with the stores of the shifts that it is probed on besides."""
     own, shifted = parts[0], parts[1:]
     for place, encoded in enumerate(own):
-        elsewhere = [(slug(part[place].look.variation), part[place]) for part in shifted]
+        elsewhere = [(slug(fitting(part[place].look.variation)), part[place]) for part in shifted]
         for trained in study.models:
             if trained.model == "dinowm" and encoded.request is None:
                 continue  # it predicts embeddings, and has nothing to predict from frames
@@ -276,7 +278,7 @@ def _job(
     stem = encoded.look.environment.removeprefix("dmc:")
     parts = (stem, encoded.label, through, trained.model, size, f"s{seed}")
     name = "-".join(part.replace(" ", "-") for part in parts if part != "auto")
-    run = Workspace(root).run(f"{name}-{digest({**asdict(config), 'store': str(where)})}")
+    run = Workspace(root).run(f"{fitting(name)}-{digest({**asdict(config), 'store': str(where)})}")
     shifts = [(label, str(each.folder.absolute())) for label, each in elsewhere]
     job = Job(
         store=str(encoded.folder.absolute()),
@@ -345,6 +347,11 @@ def options_of(given: object, *without: str) -> list[str]:
         if value is not None and name not in (*without, "shard_rows", "shard_format")
         for part in (f"--{name.replace('_', '-')}", str(value))
     ]
+
+
+def fitting(name: str) -> str:
+    """A name that leaves room for more in a folder's; one that is cut ends in a digest of the whole."""
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{digest(name)}"
 
 
 def digest(content: Any) -> str:

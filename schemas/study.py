@@ -153,8 +153,8 @@ class Study(Part):
         ]
 
 
-def read_study(path: Path) -> tuple[Study | None, list[str]]:
-    """A study's file and every mistake in its form, a line each; with mistakes, what is right in it, if anything is.
+def read_content(path: Path) -> dict[str, Any]:
+    """What a study's file says, right or wrong.
 
     Raises:
         NotAStudyError: there is no such file, or it is not YAML.
@@ -171,6 +171,11 @@ def read_study(path: Path) -> tuple[Study | None, list[str]]:
         raise NotAStudyError(
             f"{path} holds no study but a {type(content).__name__}; studies/quick.yaml shows how one is written"
         )
+    return content
+
+
+def study_of(content: dict[str, Any]) -> tuple[Study | None, list[str]]:
+    """A study and every mistake in its form, a line each; with mistakes, what is right in it, if anything is."""
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -193,7 +198,7 @@ def _right_in(content: dict[str, Any]) -> Study | None:
         try:
             return Study.model_validate({**STAND_IN, **rest})
         except ValidationError as error:
-            places = sorted((each["loc"] for each in error.errors()), key=_order, reverse=True)
+            places = sorted((each["loc"] for each in _own(error)), key=_order, reverse=True)
             for where in filter(None, places):  # the last of a list first
                 _drop(rest, where)
     return None

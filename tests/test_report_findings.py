@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from scipy import stats
 
 from pvrpipe.worldmodel.report import build_report
-from pvrpipe.worldmodel.report_findings import findings_of, permutation_test
+from pvrpipe.worldmodel.report_findings import _compared, findings_of, permutation_test
 from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
+from pvrpipe.worldmodel.report_words import legible, summary_of
 
 from .planted_study import BESIDE, FLOOR, ROWS, TRUE, Planted, data_of, write_study
 
@@ -78,6 +80,74 @@ def test_the_permutation_test_is_that_of_scipy() -> None:
     z = [stats.mannwhitneyu(a, b).statistic / 64 - 0.5 for a, b in zip(many, others, strict=True)]
     normal = 2 * stats.norm.sf(abs(np.mean(z)) / np.sqrt((17 / (12 * 64)) / 4))
     assert drawn == pytest.approx(normal, abs=0.02)
+
+
+def test_tasks_of_other_numbers_of_runs_count_alike_in_the_permutation_test() -> None:
+    """Against every arrangement, with ties; scores of a task are permuted within it, U is a mean over tasks."""
+    random = np.random.default_rng(2)
+    for sizes in (((2, 1), (3, 3)), ((1, 3), (2, 2)), ((3, 2),)):
+        tasks = [random.integers(0, 4, size=n + m).astype(float) for n, m in sizes]
+
+        def u(chosen: Any, tasks: Any = tasks) -> float:
+            won = []
+            for scores, ours in zip(tasks, chosen, strict=True):
+                theirs = [i for i in range(len(scores)) if i not in ours]
+                pairs = [(scores[i], scores[j]) for i in ours for j in theirs]
+                won.append(np.mean([(a > b) + (a == b) / 2 - 0.5 for a, b in pairs]))
+            return abs(float(np.mean(won)))
+
+        ways = [list(itertools.combinations(range(n + m), n)) for n, m in sizes]
+        seen = u([range(n) for n, _ in sizes])
+        wanted = np.mean([u(chosen) >= seen - 1e-12 for chosen in itertools.product(*ways)])
+        ours = [scores[:n] for scores, (n, _) in zip(tasks, sizes, strict=True)]
+        theirs = [scores[n:] for scores, (n, _) in zip(tasks, sizes, strict=True)]
+        assert permutation_test(ours, theirs)[0] == pytest.approx(wanted)
+
+
+def test_a_difference_is_claimed_at_five_per_cent_over_all_comparisons() -> None:
+    """Of two comparisons one is as clear as four runs against four can be: p = 2/70, and q = 4/70 is above 5 %."""
+    apart, alike = ([np.arange(4.0)], [np.arange(4.0) + 4]), ([np.arange(4.0)], [np.arange(4.0)])
+    about = {"model": "tdmpc2", "size": "1m", "error": "reward_error", "horizon": 33}
+    for others, verdict in ((1, "unclear"), (0, "better")):
+        raw = [(about, "vc1", *apart), *[(about, "vip", *alike)] * others]
+        found = {c.pvr: c for c in _compared(raw, "from scratch")}
+        assert found["vc1"].p == pytest.approx(2 / 70)
+        assert found["vc1"].q == pytest.approx(2 / 70 * (1 + others))
+        assert found["vc1"].verdict == verdict
+
+
+def test_the_reference_is_what_it_is_wherever_it_stands_and_has_its_own_tasks(tmp_path: Path) -> None:
+    factors = {"vc1": 0.8, "from scratch": 1.0, "vip": 1.0}
+    folder = write_study(tmp_path, Planted(factors, models=("tdmpc2",), seeds=6, noise=0.01))
+    record = json.loads((folder / "study.json").read_text())
+    for job in record["jobs"]:
+        if job["pvr"] == "from scratch" and job["environment"] == "dmc:other":
+            job.update(state="failed", failure="no memory was left")
+    (folder / "study.json").write_text(json.dumps(record))
+    findings = findings_of(evidence_of([folder]), (33,))
+    assert findings.reference == "from scratch"
+    assert {c.improvement.count for c in findings.comparisons} == {6 + 6}, (
+        "a task without the reference counted"
+    )
+    assert sorted(summary_of(findings)) == [
+        "vc1, compared with learning from scratch twice: better in 2.",
+        "vip, compared with learning from scratch twice: not told apart in 2.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (0.0, "0.00"),
+        (0.0123, "0.01"),
+        (0.05, "0.05"),
+        (0.0049, "0.0049"),
+        (-0.5, "-0.50"),
+        (1234.0, "1.2e+03"),
+    ],
+)
+def test_numbers_are_legible(value: float, told: str) -> None:
+    assert legible(value) == told
 
 
 def test_two_runs_are_too_few_to_tell(tmp_path: Path) -> None:
@@ -220,6 +290,9 @@ def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_pa
         ends = (row["mean"] - row["sem"], row["mean"] + row["sem"])
         assert (dot["value"], dot["low"], dot["high"]) == pytest.approx((row["mean"], *ends), rel=1e-3)
         assert dot["runs"] == pytest.approx(row["values"], rel=1e-3)
+    units = {"dreamerv3 1m": "accumulated KL, nats", "tdmpc2 1m": "accumulated MSE of latents"}
+    for model, unit in units.items():
+        assert panel("errors", model=model, error="dynamics error", horizon="33")["x"] == unit
     for line in panel("horizons")["lines"]:
         assert line["x"] == [1, 8, 33, ROWS]
         row = known(line["label"])
@@ -227,6 +300,7 @@ def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_pa
         assert [line["low"][-1], line["high"][-1]] == pytest.approx(ends, rel=1e-3)
     for point in panel("ood", horizon="500", property="ViT")["points"]:
         own, ood = known(point["label"]), known(point["label"], "ood")
+        assert point["filled"] == (point["label"] == "autoencoder"), "the only one that was planted as a ViT"
         numbers = [point[name] for name in ("x", "x_sem", "y", "y_sem")]
         assert numbers == pytest.approx([own["mean"], own["sem"], ood["mean"], ood["sem"]], rel=1e-3)
     assert f"said of {ROWS} rows on average" in page.read_text()

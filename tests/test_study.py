@@ -17,7 +17,7 @@ import yaml
 
 from pvrpipe.commands.study_checks import mistakes_of
 from pvrpipe.commands.study_plan import plan_of
-from pvrpipe.schemas.study import read_study
+from pvrpipe.schemas.study import read_content, study_of
 from pvrpipe.schemas.study_record import StudyRecord, read_record
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
@@ -60,7 +60,7 @@ def record_in(folder: Path) -> StudyRecord:
 
 @pytest.mark.parametrize("name", ["quick", "neurips2024"])
 def test_the_studies_that_ship_have_no_mistakes(name: str) -> None:
-    wanted, mistakes = read_study(STUDIES / f"{name}.yaml")
+    wanted, mistakes = study_of(read_content(STUDIES / f"{name}.yaml"))
     assert mistakes == []
     assert wanted is not None
     assert wanted.name == name
@@ -152,6 +152,34 @@ def test_mistakes_of_form_of_names_and_of_what_is_not_there_are_told_together(tm
     assert "14 mistakes more" in lines[-1]
 
 
+def test_what_is_right_in_the_only_model_of_a_study_is_looked_at(tmp_path: Path) -> None:
+    """A list whose only entry has a mistake was left out whole, and what else is wrong in it was not told."""
+    written(tmp_path, models=[{"model": "tdmpc2", "sizes": ["9m"], "updates": -1}])
+    told = study(tmp_path, "--dry-run")[2]
+    assert "models[0].updates" in told
+    assert "unknown tdmpc2 size '9m'" in told
+
+
+def test_what_a_representation_has_not_is_refused(tmp_path: Path) -> None:
+    """It was read past: blocks of the frames made every run twice, weights of `random` were loaded."""
+    wrong: list[dict[str, Any]] = [
+        {"pvr": "scratch", "blocks": ["all", "0-3"]},
+        {"pvr": "autoencoder", "weights": "mine.safetensors", "pool": "mean"},
+        {"pvr": "random", "layer": "layer9"},
+        {"pvr": "random", "weights": "mine.safetensors"},
+    ]
+    written(tmp_path, pvrs=wrong)
+    lines = study(tmp_path, "--dry-run")[2].strip().splitlines()
+    told = (
+        "scratch: it is of the study's own making, without blocks",
+        "autoencoder: it is of the study's own making, without weights, pool",
+        "layer9",
+        "weights mine.safetensors are not random",
+    )
+    assert [sum(each in line for line in lines) for each in told] == [1] * 4, lines
+    assert len(lines) == 4, lines
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])
 def test_what_is_no_study_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(content)
@@ -218,7 +246,7 @@ def test_an_encoder_in_two_weights_is_two_representations(tmp_path: Path) -> Non
     ]
     wanted += [{"pvr": "resnet18", "weights": f"random:{seed}"} for seed in (0, 1)]
     written(tmp_path, pvrs=[*wanted, "resnet18"], shifts=None)
-    read, _ = read_study(tmp_path / "study.yaml")
+    read, _ = study_of(read_content(tmp_path / "study.yaml"))
     assert read is not None
     plan = plan_of(read, tmp_path / "data", "cpu")
     names = ["resnet18 one", "resnet18 two", "resnet18 random", "resnet18 random:1", "resnet18"]

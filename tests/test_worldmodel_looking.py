@@ -119,6 +119,23 @@ def test_pca_is_the_singular_value_decomposition() -> None:
     np.testing.assert_array_equal(points, pca(rows))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 16, 40])
+@pytest.mark.parametrize("width", [1, 2, 64])
+def test_pca_of_few_rows_and_of_rows_that_are_alike(count: int, width: int) -> None:
+    """Where rows are few, or alike, ARPACK had no vector to start from, and a run failed for its picture."""
+    rows = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+    left, strength, _ = np.linalg.svd(rows - rows.mean(0, dtype=np.float64), full_matrices=False)
+    kept = min(2, len(strength))
+    wanted = np.zeros((count, 2))
+    wanted[:, :kept] = (left * strength)[:, :kept]
+    np.testing.assert_allclose(np.abs(pca(rows)), np.abs(wanted), atol=1e-5)
+    np.testing.assert_array_equal(pca(np.ones_like(rows)), np.zeros((count, 2)))
+    line = rows[:, :1] * np.ones((1, width), np.float32)
+    np.testing.assert_allclose(pca(line)[:, 1], 0, atol=1e-6)
+    if count < 5:
+        np.testing.assert_array_equal(umap(rows), pca(rows))
+
+
 def test_separation_is_what_neighbours_in_other_episodes_tell() -> None:
     random = np.random.default_rng(1)
     reward, episode = np.repeat([0.0, 1.0], 100), np.arange(200) % 10

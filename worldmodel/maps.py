@@ -23,6 +23,8 @@ from pvrpipe.worldmodel.probe_subject import subject_of
 ROWS = 4096
 THINNED = 4  # rows that are filtered for one that is shown, so that these are of more episodes
 NEAR = 15  # neighbours that UMAP keeps together
+FEWEST = 5  # rows that it can lay out
+FLAT = 1e-7  # of the largest deviation: nothing but rounding
 Floats = NDArray[np.float64]
 
 
@@ -92,19 +94,34 @@ def latent_map(
 
 
 def pca(features: NDArray[Any], seed: int = 0) -> Floats:
-    """The two directions of most variance: (M, n) -> (M, 2); each points where its largest weight is positive."""
-    from scipy.sparse.linalg import svds
+    """The two directions of most variance, 0 where there is none: (M, n) -> (M, 2).
+
+    Each direction points where its largest weight is positive.
+    """
+    from scipy.linalg import eigh
 
     del seed
     centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
-    _, strength, axes = svds(centred, k=2, v0=np.ones(min(centred.shape)))
-    axes = axes[np.argsort(-strength)]
-    signs = np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])
-    return centred @ (axes.T * signs)
+    wide = len(centred) < centred.shape[1]
+    gram = centred @ centred.T if wide else centred.T @ centred
+    _, vectors = eigh(gram, subset_by_index=(max(0, len(gram) - 2), len(gram) - 1))
+    axes = vectors[:, ::-1]  # the largest value's first
+    if wide:
+        axes = centred.T @ axes
+        strength = np.linalg.norm(axes, axis=0)
+        axes = np.divide(axes, strength, out=np.zeros_like(axes), where=strength > FLAT * strength.max())
+    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0, keepdims=True), 0))
+    points = centred @ (axes * signs)
+    return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
 
 
 def umap(features: NDArray[Any], seed: int = 0) -> Floats:
-    """UMAP with its authors' defaults and a seed, which makes it repeatable: (M, n) -> (M, 2)."""
+    """UMAP with its authors' defaults and a seed, which makes it repeatable: (M, n) -> (M, 2).
+
+    Of fewer than five rows, which have no neighbourhoods to be kept, it is PCA.
+    """
+    if len(features) < FEWEST:
+        return pca(features)
     import umap as authors  # compiles for seconds when imported
 
     before = torch.get_num_threads()

@@ -140,14 +140,14 @@ const DRAW = {
     const height = 260, left = 52, bottom = height - 40;
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}` }), marks = [];
     const [lowX, highX] = extent(panel.lines.flatMap((l) => l.x));
-    const [low, high] = extent(panel.lines.flatMap((l) => [...l.low, ...l.high, 0]));
+    const [low, high] = extent(panel.lines.flatMap((l) => [...l.y, ...l.low, ...l.high, 0]));
     const x = scale(lowX, highX, left, width - 12, panel.log), y = scale(low, high, bottom, 24);
     const told = (v) => v === highX || Math.log2(v) % 2 === 0 && x(highX) - x(v) > 3 * LETTER; // 64 beside 66 is neither
     axisX(root, panel, x, lowX, highX, bottom, panel.log ? [...new Set(panel.lines.flatMap((l) => l.x))].filter(told) : null);
     axisY(root, panel, y, low, high, left, width - 12);
     for (const l of panel.lines) {
       const c = colour(l.label), at = (values) => l.x.map((v, i) => `${x(v).toFixed(1)},${y(values[i]).toFixed(1)}`);
-      svg("polygon", { points: [...at(l.high), ...at(l.low).reverse()].join(" "), fill: c, "fill-opacity": 0.15 }, root);
+      if (!l.low.includes(null)) svg("polygon", { points: [...at(l.high), ...at(l.low).reverse()].join(" "), fill: c, "fill-opacity": 0.15 }, root);
       svg("polyline", { points: at(l.y).join(" "), fill: "none", stroke: c, "stroke-width": 2 }, root);
       l.x.forEach((v, i) => marks.push({ node: marker(shape(l.label), x(v), y(l.y[i]), 3.5, { fill: c }, root), text: `${l.label}, ${number(v)}: ${number(l.y[i])}` }));
     }

@@ -21,6 +21,7 @@ from typing import Any
 
 import polars as pl
 
+from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.study_record import PAGE
 from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.worldmodel.report_charts import charts_of
@@ -32,6 +33,7 @@ from pvrpipe.worldmodel.report_tables import correlations_of, returns_of, tables
 from pvrpipe.worldmodel.report_words import sentences_of, title_of
 
 JSON, TABLES, FIGURES = "report.json", "tables", "figures"
+FORMAT = "pvrpipe report"
 COMPACT = (",", ":")
 
 
@@ -61,7 +63,9 @@ def build_report(
 
     Raises:
         NotAStudyError: a folder holds no study, or no run was probed.
+        InvalidValueError: the folder has files of these names that no report wrote.
     """
+    _check_own(out)
     evidence = evidence_of(studies)
     horizons = sorted({h for _, record in evidence.studies for h in record.study.probe.horizons})
     findings = findings_of(evidence, horizons)
@@ -71,14 +75,15 @@ def build_report(
         tables["correlations"] = correlations_of(tables["returns"], horizons)
     charts = charts_of(evidence, findings, tables)
     make_folder(out)
+    (out / PAGE).unlink(missing_ok=True)  # written last: where it is, all of it is
+    write_whole(
+        out / JSON, (json.dumps(plain_of(evidence, findings, tables), separators=COMPACT) + "\n").encode()
+    )
     for name in (TABLES, FIGURES):
         shutil.rmtree(out / name, ignore_errors=True)
     write_tables(tables, out / TABLES)
     if figures:
         draw_figures(evidence, tables["errors"], horizons, out / FIGURES)
-    write_whole(
-        out / JSON, (json.dumps(plain_of(evidence, findings, tables), separators=COMPACT) + "\n").encode()
-    )
     write_whole(out / PAGE, page_of(evidence, findings, charts, tables).encode())
     return Report(
         page=out / PAGE,
@@ -91,10 +96,25 @@ def build_report(
     )
 
 
+def _check_own(out: Path) -> None:
+    """Refuse to replace what no report wrote: somebody's own figures, or page."""
+    theirs = [name for name in (PAGE, JSON, TABLES, FIGURES) if (out / name).exists()]
+    if not theirs:
+        return
+    try:
+        ours = json.loads((out / JSON).read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise InvalidValueError(
+            f"{out} has {', '.join(theirs)} that no report wrote, and a report would replace; give another --out"
+        )
+
+
 def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """``report.json``: what the page says, with numbers that are none as null."""
     content: dict[str, Any] = {
-        "format": "pvrpipe report",
+        "format": FORMAT,
         "format_version": 1,
         "title": title_of(evidence),
         "reference": findings.reference,

@@ -149,12 +149,12 @@ def _dots_by(table: pl.DataFrame, label: str) -> Iterator[dict[str, Any]]:
 
 
 def _dot(row: dict[str, Any], label: str) -> dict[str, Any]:
-    sem = row["sem"] or 0.0
+    mean, sem = row["mean"], row["sem"]
     return {
         "label": label,
-        "value": row["mean"],
-        "low": row["mean"] - sem,
-        "high": row["mean"] + sem,
+        "value": mean,
+        "low": None if sem is None else mean - sem,
+        "high": None if sem is None else mean + sem,
         "runs": row["values"],
         "random": row["random_weights"],
         "note": f"{counted(row['runs'], 'run')} on {counted(row['episodes'], 'episode')}",
@@ -187,7 +187,7 @@ def _severity(table: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _line(label: str, rows: pl.DataFrame, x: str) -> dict[str, Any]:
-    mean, sem = rows["mean"], rows["sem"].fill_null(0.0)
+    mean, sem = rows["mean"], rows["sem"]
     return {
         "label": label,
         "x": rows[x].to_list(),

@@ -2,7 +2,8 @@
 
 ``figures/NAME.svg``: a panel per task and model, at the shortest horizon. ``figures/paper/``: figures 6 (dynamics
 error), 7 (reward error) and 8 (latent maps) of Schneider et al. 2024: a column for each model, a row for each horizon,
-bars with standard errors; maps with a row for each model. What nobody trained is named in red, which is said below.
+bars with standard errors; maps with rows for each model. What nobody trained is named in red, which is said below.
+Names that are too long for their place are shortened in the middle; tables have them whole.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report_panels import task_of
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
 from pvrpipe.worldmodel.report_tables import short
-from pvrpipe.worldmodel.report_words import NAMES
+from pvrpipe.worldmodel.report_words import NAMES, shortened
 
-LETTER = 0.06  # inches that one of a turned label takes
+LETTER = 0.06  # inches that one of a label takes
+LABEL, TITLE = 26, 20  # letters of a representation's name, and of the one over a map
+ACROSS = 4  # maps in a row
 COLUMN, TEXT = 3.25, 5.5  # inches: of a two-column paper, and of NeurIPS' text
 STYLE: dict[Any, Any] = {
     "font.size": 7,
@@ -37,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
     "svg.hashsalt": "pvrpipe",
+    "text.parse_math": False,  # names may have dollars
 }
 SCIENTIFIC = (-3, 4)  # powers of ten that are written out
 ALARM, ALARMED = "#b3121d", "in red: random weights, nobody trained this encoder"
@@ -70,9 +74,9 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
     with _figure(path, len(parts), 1, (COLUMN, len(parts) * (0.55 + 0.16 * count))) as axes:
         for axis, ((model, size, environment, variation), part) in zip(axes[:, 0], parts, strict=True):
             ordered = part.sort("mean", descending=True, maintain_order=True)
-            axis.errorbar(
-                ordered["mean"], ordered["arm"], xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1
-            )
+            places = range(len(ordered))
+            axis.errorbar(ordered["mean"], places, xerr=ordered["sem"].fill_null(0.0), fmt="o", ms=3, lw=1)
+            axis.set_yticks(places, [shortened(arm, LABEL) for arm in ordered["arm"]])
             task = task_of(str(environment), str(variation))
             # Over the labels on the left, where long ones leave no room beside them.
             axis.set_title(f"{task}, {model} {size}", loc="right")
@@ -81,7 +85,7 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
             axis.set_ylim(-0.8, len(ordered) - 0.2)
             axis.ticklabel_format(axis="x", scilimits=SCIENTIFIC)
             axis.locator_params(axis="x", nbins=5)
-            _flag(axis.get_yticklabels(), part)
+            _flag(axis.get_yticklabels(), ordered["random_weights"])
 
 
 def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
@@ -92,7 +96,9 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
         return
     arms = rows["arm"].unique(maintain_order=True).to_list()
     turned = len(arms) > 3
-    below = LETTER * max(map(len, arms)) if turned else 0.0
+    labels = [shortened(arm, LABEL) for arm in arms]
+    random = [rows.filter(arm=arm)["random_weights"].any() for arm in arms]
+    below = LETTER * max(map(len, labels)) if turned else 0.0
     with _figure(path, len(horizons), len(models), (TEXT, 1.4 * len(horizons) + 0.5 + below)) as axes:
         for column, (model, size) in enumerate(models):
             for line, horizon in enumerate(horizons):
@@ -108,8 +114,8 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
                 )
                 last = line == len(horizons) - 1
                 axis.set_xlim(-0.6, len(arms) - 0.4)
-                axis.set_xticks(range(len(arms)), arms if last else [], rotation=90 if turned else 0)
-                _flag(axis.get_xticklabels(), part)
+                axis.set_xticks(range(len(arms)), labels if last else [], rotation=90 if turned else 0)
+                _flag(axis.get_xticklabels() if last else (), random)
                 axis.ticklabel_format(axis="y", scilimits=SCIENTIFIC)
                 axis.set_ylabel(f"{name}, {horizon} rows")
                 if line == 0:
@@ -117,19 +123,22 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
 
 
 def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path) -> None:
-    """UMAPs coloured by reward: a row for each model, a column for each representation."""
+    """UMAPs coloured by reward: rows for each model, a column for each representation, as far as they fit."""
     drawn = evidence.finished.filter(environment=environment, variation=variation)
     drawn = drawn.filter([runs.is_sound(Path(run) / runs.MAP) for run in drawn["run"]])
     if not len(drawn):
         return
     models = drawn.select("model", "size").unique(maintain_order=True).rows()
     arms = drawn["arm"].unique(maintain_order=True).to_list()
-    width = TEXT / max(len(arms), 3)
-    with _figure(path, len(models), len(arms), (TEXT, len(models) * width + 0.3)) as axes:
+    columns = min(len(arms), ACROSS)
+    lines = -(-len(arms) // columns)
+    width = TEXT / max(columns, 3)
+    with _figure(path, len(models) * lines, columns, (TEXT, len(models) * lines * width + 0.3)) as axes:
         for axis in axes.flat:
             axis.set_axis_off()
         for row in drawn.iter_rows(named=True):
-            axis = axes[models.index((row["model"], row["size"])), arms.index(row["arm"])]
+            line, column = divmod(arms.index(row["arm"]), columns)
+            axis = axes[models.index((row["model"], row["size"])) * lines + line, column]
             points, separation = read_map(Path(row["run"]))
             least, most = points["reward"].min(), points["reward"].max()
             shown = axis.scatter(
@@ -143,21 +152,18 @@ def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path)
                 rasterized=True,
             )
             told = separation["latent"]
-            axis.set_title(
-                f"{row['arm']}, {row['model']}" + ("" if told is None else f"\nR² {told:.2f}"),
-                fontsize=6,
-            )
+            name = f"{row['model']} {row['size']}" + ("" if told is None else f", R² {told:.2f}")
+            axis.set_title(f"{shortened(row['arm'], TITLE)}\n{name}", fontsize=6)
             if row["random_weights"]:
                 _alarm(axis.title)
         if least != most:  # of the same rows in every panel
             axes[0, 0].figure.colorbar(shown, ax=axes, label="reward", shrink=0.5, aspect=30)
 
 
-def _flag(labels: Iterable[Any], rows: pl.DataFrame) -> None:
+def _flag(labels: Iterable[Any], random: Iterable[bool]) -> None:
     """Mark the names of representations that nobody trained."""
-    random = set(rows.filter(pl.col("random_weights"))["arm"])
-    for label in labels:
-        if label.get_text() in random:
+    for label, untrained in zip(labels, random, strict=False):
+        if untrained:
             _alarm(label)
 
 

@@ -42,7 +42,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "TITLE": escape(title_of(evidence)),
         "STYLE": _file("css"),
         "SCRIPT": _file("js"),
-        "DATA": json.dumps(_drawn(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        "DATA": json.dumps(_drawn(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "LEAD": _lead(evidence, tables["unfinished"]),
         "FOUND": _found(findings, tables["errors"]),
         "COMPARISONS": _comparisons(findings),
@@ -113,14 +113,16 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
     )
     items = "".join(f"<li>{escape(line)}</li>" for line in summary_of(findings))
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences_of(findings))
+    judged = (
+        " P is the probability that a run has the smaller error. A difference is claimed where a permutation test "
+        f"within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if nothing "
+        f"differed, the chance of any claim here would be about {ALPHA:.0%}."
+    )
     sure = (
         "How sure: brackets are 95 % intervals of interquartile means over runs and tasks (bootstrap, stratified over "
-        "tasks); P is the probability that a run has the smaller error. A difference is claimed where a permutation "
-        f"test within tasks finds one at a false discovery rate of {ALPHA:.0%} over all {count} comparisons; if "
-        f"nothing differed, the chance of any claim here would be about {ALPHA:.0%}. Seeds change weights and "
-        "batches, not the rollouts: intervals do not say what other trajectories would show. Dynamics errors "
-        "are shown and not judged: each model's latent has units of its own, and one that hardly moves is easily "
-        "predicted."
+        f"tasks).{judged if count else ''} Seeds change weights and batches, not the rollouts: intervals do not say "
+        "what other trajectories would show. Dynamics errors are shown and not judged: each model's latent has units "
+        "of its own, and one that hardly moves is easily predicted."
     )
     horizons = sorted({s.horizon for s in findings.standings})
     sure += "".join(

@@ -29,6 +29,11 @@ def legible(value: float) -> str:
     return f"{value:.2f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.2g}"
 
 
+def shortened(name: str, letters: int) -> str:
+    """A name in so many letters: what is in its middle makes way, as on the page."""
+    return name if len(name) <= letters else f"{name[: (letters + 1) // 2 - 1]}…{name[-(letters // 2) :]}"
+
+
 def title_of(evidence: Evidence) -> str:
     """Of the page: the study's own, or its name."""
     titles = [record.study.title or record.study.name for _, record in evidence.studies]

@@ -1,0 +1,164 @@
+"""What a report's folder replaces and when it is whole, names that are no words, and numbers without an interval."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pvrpipe.commands.studies import reported
+from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.study_record import read_record
+from pvrpipe.worldmodel import report_figures
+from pvrpipe.worldmodel.report import build_report
+from pvrpipe.worldmodel.report_panels import task_of
+from pvrpipe.worldmodel.report_stamp import stamp_of
+
+from .planted_study import Planted, data_of, write_study
+
+NAMES = (
+    "from scratch",
+    "<!--<script>",
+    "</script><b>\"quoted\" & 'so' 😀",
+    "a $\\frac$ of a $x^$",
+    "taskonomy-segment-unsup25d random:0 blocks 0-11",
+    "taskonomy-segment-unsup25d random:7 blocks 0-11",
+    *(f"clip-rn50x64 {number}" for number in range(6)),
+)
+
+
+def test_what_no_report_wrote_is_not_replaced(tmp_path: Path) -> None:
+    """``--out`` of a paper's folder cost its figures."""
+    folder = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1))
+    for name in ("figures/mine.pdf", "tables/mine.csv", "index.html", "report.json"):
+        paper = tmp_path / name.partition("/")[0].partition(".")[0]
+        (paper / name).parent.mkdir(parents=True)
+        (paper / name).write_text("mine")
+        with pytest.raises(InvalidValueError, match=r"that no report wrote.*--out"):
+            build_report([folder], paper, figures=False)
+        assert [str(path.relative_to(paper)) for path in paper.rglob("*") if path.is_file()] == [name]
+        assert (paper / name).read_text() == "mine"
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "paper.tex").write_text("mine")
+    for _ in range(2):
+        assert build_report([folder], tmp_path / "beside", figures=False).page.is_file()
+    assert (tmp_path / "beside" / "paper.tex").is_file()
+
+
+def test_a_report_that_was_stopped_half_way_is_written_anew_by_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page of before stood beside no tables, and the study took it for whole."""
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    folder = write_study(tmp_path, planted)
+    page = reported(folder, read_record(folder))
+    whole = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
+    column = (page.parent / "figures" / "reward-error.svg").read_text()
+    assert "reward error, 33 rows" in column, "the shortest horizon that was asked for"
+    assert "500 rows" not in column
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for where in ("write_tables", "draw_figures"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pvrpipe.worldmodel.report.{where}", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                build_report([folder], page.parent)
+        assert reported(folder, read_record(folder)) == page
+        assert {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()} == whole
+
+
+def test_a_page_of_other_code_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvrpipe.worldmodel.report_stamp.files", lambda _: tmp_path)
+    stamps = []
+    for name, content in (("report.js", "a"), ("report.js", "b"), ("statistics.py", "a"), ("probe.py", "a")):
+        (tmp_path / name).write_text(content)
+        stamps.append(stamp_of([]))
+    assert len(set(stamps[:3])) == 3
+    assert stamps[3] == stamps[2], "what draws no page"
+
+
+def test_names_of_any_letters_stay_within_page_and_figures(tmp_path: Path) -> None:
+    """A comment's beginning in a name hid the rest of the page; a long name left no room for a figure."""
+    factors = {name: 1.0 + 0.1 * number for number, name in enumerate(NAMES)}
+    folder = write_study(
+        tmp_path, Planted(factors, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, pictures=True)
+    )
+    boxes: dict[str, list[tuple[int, Any, Any]]] = {}
+    marks: list[int] = []
+    figure_of = report_figures._figure
+
+    @contextlib.contextmanager
+    def watched(path: Path, *arguments: Any) -> Iterator[Any]:
+        with figure_of(path, *arguments) as axes:
+            yield axes
+            figure = axes[0, 0].figure
+            figure.canvas.draw()
+            if "maps" in path.name:
+                titles = [(axis.title, axis.get_subplotspec().rowspan.start) for axis in axes.flat]
+                boxes[path.name] = [
+                    (row, title.get_window_extent(), figure.bbox) for title, row in titles if title.get_text()
+                ]
+            elif path.parent.name != "paper":
+                marks.extend(len(axis.lines[0].get_ydata()) for axis in axes.flat)
+                for axis in axes.flat:
+                    assert axis.get_position().width > 0.3, "no room for what is drawn"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_figures, "_figure", watched)
+        page = build_report([folder], folder / "report").page.read_text()
+    assert {"".join(json.loads(_data(page))["arms"])} == {"".join(NAMES)}
+    assert set(marks) == {len(NAMES)}, "two names became one"
+    (found,) = boxes.values()
+    assert len(found) == len(NAMES)
+    for (row, left, whole), (below, right, _) in pairwise(found):
+        assert left.x0 >= 0
+        assert left.x1 <= whole.x1
+        assert below > row or left.x1 < right.x0, "names of maps lie on one another"
+
+
+def _data(page: str) -> str:
+    """What a browser takes for the page's data: up to the end of the script, in which no comment begins."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert "<" not in found
+    return str(found)
+
+
+def test_one_run_on_one_episode_has_no_interval(tmp_path: Path) -> None:
+    """It had one of no width."""
+    planted = Planted({"from scratch": 1.0, "vc1": 2.0}, tasks=("dmc:one",), seeds=1, episodes=1)
+    folder = write_study(tmp_path, planted)
+    page = build_report([folder], folder / "report", figures=False).page
+    charts = {c["id"]: c for c in data_of(page)["charts"]}
+    dots = [dot for chart in ("summary", "errors") for p in charts[chart]["panels"] for dot in p["dots"]]
+    assert dots
+    assert {(dot["low"], dot["high"]) for dot in dots} == {(None, None)}
+    lines = [line for panel in charts["horizons"]["panels"] for line in panel["lines"]]
+    assert lines
+    assert all(set(line["low"]) == set(line["high"]) == {None} for line in lines)
+
+
+def test_a_strip_shows_what_was_drawn(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, pictures=True)
+    folder = write_study(tmp_path, planted)
+    data = data_of(build_report([folder], folder / "report", figures=False).page)
+    (panel,) = next(chart["panels"] for chart in data["charts"] if chart["id"] == "strips")
+    table = pl.read_parquet(next((tmp_path / "runs").glob("*/strip.parquet")))
+    for name in ("step", "received", "predicted", "distance"):
+        assert panel[name] == pytest.approx(table[name].to_list(), rel=1e-3)
+    for name, shown in dict(panel["strip"]).items():
+        assert [base64.b64decode(str(data["frames"][frame])) for frame in shown] == table[name].to_list()
+
+
+def test_a_task_is_named_with_the_look_it_was_trained_in() -> None:
+    assert task_of("dmc:one", "none") == "one"
+    assert task_of("gym:one", "ood") == "gym:one, ood"

@@ -1,0 +1,114 @@
+"""Studies by options, alone or in the place of what a file says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvrpipe.commands.study_checks import mistakes_of
+from pvrpipe.commands.study_estimate import costs_of
+from pvrpipe.commands.study_options import StudyOptions
+from pvrpipe.commands.study_plan import plan_of
+from pvrpipe.rollouts.variation import FACTORS
+from pvrpipe.schemas.study import study_of
+
+from .commands import run
+from .test_study import TINY
+
+OPTIONS = {
+    "environment": ["dmc:pendulum-swingup"],
+    "pvr": ["scratch", "random", "vc1-l"],
+    "blocks": ["all", "0-11"],
+    "model": ["dreamerv3", "tdmpc2"],
+    "seed": [0, 1],
+    "shift": ["ood"],
+    "encoder": ["linear", "mlp"],
+    "updates": [7],
+    "horizon": [4, 9],
+    "episodes": [6],
+    "max-steps": [12],
+    "frame-size": [32],
+}
+
+
+def test_options_say_what_a_file_says() -> None:
+    given = {name.replace("-", "_"): value for name, value in OPTIONS.items()}
+    scalars = {name: given.pop(name)[0] for name in ("updates", "episodes", "max_steps", "frame_size")}
+    by_options, mistakes = study_of(StudyOptions(**given, **scalars).within(None))
+    blocks = ["all", "0-11"]
+    content: dict[str, Any] = {
+        "environments": ["dmc:pendulum-swingup"],
+        "shifts": ["ood"],
+        "pvrs": ["scratch", "random", {"pvr": "vc1-l", "blocks": blocks}],
+        "models": [{"model": name, "updates": 7} for name in ("dreamerv3", "tdmpc2")],
+        "encoders": ["linear", "mlp"],
+        "seeds": [0, 1],
+        "collect": {"episodes": 6, "max_steps": 12, "size": 32},
+        "probe": {"horizons": [4, 9]},
+    }
+    assert by_options is not None
+    assert mistakes == []
+    assert by_options == study_of({**content, "name": by_options.name})[0]
+    again = StudyOptions(**{**given, "seed": [0]}, **scalars).within(None)
+    assert again["name"].startswith("study-")
+    assert again["name"] != by_options.name, "another study would take its folder"
+
+
+def test_options_take_the_place_of_what_a_file_says() -> None:
+    content = {**TINY, "shifts": ["ood"], "seeds": [0, 1, 2]}
+    asked = StudyOptions(model=["tdmpc2", "dinowm"], seed=[5], updates=9, horizon=[3], policy="ou")
+    found = asked.within(content)
+    models = [{**TINY["models"][1], "updates": 9}, {"model": "dinowm", "updates": 9}]
+    changed = {"seeds": [5], "models": models, "probe": {"horizons": [3]}}
+    assert found == {**content, **changed, "collect": {**TINY["collect"], "policy": "ou"}}
+    assert StudyOptions().within(content) == content
+    for wrong in ({"models": 3, "pvrs": "x", "collect": []}, {"models": [{"model": ["a"]}, 3], "pvrs": [3]}):
+        cut = StudyOptions(blocks=["0-3"], updates=1, episodes=1).within(wrong)
+        assert study_of(cut)[1], "what is no study was made one"
+
+
+@pytest.mark.parametrize("given", [[], ["--environment", "dmc:pendulum-swingup"], ["--pvr", "scratch"]])
+def test_a_study_of_nothing_says_what_it_needs(given: list[str], tmp_path: Path) -> None:
+    done = run("study", *given, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "studies/quick.yaml, or --environment and --pvr" in done.stderr
+
+
+def test_a_study_by_options_is_planned_like_any_other(tmp_path: Path) -> None:
+    given = [part for name, values in OPTIONS.items() for v in values for part in (f"--{name}", str(v))]
+    done = run("study", *given, "--dry-run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # frames and a ResNet have no blocks; of TD-MPC2 there is one map, and of frames none
+    assert len(json.loads(done.stdout.splitlines()[-1])["runs"]) == 2 * (2 + 3 * (2 + 1))
+    assert not (tmp_path / "data").exists()
+
+
+def test_names_of_folders_fit_and_stay_apart(tmp_path: Path) -> None:
+    """Two looks that vary every factor made one name of 304 letters, and a study failed half way."""
+    looks = ["+".join(f"{factor}={severity}" for factor in FACTORS) for severity in (0.25, 0.5, 0.75)]
+    asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], variation=looks[:1])
+    wanted, mistakes = study_of(replace(asked, shift=looks[1:]).within(None))
+    assert wanted is not None
+    assert mistakes + mistakes_of(wanted) == []
+    plan = plan_of(wanted, tmp_path, "cpu")
+    folders = [each.folder for each in (*plan.looks, *plan.encoded)]
+    (job, record) = plan.jobs[0]
+    names = [part for folder in folders for part in folder.relative_to(tmp_path).parts]
+    assert max(map(len, [*names, *record.probes, job.run.name])) <= 255 - len(".metrics-.json.partial")
+    assert len(set(folders)) == len(folders) == 6
+    assert len(set(record.probes)) == 3
+
+
+def test_bytes_are_estimated_for_the_precision_they_are_stored_in(tmp_path: Path) -> None:
+    taken = {}
+    for dtype in ("float16", "float32"):
+        asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], episodes=6, max_steps=12)
+        wanted, _ = study_of(asked.within(None) | {"embed": {"dtype": dtype}})
+        assert wanted is not None
+        (taken[dtype],) = (c.bytes for c in costs_of(plan_of(wanted, tmp_path, "cpu")) if c.stage == "embed")
+    assert taken == {"float16": 6 * 13 * 512 * 2, "float32": 6 * 13 * 512 * 4}
