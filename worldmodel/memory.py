@@ -6,6 +6,7 @@ counted in forward passes over one window and over two, and grows with their num
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store.paging import available_memory
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.models import Setting
+from pvrpipe.worldmodel.ranks import ranks
 
 STATES = 4  # of each parameter: itself, its gradient, and the optimizer's two
+STEP = 1  # more of them, when nothing is kept any more: LaProp's step, or two where processes average their gradients
 PASSING = 1.3  # gradients of what is kept, while the backward pass goes through it
 POOLS = 1.8  # times as much of a GPU: what eager updates leave in the allocator, and the graph's own pool (docs/LOG.md)
 TORCH = 200 << 20  # what the libraries take with the first backward pass
@@ -37,10 +40,12 @@ def check_room(model: Any, setting: Setting, rows: int, windows: int, device: to
         InvalidValueError: it does not; says what is needed and what is there.
     """
     fixed, each = training_bytes(model, setting, rows, device)
-    needed, there = fixed + windows * each, room(device)
+    count = ranks().ranks
+    least = fixed + (STEP if count == 1 else STEP + 1) * learned_bytes(model)
+    needed, there = max(least, fixed + windows * each), room(device)
     if needed <= there:
         return
-    fitting = int((there - fixed) // each)
+    fitting = count * int((there - fixed) // each) if least <= there else 0
     smaller = f"--batch {fitting} or less, or a smaller --length or --size"
     cure = f"give {smaller if fitting > 0 else 'a smaller --size'}"
     raise InvalidValueError(
@@ -60,9 +65,13 @@ def training_bytes(model: Any, setting: Setting, rows: int, device: torch.device
     """
     one, two = (kept_bytes(model, setting, rows, windows, device) for windows in (1, 2))
     each = two - one  # the rest is kept once: weights laid out anew for a batch
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     passing = PASSING * (POOLS if device.type == "cuda" else 1)
-    return TORCH + (STATES - 1) * weights + one - each, passing * each
+    return TORCH + (STATES - 1) * learned_bytes(model) + one - each, passing * each
+
+
+def learned_bytes(model: Any) -> int:
+    """Bytes of the parameters that learn."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def kept_bytes(model: Any, setting: Setting, rows: int, windows: int, device: torch.device) -> int:
@@ -110,5 +119,7 @@ def empty_window(setting: Setting, rows: int, device: torch.device) -> dict[str,
 
 
 def room(device: torch.device) -> int:
-    """Bytes that are free there."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    """Bytes that are free there for this process; those that train together on one machine share its memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -95,6 +95,7 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_mul_(scale, left_out(square_decay, step).rsqrt())
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_div_(grads, scale)
+        del scale  # as large as the model, and so is what comes next
         torch._foreach_lerp_(momenta, grads, 1 - momentum_decay)
         risen = ((step - 1) / group["warmup"]).clamp_max(1.0) if group["warmup"] else 1.0
         rate = group["lr"] * risen
@@ -107,10 +108,11 @@ def left_out(decay: float, step: Tensor) -> Tensor:
 
 
 def clipped(grads: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Each tensor's gradient, no longer than ``clip`` times the tensor."""
+    """Each tensor's gradient, cut where it lies to no longer than ``clip`` times the tensor."""
     longest = group["clip"] * torch.stack(torch._foreach_norm(parameters)).clamp_min(group["smallest"])
     shrink = 1 / (torch.stack(torch._foreach_norm(grads)) / longest).clamp_min(1.0)
-    return list(torch._foreach_mul(grads, shrink.unbind()))
+    torch._foreach_mul_(grads, shrink.unbind())
+    return grads
 
 
 @dataclass(frozen=True)

@@ -188,15 +188,6 @@ def train(
             return TrainResult(**{**known.result, "run": str(folder)})
     model = model_of(config, setting, device, backbone)
     draft = draft.model_copy(update={"parameters": parameter_count(model)})
-    updater = Updater.of(
-        config.model,
-        model,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup,
-        backbone_rate=config.backbone_learning_rate,
-    )
-    losses = losses_of(model, device, compiled=config.compiled)
-    update = update_of(model, updater, losses, device, config.precision)
     length = config.rows + model.rows_before
     data, held_out = (
         Batches(
@@ -215,6 +206,15 @@ def train(
     # Before the folder is this configuration's: the cure is another one.
     with suitable_threads(model, device), computing(config.precision, device):
         check_room(model, setting, length, config.windows // ranks().ranks, device)
+    updater = Updater.of(
+        config.model,
+        model,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        backbone_rate=config.backbone_learning_rate,
+    )
+    losses = losses_of(model, device, compiled=config.compiled)
+    update = update_of(model, updater, losses, device, config.precision)
     begin = runs.begun(folder, draft, overwrite=overwrite) if first else contextlib.nullcontext(draft)
     with suitable_threads(model, device), begin as record:
         record = told_by_first(record)
