@@ -7,6 +7,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExist
 from pvrpipe.schemas.records import Episode
 from pvrpipe.store.describing import describe
 from pvrpipe.store.files import sha256_of
-from pvrpipe.store.layout import read_commit
+from pvrpipe.store.layout import read_commit, read_manifest
 from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import verify
 
@@ -101,6 +102,16 @@ def test_a_store_keeps_the_batch_it_was_begun_with(rollouts: Path, tmp_path: Pat
         embed(rollouts, [(other, tmp_path / "e")], INLINE)
 
 
+@pytest.mark.parametrize("batch", [10**8, 10**20])
+def test_a_batch_of_more_frames_than_memory_holds_is_one_line(
+    rollouts: Path, tmp_path: Path, batch: int
+) -> None:
+    request = replace(brittle(tmp_path / "pvr"), batch=batch)
+    with pytest.raises(EncodingError, match=rf"a batch of {batch} does not fit .* smaller --batch"):
+        embed(rollouts, [(request, tmp_path / "e")], INLINE)
+    assert not (tmp_path / "e").exists()
+
+
 def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
     rollouts: Path, tmp_path: Path
 ) -> None:
@@ -116,7 +127,10 @@ def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
     assert [p.stem for p in sorted((tmp_path / "e" / "shards").glob("*.json"))] == [
         f"{n:05d}" for n in (0, 1, 3, 4, 5)
     ]
-    assert len(list((tmp_path / "sound-e" / "shards").glob("*.json"))) == 6
+    assert read_manifest(tmp_path / "e").state == "writing"
+    assert verify(tmp_path / "sound-e") == []  # finished, whatever became of the other
+    (alone,) = embed(rollouts, [(outputs[1][0], tmp_path / "alone")], INLINE)
+    assert read_manifest(tmp_path / "sound-e").id == alone.id
     assert not list(tmp_path.rglob("*.tmp-*"))
 
 
