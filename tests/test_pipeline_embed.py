@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -359,6 +360,9 @@ def test_golden_frames_of_ones_own_encoder_want_its_folder(
     with pytest.raises(UnknownNameError, match=r"embedded by autoencoder, .* give its folder with --pvr"):
         check_golden(store)
     assert check_golden(store, pvr=str(tmp_path / "ae")).ok
+    spec = json.loads((tmp_path / "ae" / "pvr.json").read_text())
+    (tmp_path / "ae" / "pvr.json").write_text(json.dumps({**spec, "name": "a", "title": "b", "licence": "c"}))
+    assert check_golden(store, pvr=str(tmp_path / "ae")).ok  # the same by another name
 
 
 def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:
