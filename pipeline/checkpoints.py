@@ -108,7 +108,9 @@ def chosen(content: dict[str, object], keys: KeyMap) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in (inner if isinstance(inner, dict) else content).items():
         if not isinstance(name, str):
-            raise WeightsError(f"the checkpoint has an entry called {name!r}; give a state dict, which has names")
+            raise WeightsError(
+                f"the checkpoint has an entry called {name!r}; give a state dict, which has names"
+            )
         if any(re.search(pattern, name) for pattern in keys.drop):
             continue
         if not isinstance(value, Tensor):

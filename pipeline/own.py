@@ -52,7 +52,9 @@ def _package(name: str) -> Any:
             f"{where} cannot be loaded ({one_line(error)}); install its package again"
         ) from error
     if not isinstance(getattr(module, "pvr", None), Pvr) or not callable(getattr(module, "build", None)):
-        raise WeightsError(f"{where} is no module with a `pvr` and a `build`; mend its package (docs/pvrs.md)")
+        raise WeightsError(
+            f"{where} is no module with a `pvr` and a `build`; mend its package (docs/pvrs.md)"
+        )
     return module
 
 

@@ -222,10 +222,16 @@ def test_what_the_disk_has_no_room_for_is_refused_with_both_sizes(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000))
-    with pytest.raises(StoreError, match=r"take about [\d.]+ kB, but 2 kB are free at .*smaller --dtype"):
-        embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
-    assert not (tmp_path / "e").exists()
+    outputs = [(brittle(tmp_path / f"pvr{n}"), tmp_path / f"e{n}") for n in range(2)]
+    each = estimate(rollouts, outputs[:1], INLINE)[0].bytes
+    for asked, free in ((outputs[:1], each - 1), (outputs, 2 * each - 1)):  # of one disk, all together
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with pytest.raises(
+            StoreError, match=r"take about [\d.]+ kB, but [\d.]+ kB are free at .*smaller --dtype"
+        ):
+            embed(rollouts, asked, INLINE)
+        assert not [folder for _, folder in outputs if folder.exists()]
+    embed(rollouts, outputs[:1], INLINE)
 
 
 def test_a_worker_with_other_weights_is_told_so(rollouts: Path, tmp_path: Path) -> None:
