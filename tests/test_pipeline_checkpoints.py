@@ -108,6 +108,20 @@ def test_a_published_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, 
         load_weights(torch.nn.Linear(1, 1), pvr, WeightsFile(tmp_path / "w.pth", published=True))
 
 
+@pytest.mark.parametrize("pinned", ["f" * 40, None])
+def test_the_commit_of_the_hubs_cache_is_recorded_where_none_is_pinned(
+    tmp_path: Path, pinned: str | None
+) -> None:
+    file = tmp_path / "snapshots" / ("a" * 40) / "vision" / "w.safetensors"
+    file.parent.mkdir(parents=True)
+    network = torch.nn.Linear(1, 1)
+    safetensors.torch.save_file(network.state_dict(), file)
+    source = WeightsSource(repo="a/b", revision=pinned, file="vision/w.safetensors")
+    pvr = PVRS["resnet18"].model_copy(update={"source": source})
+    assert load_weights(network, pvr, WeightsFile(file, published=True)).revision == (pinned or "a" * 40)
+    assert load_weights(network, pvr, WeightsFile(file, published=False)).revision is None
+
+
 def test_what_is_behind_a_form_says_so_and_works_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,6 +294,8 @@ def test_outputs_that_exist_and_inputs_that_do_not_fit(
         embed(rollouts, [(autoencoder, tmp_path / "g"), (autoencoder, tmp_path / "g")], INLINE)
     (again,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
     assert again.resumed_shards == again.shards == 6
+    whole = EmbedConfig(engine="inline", append=True, overwrite=True)
+    assert estimate(rollouts, [(autoencoder, tmp_path / "e")], whole)[0].shards == 0  # it holds all of it
 
 
 def test_pretraining_lowers_the_error_on_held_out_frames_and_repeats_exactly(

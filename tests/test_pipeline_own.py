@@ -375,5 +375,5 @@ def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytes
 
 
 def test_weights_that_timm_does_not_know_are_one_line() -> None:
-    with pytest.raises(UnknownNameError, match="nearest: resnet10t.c3_in1k"):
+    with pytest.raises(UnknownNameError, match=r"nearest: resnet10t\.c3_in1k"):
         find_pvr("timm:resnet10t.c3_in1")

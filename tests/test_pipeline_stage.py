@@ -20,7 +20,7 @@ from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.memory import Need, even_batch, fit, passes, peak_of, smaller, tried_until_it_fits
+from pvrpipe.pipeline.memory import even_batch, fit, peak_of, tried_until_it_fits
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.records import Episode
@@ -100,6 +100,8 @@ def test_a_store_keeps_the_batch_it_was_begun_with(rollouts: Path, tmp_path: Pat
     other = EncoderRequest(broken.pvr, broken.weights, device="cpu", batch=16)
     with pytest.raises(OutputExistsError, match=r"computation\.batch: 8, now 16"):
         embed(rollouts, [(other, tmp_path / "e")], INLINE)
+    anew = EmbedConfig(engine="inline", overwrite=True)
+    assert estimate(rollouts, [(again, tmp_path / "e")], anew)[0].batch == 32
 
 
 @pytest.mark.parametrize("batch", [10**8, 10**20])
@@ -174,35 +176,6 @@ def test_a_page_that_does_not_decode_is_named_by_its_first_frame(
     with pytest.raises(CorruptStoreError, match=rf"episode 0, step {first} cannot be read: "):
         embed(rollouts, [(brittle(tmp_path / "pvr", 64), tmp_path / "e")], INLINE)
     assert [p.stem for p in (tmp_path / "e" / "shards").glob("*.json")] == ["00001"]
-
-
-def test_a_fourth_encoder_costs_only_itself(rollouts: Path, tmp_path: Path) -> None:
-    """The networks of the first three are told to die, should anything ask them again."""
-    requests = [brittle(tmp_path / f"pvr{n}", name=f"pvr{n}", seed=n) for n in range(4)]
-    outputs = [(request, tmp_path / f"e{n}") for n, request in enumerate(requests)]
-    embed(rollouts, outputs[:3], INLINE)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("e?/**/*") if p.is_file()}
-    results = embed(rollouts, outputs, INLINE)
-    assert [r.resumed_shards for r in results] == [6, 6, 6, 0]
-    assert [r.model_seconds > 0 for r in results] == [False, False, False, True]
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def test_encoders_share_a_pass_where_memory_and_batches_allow_it(rollouts: Path, tmp_path: Path) -> None:
-    need = Need(weights=40, batch=20)
-    assert passes([(need, 32)] * 3, 140) == [[0, 1, 2]]
-    assert passes([(need, 32)] * 3, 139) == [[0, 1], [2]]
-    assert passes([(need, 32)] * 3, 1) == [[0], [1], [2]]
-    assert passes([(need, 32), (need, 48), (need, 96)], 1000) == [[0], [1, 2]]
-    assert [smaller(b) for b in (256, 50, 25, 7, 2, 1)] == [128, 25, 5, 1, 1, 1]
-    outputs = [
-        (brittle(tmp_path / f"pvr{b}", name=f"pvr{b}", batch=b), tmp_path / f"e{b}") for b in (16, 12, 8)
-    ]
-    together = embed(rollouts, outputs, INLINE)
-    for request, folder in outputs:
-        (alone,) = embed(rollouts, [(request, folder.with_suffix(".alone"))], INLINE)
-        assert alone.id in [r.id for r in together]
-        assert (folder / "store.json").read_bytes() == (alone.store / "store.json").read_bytes()
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tmp_path: Path) -> None:
