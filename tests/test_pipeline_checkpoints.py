@@ -71,7 +71,7 @@ def test_what_is_no_tensor_is_refused_unless_it_is_dropped(tmp_path: Path) -> No
     torch.save({"a": noise(2), "epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="'epoch' is a int"):
         tensors_of(tmp_path / "w.pth", "0" * 64, KeyMap())
-    with pytest.raises(WeightsError, match="'epoch' is a int.* no 'ema'; give a state dict"):
+    with pytest.raises(WeightsError, match=r"'epoch' is a int.* no 'ema'; give a state dict"):
         tensors_of(tmp_path / "w.pth", "0" * 64, KeyMap(under="ema"))
     torch.save([noise(2)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match="holds a list"):
@@ -80,7 +80,7 @@ def test_what_is_no_tensor_is_refused_unless_it_is_dropped(tmp_path: Path) -> No
     with pytest.raises(WeightsError, match="an entry called 1"):
         tensors_of(tmp_path / "numbers.pth", "1" * 64, KeyMap(under="model"))
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
-    with pytest.raises(WeightsError, match="holds torch.nn.modules.linear.Linear, .* give a state dict"):
+    with pytest.raises(WeightsError, match=r"holds torch\.nn\.modules\.linear\.Linear, .* give a state dict"):
         read_tensors(tmp_path / "module.pth")
 
 
