@@ -374,6 +374,11 @@ def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytes
     sys.modules.pop("pvrpipe_gray")
 
 
+def test_a_timm_names_recipe_is_that_of_its_registry() -> None:
+    made = find_pvr("timm:resnet18.tv_in1k").recipe  # crop_pct 0.875
+    assert (made.resize, made.crop, made.interpolation) == (256, 224, "bilinear")
+
+
 def test_weights_that_timm_does_not_know_are_one_line() -> None:
     with pytest.raises(UnknownNameError, match=r"nearest: resnet10t\.c3_in1k"):
         find_pvr("timm:resnet10t.c3_in1")
