@@ -189,7 +189,8 @@ def pvrs(json_: Json = False, debug: Debug = False) -> None:
     from pvrpipe.pipeline.cached import cached_weights
     from pvrpipe.pipeline.zoo import all_pvrs
 
-    listed = list(all_pvrs().values())
+    known, failed = all_pvrs()
+    listed = list(known.values())
     rows = [
         {
             "pvr": p.name,
@@ -227,3 +228,5 @@ def pvrs(json_: Json = False, debug: Debug = False) -> None:
     for p in listed:
         if p.source.note:
             note(f"{p.name}: {p.source.note}")
+    for error in failed:
+        note(str(error))
