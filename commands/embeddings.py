@@ -24,6 +24,7 @@ from pvrpipe.commands.options import (
     Workers,
     environment_of,
     pvr_label,
+    refuse_without_ray,
     sharing,
     took,
 )
@@ -73,6 +74,7 @@ def embed(
     """
     from pvrpipe.store.workspace import Workspace
 
+    refuse_without_ray(engine, address, workers)
     if len(weights) not in (1, len(pvr)):
         raise InvalidValueError(
             f"{len(weights)} --weights for {len(pvr)} --pvr; give one for all, or one for each in order"
@@ -163,6 +165,7 @@ def pretrain(
     from pvrpipe.store.places import place_of
     from pvrpipe.store.workspace import Workspace
 
+    refuse_without_ray(engine, address)
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     label = Workspace(root).label_of(rollouts) or environment_of(rollouts)
     out = out or Workspace(root).pvr(label, method)
