@@ -24,6 +24,7 @@ from pvrpipe.commands.options import (
     Workers,
     environment_of,
     pvr_label,
+    refuse_without_ray,
     sharing,
     took,
 )
@@ -73,6 +74,7 @@ def embed(
     """
     from pvrpipe.store.workspace import Workspace
 
+    refuse_without_ray(engine, address, workers)
     if len(weights) not in (1, len(pvr)):
         raise InvalidValueError(
             f"{len(weights)} --weights for {len(pvr)} --pvr; give one for all, or one for each in order"
@@ -163,6 +165,7 @@ def pretrain(
     from pvrpipe.store.places import place_of
     from pvrpipe.store.workspace import Workspace
 
+    refuse_without_ray(engine, address)
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     label = Workspace(root).label_of(rollouts) or environment_of(rollouts)
     out = out or Workspace(root).pvr(label, method)
@@ -189,7 +192,8 @@ def pvrs(json_: Json = False, debug: Debug = False) -> None:
     from pvrpipe.pipeline.cached import cached_weights
     from pvrpipe.pipeline.zoo import all_pvrs
 
-    listed = list(all_pvrs().values())
+    known, failed = all_pvrs()
+    listed = list(known.values())
     rows = [
         {
             "pvr": p.name,
@@ -227,3 +231,5 @@ def pvrs(json_: Json = False, debug: Debug = False) -> None:
     for p in listed:
         if p.source.note:
             note(f"{p.name}: {p.source.note}")
+    for error in failed:
+        note(str(error))

@@ -19,6 +19,7 @@ from pvrpipe.commands.options import (
     Root,
     Seed,
     pick_device,
+    refuse_without_ray,
     sharing,
     took,
 )
@@ -73,10 +74,7 @@ def train_model(
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
-    if engine == "inline" and (workers, address) != (None, None):
-        raise InvalidValueError(
-            "--workers and --address are of --engine ray, and this is one process; give --engine ray too, or neither"
-        )
+    refuse_without_ray(engine, address, workers)
 
     from pvrpipe.store.workspace import Workspace
 

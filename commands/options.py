@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from pvrpipe.commands.terminal import note
+from pvrpipe.schemas.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from pvrpipe.pipeline.readout import Readout
@@ -115,6 +116,14 @@ def pvr_label(pvr: str, weights: str, readout: Readout) -> str:
 
     name = find_pvr(pvr).name.replace(":", "-").replace("/", "-")
     return name + readout.label + ("-" + weights if weights.startswith("random") else "")
+
+
+def refuse_without_ray(engine: str, address: str | None, workers: int | None = None) -> None:
+    """One process has no workers, and is on no cluster."""
+    if engine == "inline" and (address, workers) != (None, None):
+        raise InvalidValueError(
+            "--workers and --address are of --engine ray, and this is one process; give --engine ray too, or neither"
+        )
 
 
 def pick_device(device: str) -> str:

@@ -20,6 +20,7 @@ from pvrpipe.commands.options import (
     Root,
     Workers,
     pick_device,
+    refuse_without_ray,
     sharing,
     took,
 )
@@ -62,6 +63,7 @@ def study(
 
     Example: pvrpipe study --environment dmc:pendulum-swingup --pvr scratch --pvr random --seed 0 --seed 1
     """
+    refuse_without_ray(engine, address, workers)
     plan = planned(file, asked, root, device, fetch=not dry_run)
     if dry_run:
         return estimated(plan, json_)

@@ -20,6 +20,7 @@ from pvrpipe.commands.options import (
     Root,
     Workers,
     pick_device,
+    refuse_without_ray,
     sharing,
 )
 from pvrpipe.commands.terminal import note, tell, watching
@@ -58,6 +59,7 @@ def sweep(
     from pvrpipe.store.places import is_url
     from pvrpipe.store.workspace import Workspace
 
+    refuse_without_ray(engine, address, workers)
     stores = [store if is_url(store) else str(Path(store).absolute()) for store in stores]
     labels = {store: training.label(root, store, part) for store in stores}
     looking = {store: training.backbone(store, part) for store in stores}

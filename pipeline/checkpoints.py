@@ -86,6 +86,11 @@ def read_tensors(path: Path) -> dict[str, object]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # bytes that are no pickle make its reader fail in any way
+        if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            raise WeightsError(
+                f"{path} cannot be read as weights: it holds {code[1]}, which runs code, and none is run; give a "
+                "state dict"
+            ) from None
         raise WeightsError(
             f"{path} cannot be read as weights ({one_line(error)[:120]}); get the file again"
         ) from None
@@ -99,11 +104,17 @@ def chosen(content: dict[str, object], keys: KeyMap) -> dict[str, Tensor]:
     inner = content.get(keys.under) if keys.under else None
     tensors: dict[str, Tensor] = {}
     for name, value in (inner if isinstance(inner, dict) else content).items():
+        if not isinstance(name, str):
+            raise WeightsError(
+                f"the checkpoint has an entry called {name!r}; give a state dict, which has names"
+            )
         if any(re.search(pattern, name) for pattern in keys.drop):
             continue
         if not isinstance(value, Tensor):
+            lacking = f" and there is no '{keys.under}'" if keys.under and inner is None else ""
             raise WeightsError(
-                f"the checkpoint's entry '{name}' is a {type(value).__name__}, not a tensor; give a state dict"
+                f"the checkpoint's entry '{name}' is a {type(value).__name__}, not a tensor{lacking}; give a state "
+                "dict, or say in the specification's keys under which entry it is"
             )
         tensors[name] = value
     return tensors
@@ -115,6 +126,10 @@ def rename(tensors: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
     for name, value in tensors.items():
         for pattern, replacement in keys.rename:
             name = re.sub(pattern, replacement, name)
+        if name in ours:
+            raise WeightsError(
+                f"two of the checkpoint's tensors would be called '{name}'; mend the rename of the specification's keys"
+            )
         ours[name] = value.T if any(re.search(pattern, name) for pattern in keys.transpose) else value
     fitted = _split_q(_join_qkv(ours))
     return _fold_class_position(fitted) if keys.fold_class_position else fitted

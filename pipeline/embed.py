@@ -24,7 +24,7 @@ from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.golden import golden_frames
 from pvrpipe.pipeline.memory import SHARE, free_memory, passes
 from pvrpipe.schemas.addresses import refuse_url
-from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError
+from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, PvrpipeError
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.building import PendingStore
@@ -90,7 +90,8 @@ def embed(
 
     Raises:
         NotAStoreError, WeightsError, OutputExistsError, StoreError: before anything is written.
-        EncodingError, StoreError: a shard could not be embedded; the others are committed.
+        EncodingError, StoreError: a shard could not be embedded; the others are committed, and stores that
+            lack none are finished.
     """
     started = time.perf_counter()
     for output, begun in _left_behind(rollouts, outputs, config, revision):
@@ -105,7 +106,9 @@ def embed(
         ]
         size = f"about {readable(sum(d.bytes(store) for d in drafts))} to write"
         outcomes = _run(rollouts, _passes(drafts, targets, config), config, store, progress, size)
-        sealed = [p.seal(golden_frames(store, p) if p.manifest.revision == 1 else None) for p in pending]
+        failures = [failure for outcome in outcomes for failure in outcome.failures]
+        sealed = [_sealed(store, p) for p in pending if not failures or p.is_whole]
+        _raise_first(failures)
         seconds = time.perf_counter() - started
         return [
             _result(d, p, manifest, outcomes, seconds)
@@ -213,11 +216,21 @@ def _run(
     for outcome in _outcomes(rollouts, jobs, config):
         outcomes.append(outcome)
         progress(sum(o.rows for o in outcomes), total, size)
-    if failures := [failure for outcome in outcomes for failure in outcome.failures]:
+    return outcomes
+
+
+def _raise_first(failures: Sequence[PvrpipeError]) -> None:
+    """Say what went wrong first, and how much more did."""
+    if failures:
         others = len(failures) - 1
         more = f" (and {others} more {'failure' if others == 1 else 'failures'})" if others else ""
         raise type(failures[0])(f"{failures[0]}{more}")
-    return outcomes
+
+
+def _sealed(store: Store, pending: PendingStore) -> Manifest:
+    """The manifest of a store whose shards are all there."""
+    begun_now = pending.manifest.state != "sealed" and pending.manifest.revision == 1
+    return pending.seal(golden_frames(store, pending) if begun_now else None)
 
 
 def _outcomes(

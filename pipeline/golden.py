@@ -135,8 +135,9 @@ def agreement(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, bo
 
 
 def _meaning(identity: dict[str, object]) -> dict[str, object]:
-    """An encoder without where its file lay: the tensors' own hash says which weights they are."""
+    """An encoder without what it is called, and without where its file lay: the tensors' hash says which it is."""
     weights = dict(identity["weights"])  # type: ignore[call-overload]
-    for place in ("source", "revision", "file", "file_sha256"):
-        del weights[place]
-    return {**identity, "weights": weights}
+    for told in ("source", "revision", "file", "file_sha256", "licence"):
+        del weights[told]
+    others = {name: value for name, value in identity.items() if name not in ("name", "title")}
+    return {**others, "weights": weights}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ def fit(encoder: Encoder, frame: tuple[int, ...], rows: int, fixed: bool) -> Nee
     """
     weights = sum(t.numel() * t.element_size() for t in encoder.network.state_dict().values())
     if encoder.device.type == "cpu":
+        if encoder.batch * math.prod(frame) > free_memory(encoder.device):
+            raise _too_large(encoder)
         asked, encoder.batch = encoder.batch, 1
         each = tried_until_it_fits(encoder, frame, fixed)
         encoder.batch = asked
@@ -103,10 +106,7 @@ def tried_until_it_fits(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -
             if encoder.batch == 1:
                 raise no_room(encoder) from None
             if fixed:
-                raise EncodingError(
-                    f"{encoder.identity.name}: a batch of {encoder.batch} does not fit into the memory of "
-                    f"{encoder.device}; free some, or give a smaller --batch"
-                ) from None
+                raise _too_large(encoder) from None
         encoder.batch //= 2
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -140,6 +140,13 @@ def no_room(encoder: Encoder) -> EncodingError:
     return EncodingError(
         f"{encoder.identity.name}: one frame does not fit into the memory of {encoder.device}; free some, or "
         "embed with fewer --pvr at a time"
+    )
+
+
+def _too_large(encoder: Encoder) -> EncodingError:
+    return EncodingError(
+        f"{encoder.identity.name}: a batch of {encoder.batch} does not fit into the memory of {encoder.device}; "
+        "free some, or give a smaller --batch"
     )
 
 

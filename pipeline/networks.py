@@ -182,8 +182,9 @@ class MapNetwork(Network):
     def _choose(self, pvr: Pvr) -> None:
         names = list(self.stages)
         if pvr.blocks is not None or pvr.layer not in ("last", *names):
+            asked = f"--layer {pvr.layer}" if pvr.blocks is None else "--blocks"
             raise InvalidValueError(
-                f"--layer {pvr.layer}: {pvr.name} has the stages {', '.join(names)}; give one of them, without --blocks"
+                f"{asked}: {pvr.name} has the stages {', '.join(names)}; give one of them with --layer"
             )
         self.layer = "last" if pvr.layer == names[-1] else pvr.layer
         if self.layer != "last":

@@ -19,9 +19,19 @@ PACKAGE = "package:"  # what an architecture of a package's own is called
 OWN = Properties(trained_on="not stated")
 
 
-def package_pvrs() -> dict[str, Pvr]:
-    """Representations that installed packages register; each entry point is a module with ``pvr`` and ``build``."""
-    return {point.name: _package(point.name).pvr for point in entry_points(group=ENTRY_POINTS)}
+def package_names() -> list[str]:
+    """Of the representations that installed packages register; none of them is loaded."""
+    return [point.name for point in entry_points(group=ENTRY_POINTS)]
+
+
+def package_pvr(name: str) -> Pvr:
+    """The representation that a package registers under a name.
+
+    Raises:
+        WeightsError: no package does, or its module cannot be loaded, or has no ``pvr`` or ``build``.
+    """
+    found: Pvr = _package(name).pvr
+    return found
 
 
 def package_trunk(pvr: Pvr) -> nn.Module:
@@ -34,25 +44,35 @@ def _package(name: str) -> Any:
     points = list(entry_points(group=ENTRY_POINTS, name=name))
     if not points:
         raise WeightsError(f"no installed package registers the PVR {name}; install it again")
+    where = f"{name} ({points[0].value})"
     try:
-        return points[0].load()
+        module = points[0].load()
     except Exception as error:  # somebody else's package: all that can be said is that it does not load
         raise WeightsError(
-            f"{name} ({points[0].value}) cannot be loaded ({one_line(error)}); install its package again"
+            f"{where} cannot be loaded ({one_line(error)}); install its package again"
         ) from error
+    if not isinstance(getattr(module, "pvr", None), Pvr) or not callable(getattr(module, "build", None)):
+        raise WeightsError(
+            f"{where} is no module with a `pvr` and a `build`; mend its package (docs/pvrs.md)"
+        )
+    return module
 
 
 def timm_pvr(name: str) -> Pvr:
     """``timm:NAME``: the architecture, recipe and weights that timm's registry has under a name.
 
     Raises:
-        UnknownNameError: timm has no such model.
+        UnknownNameError: timm has no such model, or no such weights of it.
     """
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
         raise UnknownNameError.among("timm model", name, timm.list_models())
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # of weights that it does not know
+        architecture = name.partition(".")[0]
+        raise UnknownNameError.among("timm model", name, timm.list_pretrained(f"{architecture}.*")) from None
     settings = {} if config is None else config.to_dict()
     return of_timm(f"timm:{name}", name, settings, settings.get("hf_hub_id"))
 

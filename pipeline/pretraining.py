@@ -89,6 +89,10 @@ class PretrainConfig:
             )
         if min(self.updates, self.batch, self.width, self.channels, self.depth) < 1:
             raise InvalidValueError("--updates, --batch and the sizes of an encoder must be at least 1")
+        if self.batch > self.frames:
+            raise InvalidValueError(
+                f"--batch of `pretrain` is at most the {self.frames} frames that are kept"
+            )
         if self.method in ("atc", "curl") and self.batch < 2:
             raise InvalidValueError(
                 f"`pretrain {self.method}` tells frames apart; give a --batch of 2 or more"

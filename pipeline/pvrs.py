@@ -50,15 +50,18 @@ class WeightsSource(Frozen):
     revision: str | None = None
     url: str | None = None
     file: str = Field(min_length=1, max_length=255)
-    sha256: str | None = None
-    md5: str | None = None  # its first digits, where that is all that its authors publish
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    md5: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{6,32}$"
+    )  # its first digits, where that is all that its authors publish
     note: str | None = None  # what there is to know before it is fetched
 
 
 class KeyMap(Frozen):
     """From the names in a checkpoint to those of our network, in this order.
 
-    ``under``: the entry that holds the tensors, where there is one. ``drop``: tensors that belong to
+    ``under``: the entry that holds the tensors, where there is one; a file without it is taken for these tensors
+    alone, and is refused if they are not. ``drop``: tensors that belong to
     other parts of the upstream model. ``rename``: regular expressions, applied one after another.
     Separate q, k, v are then joined to the qkv that timm uses, one called ``q+kv`` is split into its q and its
     kv, one called ``q-v_bias`` into its q's and its v's, and leading axes of one are added.
@@ -111,6 +114,8 @@ class Pvr(Frozen):
         sizes = [size for size in (made.resize, made.crop) if size is not None]
         if not all(1 <= size <= LARGEST for size in sizes):
             raise ValueError(f"the recipe's resize and crop must be 1 to {LARGEST} pixels")
+        if sizes and sizes[-1] > sizes[0]:
+            raise ValueError(f"the recipe cuts {made.crop} pixels out of frames of {made.resize}")
         if min(made.std) <= 0 or not all(map(math.isfinite, (*made.mean, *made.std))):
             raise ValueError("the recipe's mean and std must be numbers, and std positive")
         if made.backend != "torch":

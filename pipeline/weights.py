@@ -132,7 +132,7 @@ def load_strictly(network: nn.Module, tensors: dict[str, Tensor], where: str) ->
     """Load exactly the network's tensors; how many they were.
 
     Raises:
-        WeightsError: a tensor is missing, left over, or of another shape; the message names it.
+        WeightsError: a tensor is missing, left over, of another shape, or of integers; the message names it.
     """
     wanted = network.state_dict()
     fitted = {name: _with_axes_of_one(value, wanted.get(name)) for name, value in tensors.items()}
@@ -141,6 +141,11 @@ def load_strictly(network: nn.Module, tensors: dict[str, Tensor], where: str) ->
         "unexpected": sorted(fitted.keys() - wanted.keys()),
         "of another shape": sorted(
             n for n in wanted.keys() & fitted.keys() if wanted[n].shape != fitted[n].shape
+        ),
+        "of integers": sorted(  # of a quantised model, whose scales are elsewhere
+            n
+            for n in wanted.keys() & fitted.keys()
+            if wanted[n].is_floating_point() and not fitted[n].is_floating_point()
         ),
     }
     found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pvrpipe.pipeline.own import package_names, package_pvr, timm_pvr
 from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr
 from pvrpipe.pipeline.zoo_cnn import CNN_PVRS
 from pvrpipe.pipeline.zoo_language import LANGUAGE_PVRS
@@ -16,11 +17,15 @@ from pvrpipe.schemas.errors import UnknownNameError, WeightsError
 PVRS: dict[str, Pvr] = {pvr.name: pvr for pvr in (*VIT_PVRS, *LANGUAGE_PVRS, *CNN_PVRS)}
 
 
-def all_pvrs() -> dict[str, Pvr]:
-    """Those that pvrpipe knows, and those of installed packages."""
-    from pvrpipe.pipeline.own import package_pvrs
-
-    return {**package_pvrs(), **PVRS}
+def all_pvrs() -> tuple[dict[str, Pvr], list[WeightsError]]:
+    """Those that pvrpipe knows, those of installed packages, and why some of these cannot be had."""
+    found, failed = {}, []
+    for name in package_names():
+        try:
+            found[name] = package_pvr(name)
+        except WeightsError as error:
+            failed.append(error)
+    return {**found, **PVRS}, failed
 
 
 def find_pvr(name: str) -> Pvr:
@@ -39,7 +44,6 @@ def find_pvr(name: str) -> Pvr:
     prefix, _, rest = name.partition(":")
     if prefix in ("timm", "hf") and rest:
         from pvrpipe.pipeline.hub import hub_pvr  # torch takes seconds to import
-        from pvrpipe.pipeline.own import timm_pvr
 
         return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
     if not name:
@@ -47,13 +51,13 @@ def find_pvr(name: str) -> Pvr:
     path = Path(name)
     spec = path if path.suffix == ".json" else path / SPEC_FILE
     if not (there_is(spec) and spec.is_file()):
-        known = all_pvrs()
-        if name in known:
-            return known[name]
+        packaged = package_names()
+        if name in packaged:
+            return package_pvr(name)
         hint = (
             f"or timm:NAME, hf:ORG/NAME, the path of a folder with a {SPEC_FILE}, as `pvrpipe pretrain` makes"
         )
-        raise UnknownNameError.among("PVR", name, known, hint=hint)
+        raise UnknownNameError.among("PVR", name, [*packaged, *PVRS], hint=hint)
     try:
         return Pvr.model_validate_json(spec.read_bytes())
     except ValidationError as error:

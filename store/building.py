@@ -138,6 +138,11 @@ class PendingStore:
                 found[plan.shard] = commit
         return found
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its shards are there by now."""
+        return len(self.commits()) == len(self.manifest.plan)
+
     def seal(self, golden: Mapping[str, NDArray[np.generic]] | None = None) -> Manifest:
         """Write the episode table, the golden frames and the card, and the manifest last.
 

@@ -121,6 +121,19 @@ def test_the_daily_way_with_no_path_typed(tmp_path: Path) -> None:
         (("collect", "dmc:"), "nearest: dmc:dog-"),
         (("collect", "ale:Pong?noop=-3"), "noop is 0 or more"),
         (("collect", "--camera", "nowhere", "--engine", "inline"), "camera"),
+        *(
+            ((command, *given, "--engine", "inline", *option), "are of --engine ray, and this is one process")
+            for command, *given in (
+                ("collect",),
+                ("embed",),
+                ("pretrain", "mae"),
+                ("sweep", "s"),
+                ("study", "f"),
+            )
+            for option in (
+                (("--address", "x"),) if command == "pretrain" else (("--workers", "2"), ("--address", "x"))
+            )
+        ),
         (("embed",), "pvrpipe collect"),
         (("train-model",), "pvrpipe embed --pvr NAME"),
         (("probe",), "pvrpipe train-model"),

@@ -13,7 +13,7 @@ import torch
 from pvrpipe.pipeline import checkpoints, weights
 from pvrpipe.pipeline.checkpoints import read_tensors, tensors_of
 from pvrpipe.pipeline.pvrs import KeyMap, WeightsSource
-from pvrpipe.pipeline.weights import WeightsFile, find_weights, load_weights
+from pvrpipe.pipeline.weights import WeightsFile, find_weights, load_strictly, load_weights
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import StoreError, WeightsError
 from pvrpipe.store.files import sha256_of
@@ -71,9 +71,33 @@ def test_what_is_no_tensor_is_refused_unless_it_is_dropped(tmp_path: Path) -> No
     torch.save({"a": noise(2), "epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="'epoch' is a int"):
         tensors_of(tmp_path / "w.pth", "0" * 64, KeyMap())
+    with pytest.raises(WeightsError, match=r"'epoch' is a int.* no 'ema'; give a state dict"):
+        tensors_of(tmp_path / "w.pth", "0" * 64, KeyMap(under="ema"))
     torch.save([noise(2)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match="holds a list"):
         read_tensors(tmp_path / "list.pth")
+    torch.save({"model": {1: noise(2)}}, tmp_path / "numbers.pth")
+    with pytest.raises(WeightsError, match="an entry called 1"):
+        tensors_of(tmp_path / "numbers.pth", "1" * 64, KeyMap(under="model"))
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
+    with pytest.raises(WeightsError, match=r"holds torch\.nn\.modules\.linear\.Linear, .* give a state dict"):
+        read_tensors(tmp_path / "module.pth")
+
+
+def test_no_tensor_takes_the_place_of_another(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a.w": noise(2), "b.w": noise(2)}, tmp_path / "w.safetensors")
+    assert len(tensors_of(tmp_path / "w.safetensors", "0" * 64, KeyMap(rename=(("^a", "c"),)))) == 2
+    with pytest.raises(WeightsError, match=r"two of .* 'b\.w'"):
+        tensors_of(tmp_path / "w.safetensors", "0" * 64, KeyMap(rename=(("^a", "b"),)))
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    network = torch.nn.BatchNorm1d(2)  # has a count, which is one
+    state = network.state_dict()
+    assert load_strictly(network, dict(state), "w") == len(state)
+    assert load_strictly(network, {name: tensor.half() for name, tensor in state.items()}, "w") == len(state)
+    with pytest.raises(WeightsError, match=r"1 of integers \(weight\)"):
+        load_strictly(network, {**state, "weight": torch.ones(2, dtype=torch.int8)}, "w")
 
 
 @pytest.mark.parametrize("pin", [{"sha256": "0" * 64}, {"md5": "8cad7c"}])
@@ -82,6 +106,20 @@ def test_a_published_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, 
     pvr = PVRS["resnet18"].model_copy(update={"source": WeightsSource(url="x", file="w.pth", **pin)})
     with pytest.raises(WeightsError, match=rf"has {next(iter(pin))} .* remove the file"):
         load_weights(torch.nn.Linear(1, 1), pvr, WeightsFile(tmp_path / "w.pth", published=True))
+
+
+@pytest.mark.parametrize("pinned", ["f" * 40, None])
+def test_the_commit_of_the_hubs_cache_is_recorded_where_none_is_pinned(
+    tmp_path: Path, pinned: str | None
+) -> None:
+    file = tmp_path / "snapshots" / ("a" * 40) / "vision" / "w.safetensors"
+    file.parent.mkdir(parents=True)
+    network = torch.nn.Linear(1, 1)
+    safetensors.torch.save_file(network.state_dict(), file)
+    source = WeightsSource(repo="a/b", revision=pinned, file="vision/w.safetensors")
+    pvr = PVRS["resnet18"].model_copy(update={"source": source})
+    assert load_weights(network, pvr, WeightsFile(file, published=True)).revision == (pinned or "a" * 40)
+    assert load_weights(network, pvr, WeightsFile(file, published=False)).revision is None
 
 
 def test_what_is_behind_a_form_says_so_and_works_from_a_file(

@@ -19,16 +19,13 @@ from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.golden import agreement, check_golden
 from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import (
-    CorruptStoreError,
     EncodingError,
     InvalidValueError,
     NotAStoreError,
     OutputExistsError,
-    UnknownNameError,
 )
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.merging import merge, split
@@ -213,17 +210,6 @@ def test_rollouts_are_never_overwritten_by_embeddings(
     assert verify(out) == []
 
 
-def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
-    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
-) -> None:
-    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    golden = safetensors.numpy.load_file(tmp_path / "e" / "golden.safetensors")
-    assert len(golden["frame"]) == 8
-    np.testing.assert_array_equal(
-        Encoder(autoencoder)(golden["frame"]).astype(np.float16), golden["embedding"]
-    )
-
-
 def test_two_encoders_in_one_pass_equal_one_at_a_time(
     rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
 ) -> None:
@@ -308,6 +294,8 @@ def test_outputs_that_exist_and_inputs_that_do_not_fit(
         embed(rollouts, [(autoencoder, tmp_path / "g"), (autoencoder, tmp_path / "g")], INLINE)
     (again,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
     assert again.resumed_shards == again.shards == 6
+    whole = EmbedConfig(engine="inline", append=True, overwrite=True)
+    assert estimate(rollouts, [(autoencoder, tmp_path / "e")], whole)[0].shards == 0  # it holds all of it
 
 
 def test_pretraining_lowers_the_error_on_held_out_frames_and_repeats_exactly(
@@ -349,43 +337,3 @@ def test_a_gpu_computes_what_the_cpu_does(rollouts: Path) -> None:
     )
     assert torch.cuda.is_available()
     np.testing.assert_allclose(on_gpu(frames), on_cpu(frames), rtol=1e-3, atol=1e-4)
-
-
-def test_golden_frames_of_ones_own_encoder_want_its_folder(
-    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
-) -> None:
-    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    store = Store.open(tmp_path / "e")
-    with pytest.raises(UnknownNameError, match=r"embedded by autoencoder, .* give its folder with --pvr"):
-        check_golden(store)
-    assert check_golden(store, pvr=str(tmp_path / "ae")).ok
-
-
-def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "e"
-    embed(rollouts, [(EncoderRequest("resnet18", "random:0", batch=8), folder)], EmbedConfig(engine="inline"))
-    store = Store.open(folder)
-    same = check_golden(store)
-    assert same.ok
-    assert same.frames == len(safetensors.numpy.load_file(folder / "golden.safetensors")["row"])
-    assert same.smallest_cosine > 0.99999
-    other = check_golden(store, weights="random:1")
-    assert not other.ok
-    assert "weights.tensors_sha256" in other.differs
-    assert other.smallest_cosine < 0.999
-    with pytest.raises(EncodingError, match="give the store's own encoder"):
-        check_golden(store, pvr="resnet50", weights="random:0")
-    with pytest.raises(NotAStoreError, match="only embedding stores"):
-        check_golden(Store.open(rollouts))
-    (folder / "golden.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(CorruptStoreError, match="cannot be read"):
-        check_golden(store)
-
-
-def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -> None:
-    zeros, ones = np.zeros((1, 4)), np.ones((1, 4))
-    assert agreement(zeros, zeros) == (1.0, True)  # R2D2 finds nothing
-    assert agreement(zeros, ones) == (0.0, False)
-    cosine, agree = agreement(2 * ones, ones)  # a projection that was not normalised
-    assert cosine == pytest.approx(1.0)
-    assert not agree

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import safetensors.torch
 import timm
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from pvrpipe.cli import app
 from pvrpipe.pipeline import own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
@@ -307,6 +309,8 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         ({"keys": {"drop": ["["]}}, r"'\['.*regular expression"),
         ({"keys": {"rename": [["(a)", r"\3"]]}}, "regular expression"),
         ({"positions": "rope-bf16"}, "cannot be built"),
+        ({"recipe": {"resize": 100}}, "cuts 224 pixels out of frames of 100"),
+        ({"source": {"file": "w", "sha256": "AB"}}, "sha256"),
     ],
 )
 def test_what_a_specification_cannot_mean_is_one_line(
@@ -340,7 +344,7 @@ def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, t
     point = EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)
     monkeypatch.setattr(own, "entry_points", lambda **_: [point])
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    assert "gray" in all_pvrs()
+    assert "gray" in all_pvrs()[0]
     weights = torch.tensor([0.5, 0.25, 0.25]).view(1, 3, 1, 1)
     safetensors.torch.save_file({"weigh.weight": weights}, tmp_path / "gray.safetensors")
     encoder = encoder_with("gray", tmp_path)
@@ -348,7 +352,33 @@ def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, t
     np.testing.assert_allclose(encoder(dim), 0.2, rtol=1e-6)
     assert encoder.identity.shape == (64,)
     sys.modules.pop("pvrpipe_gray")
-    broken = EntryPoint("gray", "pvrpipe_gray_that_is_not_there", own.ENTRY_POINTS)
-    monkeypatch.setattr(own, "entry_points", lambda **_: [broken])
-    with pytest.raises(WeightsError, match="install its package again"):
-        find_pvr("gray")
+
+
+def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {"gray": "pvrpipe_gray", "gone": "pvrpipe_gray_that_is_not_there", "other": "json"}
+    points = EntryPoints(EntryPoint(name, module, own.ENTRY_POINTS) for name, module in modules.items())
+    monkeypatch.setattr(own, "entry_points", points.select)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    known, failed = all_pvrs()
+    assert {"gray", "vc1"} <= known.keys()
+    assert [str(error).split()[0] for error in failed] == ["gone", "other"]
+    assert find_pvr("gray") == known["gray"]
+    for name, refusal in (("gone", "install its package again"), ("other", "a `pvr` and a `build`")):
+        with pytest.raises(WeightsError, match=refusal):
+            find_pvr(name)
+    with pytest.raises(UnknownNameError, match="nearest: gray"):
+        find_pvr("grey")
+    listed = CliRunner().invoke(app, ["pvrs"])
+    assert listed.exit_code == 0
+    assert "gone (pvrpipe_gray_that_is_not_there) cannot be loaded" in listed.stderr
+    sys.modules.pop("pvrpipe_gray")
+
+
+def test_a_timm_names_recipe_is_that_of_its_registry() -> None:
+    made = find_pvr("timm:resnet18.tv_in1k").recipe  # crop_pct 0.875
+    assert (made.resize, made.crop, made.interpolation) == (256, 224, "bilinear")
+
+
+def test_weights_that_timm_does_not_know_are_one_line() -> None:
+    with pytest.raises(UnknownNameError, match=r"nearest: resnet10t\.c3_in1k"):
+        find_pvr("timm:resnet10t.c3_in1")

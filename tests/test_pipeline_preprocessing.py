@@ -12,6 +12,7 @@ from pvrpipe.pipeline.preprocessing import preprocess, resized_in_two_passes
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import EncodingError
 from pvrpipe.schemas.manifest import canonical_json
+from pvrpipe.schemas.specifications import Recipe
 
 from .zoo_table import bound_of
 
@@ -124,3 +125,14 @@ def test_frames_smaller_than_the_crop_are_refused_where_nothing_resizes_them() -
     recipe = PVRS["vc1"].recipe.model_copy(update={"resize": None})
     with pytest.raises(EncodingError, match="collect with --size 224"):
         preprocess(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), recipe)
+
+
+@pytest.mark.parametrize("size", [(9, 11), (11, 9), (10, 13), (15, 8)])
+def test_the_crop_is_torchvisions_to_the_pixel(size: tuple[int, int]) -> None:
+    """Half a pixel over goes to one side or to the other: round, as torchvision does, not floor."""
+    recipe = Recipe(
+        resize=None, interpolation="bilinear", antialias=True, crop=8, mean=(0,) * 3, std=(1 / 255,) * 3
+    )
+    pixels = torch.arange(size[0] * size[1], dtype=torch.uint8).view(1, *size, 1).expand(-1, -1, -1, 3)
+    theirs = transforms.CenterCrop(8)(pixels.permute(0, 3, 1, 2))
+    torch.testing.assert_close(preprocess(pixels, recipe), theirs.float())

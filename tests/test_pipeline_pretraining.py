@@ -285,6 +285,8 @@ def test_killed_after_a_checkpoint_it_goes_on_and_ends_with_the_same_bytes(
 def test_mistakes_are_one_line(rollouts: Path, write_rollouts: WriteStore, tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="--batch of 2"):
         small("curl", batch=1)
+    with pytest.raises(InvalidValueError, match="at most the 20000 frames"):
+        small("curl", batch=10**20)
     short = write_rollouts((2, 2, 2), size=16)
     with pytest.raises(NotAStoreError, match="no episode of more than 3 steps"):
         pretrain(short, tmp_path / "atc", small("atc", size=16))

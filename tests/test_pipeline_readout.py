@@ -102,6 +102,9 @@ def test_stages_of_a_resnet() -> None:
     with torch.device("meta"):
         network = build_network(pvr, 0)
         assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 256, 14, 14)
+        assert network.layer == "layer3"
+        whole = build_network(read_out(PVRS["resnet18"], Readout(layer="layer4")), 0)
+        assert whole.layer == "last"  # one encoder, however it is asked for
     for change in ({"layer": "layer9"}, {"blocks": "0-3"}, {"pooling": "cls"}):
         with pytest.raises(InvalidValueError, match="resnet18 has"):
             build_network(read_out(PVRS["resnet18"], Readout(**change)), 0)

@@ -7,6 +7,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.memory import Need, even_batch, fit, passes, peak_of, smaller, tried_until_it_fits
+from pvrpipe.pipeline.memory import even_batch, fit, peak_of, tried_until_it_fits
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import ShardCommit
@@ -27,7 +28,7 @@ from pvrpipe.schemas.records import Episode
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.describing import describe
 from pvrpipe.store.files import sha256_of
-from pvrpipe.store.layout import read_commit
+from pvrpipe.store.layout import read_commit, read_manifest
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.verifying import verify
@@ -103,6 +104,18 @@ def test_a_store_keeps_the_batch_it_was_begun_with(rollouts: Path, tmp_path: Pat
     other = EncoderRequest(broken.pvr, broken.weights, device="cpu", batch=16)
     with pytest.raises(OutputExistsError, match=r"computation\.batch: 8, now 16"):
         embed(rollouts, [(other, tmp_path / "e")], INLINE)
+    anew = EmbedConfig(engine="inline", overwrite=True)
+    assert estimate(rollouts, [(again, tmp_path / "e")], anew)[0].batch == 32
+
+
+@pytest.mark.parametrize("batch", [10**8, 10**20])
+def test_a_batch_of_more_frames_than_memory_holds_is_one_line(
+    rollouts: Path, tmp_path: Path, batch: int
+) -> None:
+    request = replace(brittle(tmp_path / "pvr"), batch=batch)
+    with pytest.raises(EncodingError, match=rf"a batch of {batch} does not fit .* smaller --batch"):
+        embed(rollouts, [(request, tmp_path / "e")], INLINE)
+    assert not (tmp_path / "e").exists()
 
 
 def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
@@ -120,7 +133,10 @@ def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
     assert [p.stem for p in sorted((tmp_path / "e" / "shards").glob("*.json"))] == [
         f"{n:05d}" for n in (0, 1, 3, 4, 5)
     ]
-    assert len(list((tmp_path / "sound-e" / "shards").glob("*.json"))) == 6
+    assert read_manifest(tmp_path / "e").state == "writing"
+    assert verify(tmp_path / "sound-e") == []  # finished, whatever became of the other
+    (alone,) = embed(rollouts, [(outputs[1][0], tmp_path / "alone")], INLINE)
+    assert read_manifest(tmp_path / "sound-e").id == alone.id
     assert not list(tmp_path.rglob("*.tmp-*"))
 
 
@@ -166,35 +182,6 @@ def test_a_page_that_does_not_decode_is_named_by_its_first_frame(
     assert [p.stem for p in (tmp_path / "e" / "shards").glob("*.json")] == ["00001"]
 
 
-def test_a_fourth_encoder_costs_only_itself(rollouts: Path, tmp_path: Path) -> None:
-    """The networks of the first three are told to die, should anything ask them again."""
-    requests = [brittle(tmp_path / f"pvr{n}", name=f"pvr{n}", seed=n) for n in range(4)]
-    outputs = [(request, tmp_path / f"e{n}") for n, request in enumerate(requests)]
-    embed(rollouts, outputs[:3], INLINE)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("e?/**/*") if p.is_file()}
-    results = embed(rollouts, outputs, INLINE)
-    assert [r.resumed_shards for r in results] == [6, 6, 6, 0]
-    assert [r.model_seconds > 0 for r in results] == [False, False, False, True]
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def test_encoders_share_a_pass_where_memory_and_batches_allow_it(rollouts: Path, tmp_path: Path) -> None:
-    need = Need(weights=40, batch=20)
-    assert passes([(need, 32)] * 3, 140) == [[0, 1, 2]]
-    assert passes([(need, 32)] * 3, 139) == [[0, 1], [2]]
-    assert passes([(need, 32)] * 3, 1) == [[0], [1], [2]]
-    assert passes([(need, 32), (need, 48), (need, 96)], 1000) == [[0], [1, 2]]
-    assert [smaller(b) for b in (256, 50, 25, 7, 2, 1)] == [128, 25, 5, 1, 1, 1]
-    outputs = [
-        (brittle(tmp_path / f"pvr{b}", name=f"pvr{b}", batch=b), tmp_path / f"e{b}") for b in (16, 12, 8)
-    ]
-    together = embed(rollouts, outputs, INLINE)
-    for request, folder in outputs:
-        (alone,) = embed(rollouts, [(request, folder.with_suffix(".alone"))], INLINE)
-        assert alone.id in [r.id for r in together]
-        assert (folder / "store.json").read_bytes() == (alone.store / "store.json").read_bytes()
-
-
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tmp_path: Path) -> None:
     request = brittle(tmp_path / "pvr")
     (asked,) = estimate(rollouts, [(request, tmp_path / "e")], INLINE)
@@ -212,10 +199,16 @@ def test_what_the_disk_has_no_room_for_is_refused_with_both_sizes(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000))
-    with pytest.raises(StoreError, match=r"take about [\d.]+ kB, but 2 kB are free at .*smaller --dtype"):
-        embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
-    assert not (tmp_path / "e").exists()
+    outputs = [(brittle(tmp_path / f"pvr{n}"), tmp_path / f"e{n}") for n in range(2)]
+    each = estimate(rollouts, outputs[:1], INLINE)[0].bytes
+    for asked, free in ((outputs[:1], each - 1), (outputs, 2 * each - 1)):  # of one disk, all together
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with pytest.raises(
+            StoreError, match=r"take about [\d.]+ kB, but [\d.]+ kB are free at .*smaller --dtype"
+        ):
+            embed(rollouts, asked, INLINE)
+        assert not [folder for _, folder in outputs if folder.exists()]
+    embed(rollouts, outputs[:1], INLINE)
 
 
 def test_a_worker_with_other_weights_is_told_so(rollouts: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pvrpipe.pipeline.checkpoints import read_tensors
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.networks import build_network
 from pvrpipe.pipeline.positions import resample_positions
+from pvrpipe.pipeline.weights import tensors_sha256
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
 from pvrpipe.schemas.errors import UnknownNameError, WeightsError
 
@@ -266,3 +267,22 @@ def test_the_table_of_the_documentation_is_that_of_the_specifications() -> None:
     text = DOCUMENT.read_text()
     assert with_table(text) == text, "run `python -m tests.zoo_table`"
     assert set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) >= set(PVRS)
+
+
+def test_each_tensor_is_in_the_hash_with_its_name_dtype_and_shape() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    seen = {tensors_sha256(network)}
+    changes = [
+        *(lambda tensor=tensor: tensor.add_(1) for tensor in network.state_dict().values()),
+        lambda: network.register_buffer("more", torch.zeros(4)),
+        lambda: network.register_buffer("more", torch.zeros(2, 2)),
+        lambda: network.register_buffer("more", torch.zeros(2, 2, dtype=torch.int32)),
+        lambda: (
+            delattr(network, "more"),
+            network.register_buffer("most", torch.zeros(2, 2, dtype=torch.int32)),
+        ),
+    ]
+    for change in changes:
+        change()
+        seen.add(tensors_sha256(network))
+    assert len(seen) == 1 + len(changes) == 12

@@ -1,0 +1,117 @@
+"""Golden frames: by them the same encoder is told from another, on whatever machine and by whatever name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from pvrpipe.pipeline.embed import EmbedConfig, embed
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.golden import agreement, check_golden
+from pvrpipe.pipeline.pretraining import pretrain
+from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, NotAStoreError, UnknownNameError
+from pvrpipe.store.reading import Store
+
+from .conftest import WriteStore
+from .test_pipeline_embed import INLINE, SMALL
+
+
+@pytest.fixture
+def rollouts(write_rollouts: WriteStore) -> Path:
+    return write_rollouts((9, 6), size=24)
+
+
+@pytest.fixture
+def autoencoder(rollouts: Path, tmp_path: Path) -> EncoderRequest:
+    """A real trained encoder, small enough for a test."""
+    pretrain(rollouts, tmp_path / "ae", SMALL)
+    return EncoderRequest(str(tmp_path / "ae"), device="cpu", batch=16)
+
+
+def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    golden = safetensors.numpy.load_file(tmp_path / "e" / "golden.safetensors")
+    assert len(golden["frame"]) == 8
+    np.testing.assert_array_equal(
+        Encoder(autoencoder)(golden["frame"]).astype(np.float16), golden["embedding"]
+    )
+
+
+def test_golden_frames_of_ones_own_encoder_want_its_folder(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    store = Store.open(tmp_path / "e")
+    with pytest.raises(UnknownNameError, match=r"embedded by autoencoder, .* give its folder with --pvr"):
+        check_golden(store)
+    assert check_golden(store, pvr=str(tmp_path / "ae")).ok
+
+
+def test_what_an_encoder_is_called_is_not_what_it_computes(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    store = Store.open(tmp_path / "e")
+    spec = json.loads((tmp_path / "ae" / "pvr.json").read_text())
+    (tmp_path / "ae" / "pvr.json").write_text(json.dumps({**spec, "name": "a", "title": "b", "licence": "c"}))
+    assert check_golden(store, pvr=str(tmp_path / "ae")).ok  # the same by another name
+    tensors = safetensors.torch.load_file(tmp_path / "ae" / "encoder.safetensors")
+    tensors["latent.weight"].view(torch.int32)[0, 0] ^= 1  # the last bit of one number
+    safetensors.torch.save_file(tensors, tmp_path / "other.safetensors")
+    near = check_golden(store, pvr=str(tmp_path / "ae"), weights=str(tmp_path / "other.safetensors"))
+    assert near.smallest_cosine > 0.99999
+    assert not near.ok
+    assert "weights.tensors_sha256" in near.differs
+
+
+def test_golden_frames_are_computed_in_the_precision_of_the_store(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    config = EmbedConfig(engine="inline", dtype="float32")
+    rounded = replace(autoencoder, precision="bf16")
+    embed(rollouts, [(autoencoder, tmp_path / "e"), (rounded, tmp_path / "r")], config)
+    exact, store = Store.open(tmp_path / "e"), Store.open(tmp_path / "r")
+    apart = np.abs(exact.read_episode(0)["embedding"] - store.read_episode(0)["embedding"]).max()
+    assert apart > 1e-4
+    found = check_golden(store, pvr=autoencoder.pvr)
+    assert found.ok
+    assert found.largest_difference < apart / 10
+
+
+def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    embed(rollouts, [(EncoderRequest("resnet18", "random:0", batch=8), folder)], EmbedConfig(engine="inline"))
+    store = Store.open(folder)
+    same = check_golden(store)
+    assert same.ok
+    assert same.frames == len(safetensors.numpy.load_file(folder / "golden.safetensors")["row"])
+    assert same.smallest_cosine > 0.99999
+    other = check_golden(store, weights="random:1")
+    assert not other.ok
+    assert "weights.tensors_sha256" in other.differs
+    assert other.smallest_cosine < 0.999
+    with pytest.raises(EncodingError, match="give the store's own encoder"):
+        check_golden(store, pvr="resnet50", weights="random:0")
+    with pytest.raises(NotAStoreError, match="only embedding stores"):
+        check_golden(Store.open(rollouts))
+    (folder / "golden.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(CorruptStoreError, match="cannot be read"):
+        check_golden(store)
+
+
+def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -> None:
+    zeros, ones = np.zeros((1, 4)), np.ones((1, 4))
+    assert agreement(zeros, zeros) == (1.0, True)  # R2D2 finds nothing
+    assert agreement(zeros, ones) == (0.0, False)
+    cosine, agree = agreement(2 * ones, ones)  # a projection that was not normalised
+    assert cosine == pytest.approx(1.0)
+    assert not agree
