@@ -163,6 +163,8 @@ def probe(
 
     if label and (store is None or beside is not None):
         raise InvalidValueError("--label names another STORE than the run's own, without --beside; give that")
+    if beside is not None and len(split) > 1:
+        raise InvalidValueError("--beside compares the episodes of one --split; name one")
     if run is not None and not (Path(run) / RUN).exists() and holds_store(run):
         refuse_any_of_a_run(given, run)
         read_out(run, seed, json_)

@@ -25,7 +25,10 @@ from pvrpipe.commands.options import (
 )
 from pvrpipe.commands.terminal import note, tell, watching
 from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions
+from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.progress import counted
+
+HORIZONS = [33, 500]
 
 
 @sharing
@@ -42,7 +45,7 @@ def sweep(
     probe: Annotated[bool, typer.Option("--probe", help="Probe each run once it is trained.")] = False,
     horizon: Annotated[
         list[int], typer.Option(min=1, help="Rows that --probe accumulates over; repeatable.")
-    ] = [33, 500],
+    ] = HORIZONS,
     engine: Engine = "ray",
     address: Address = None,
     workers: Workers = None,
@@ -60,6 +63,8 @@ def sweep(
     from pvrpipe.store.workspace import Workspace
 
     refuse_without_ray(engine, address, workers)
+    if horizon != HORIZONS and not probe:
+        raise InvalidValueError("--horizon is of the probe of each run; give --probe too, or leave it out")
     stores = [store if is_url(store) else str(Path(store).absolute()) for store in stores]
     labels = {store: training.label(root, store, part) for store in stores}
     looking = {store: training.backbone(store, part) for store in stores}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,13 +82,15 @@ def tell(as_json: bool, result: Any, rows: Iterable[Any], columns: Sequence[str]
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and paths as JSON has them."""
+    """Dataclasses and paths as JSON has them, and nothing for a number that is none."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value.absolute()) if isinstance(value, Path) else value
 
 

@@ -127,6 +127,11 @@ class TrainOptions:
                     "--unfreeze and the like are of an encoder inside the model; name one with --pvr"
                 )
             return None
+        if self.unfreeze == "0" and self.backbone_learning_rate is not None:
+            raise InvalidValueError(
+                "--backbone-learning-rate is of what learns of --pvr, and with --unfreeze 0 nothing does; "
+                "leave it out, or unfreeze some"
+            )
         from pvrpipe.pipeline.tuning import TunedEncoder, tuning_of
         from pvrpipe.store.reading import Store
         from pvrpipe.worldmodel.backbones import frame_of

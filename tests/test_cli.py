@@ -16,12 +16,19 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pvrpipe.cli import app
+from pvrpipe.commands.terminal import plain
 from pvrpipe.store.verifying import verify
 
 from .commands import run
 from .conftest import WriteStore
 
 PVRPIPE = str(Path(sys.executable).parent / "pvrpipe")
+
+
+def test_what_is_no_number_is_nothing_in_json() -> None:
+    """R² of a state that never changes, for one: JSON has no NaN, and what reads it strictly stops there."""
+    found = {"linear": {"r2": float("nan"), "mae": 0.5}, "most": [float("inf"), 2]}
+    assert plain(found) == {"linear": {"r2": None, "mae": 0.5}, "most": [None, 2]}
 
 
 def commands() -> list[str]:
@@ -90,7 +97,7 @@ def test_the_daily_way_with_no_path_typed(tmp_path: Path) -> None:
     for option in ("--horizon=5", "--split=val", f"--beside={store['store']}", store["store"]):
         refused = run("probe", store["store"], option, cwd=tmp_path)
         assert (
-            "does not go with an embedding store, which is read out; leave it out, or give a run"
+            f"does not go with {store['store']}, an embedding store that is read out; leave it out, or give a run"
             in refused.stderr
         )
     for path in (collected["store"], store["store"]):
@@ -133,6 +140,12 @@ def test_the_daily_way_with_no_path_typed(tmp_path: Path) -> None:
             for option in (
                 (("--address", "x"),) if command == "pretrain" else (("--workers", "2"), ("--address", "x"))
             )
+        ),
+        (("sweep", "s", "--horizon", "5"), "--horizon is of the probe of each run"),
+        (("probe", "r", "--beside", "b", "--split", "val", "--split", "train"), "episodes of one --split"),
+        (
+            ("train-model", "r", "--pvr", "vc1", "--backbone-learning-rate", "1e-5"),
+            "with --unfreeze 0 nothing does",
         ),
         (("embed",), "pvrpipe collect"),
         (("train-model",), "pvrpipe embed --pvr NAME"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.worldmodel import memory
 from pvrpipe.worldmodel.inputs import Observation
-from pvrpipe.worldmodel.memory import PASSING, STEP, TORCH, check_room, empty_window, training_bytes
+from pvrpipe.worldmodel.memory import PASSING, TORCH, check_room, empty_window, training_bytes
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.ranks import Ranks
 
