@@ -105,7 +105,7 @@ def tuned(folder: Path) -> dict[str, Tensor]:
 
 def _sum(tensor: Tensor, update: int) -> int:
     """CRC-32 of a tensor's bytes, and of the update that it is of: what a disk may do to the file is seen."""
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), update)
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, update)
 
 
 def _check(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
