@@ -90,7 +90,9 @@ class StudyOptions:
         if content is None and self.name is None:
             from pvrpipe.commands.study_plan import digest
 
-            found["name"] = f"study-{digest(str(found))}"  # which may hold what is no JSON, and is refused later
+            found["name"] = (
+                f"study-{digest(str(found))}"  # which may hold what is no JSON, and is refused later
+            )
         return found
 
     def _cut(self, pvrs: Any) -> Any:

@@ -93,7 +93,9 @@ def test_a_learning_rate_that_is_not_finite_is_a_mistake(rate: float) -> None:
     ]
 
 
-def test_windows_and_contexts_that_no_episode_holds_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_windows_and_contexts_that_no_episode_holds_are_refused_before_anything_is_made(
+    tmp_path: Path,
+) -> None:
     """Every run failed, after hours of collecting."""
     asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], max_steps=12)
     content = replace(asked, model=["dreamerv3", "tdmpc2"]).within(None) | {"probe": {"context": 13}}

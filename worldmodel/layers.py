@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """A convolution that keeps the size, perhaps the largest of each ``pool`` × ``pool``, RMS norm over channels, silu."""
+    """A convolution that keeps the size, the largest of each ``pool`` × ``pool``, RMS norm over the channels, silu."""
 
     def __init__(self, channels: int, out: int, kernel: int, pool: int = 1) -> None:
         super().__init__()

@@ -108,7 +108,9 @@ class ConvEncoder(nn.Module):
         super().__init__()
         side = stage_side(observation)
         channels = [observation.shape[-1], *(depth * stage for stage in STAGES)]
-        self.stages = nn.Sequential(*(ConvLayer(a, b, KERNEL, pool=2) for a, b in itertools.pairwise(channels)))
+        self.stages = nn.Sequential(
+            *(ConvLayer(a, b, KERNEL, pool=2) for a, b in itertools.pairwise(channels))
+        )
         self.width = side * side * channels[-1]
 
     def forward(self, x: Tensor) -> Tensor:
