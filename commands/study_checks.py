@@ -76,13 +76,13 @@ def right_in(study: Study) -> Study:
 
 
 def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
-    """Environments that cannot be made, or not in these looks; weights that are not to be had, a line each.
+    """Environments that cannot be made, or not in these looks; windows too long, weights not to be had, a line each.
 
     Args:
         plan: of a study without mistakes in its names.
         fetch: also fetch what weights are not on this machine, to be sure of them.
     """
-    found = _one_as_another(plan)
+    found = [*_one_as_another(plan), *_longer_than_episodes(plan)]
     looks = [look for look in plan.looks if sealed(look.folder) is None]
     sound: set[str] = set()
     for environment, config in {look.environment: look.config for look in looks}.items():
@@ -121,6 +121,17 @@ def _one_as_another(plan: Plan) -> list[str]:
             if len(labels) > 1
         ),
     ]
+
+
+def _longer_than_episodes(plan: Plan) -> list[str]:
+    """Windows that no episode would hold, and a context that leaves nothing to predict, a line each."""
+    steps, context = plan.study.collect.max_steps, plan.study.probe.context
+    if steps is None:
+        return []
+    wanted = dict.fromkeys((job.config.model, job.config.rows) for job, _ in plan.jobs)
+    found = [f"models: {model}: a window has {rows} rows" for model, rows in wanted if rows > steps + 1]
+    found += [f"probe.context: predictions begin behind {context} rows"] if context > steps else []
+    return [f"{each}, an episode {steps + 1}; give fewer, or more max_steps" for each in found]
 
 
 def unfetched(plan: Plan) -> list[str]:

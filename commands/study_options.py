@@ -50,6 +50,7 @@ class StudyOptions:
     max_steps: Annotated[int | None, typer.Option(help="Transitions of an episode.")] = None
     frame_size: Annotated[int | None, typer.Option(help="Pixels of a side of what is collected.")] = None
     policy: Annotated[str | None, typer.Option(help="That collects.")] = None
+    pretrain_updates: Annotated[int | None, typer.Option(help="Gradient steps of the autoencoder.")] = None
     updates: Annotated[int | None, typer.Option(help="Gradient steps of every model.")] = None
     batch: Annotated[int | None, typer.Option(help="Windows in a batch of every model.")] = None
     length: Annotated[int | None, typer.Option(help="Rows of a window of every model.")] = None
@@ -81,14 +82,17 @@ class StudyOptions:
         collect = _given(
             size=self.frame_size, episodes=self.episodes, max_steps=self.max_steps, policy=self.policy
         )
-        for part, given in (("collect", collect), ("probe", _given(horizons=self.horizon))):
+        pretrain, probe = _given(updates=self.pretrain_updates), _given(horizons=self.horizon)
+        for part, given in (("collect", collect), ("pretrain", pretrain), ("probe", probe)):
             if given:
                 found[part] = _with(found.get(part, {}), given)
         found["models"] = self._models(found.get("models"))
         if content is None and self.name is None:
             from pvrpipe.commands.study_plan import digest
 
-            found["name"] = f"study-{digest(found)}"
+            found["name"] = (
+                f"study-{digest(str(found))}"  # which may hold what is no JSON, and is refused later
+            )
         return found
 
     def _cut(self, pvrs: Any) -> Any:

@@ -92,7 +92,7 @@ class Trained(Windows):
     model: Name
     sizes: Annotated[tuple[Name, ...], Field(min_length=1)] = ("1m",)
     updates: Positive = 1000
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     warmup: Annotated[int, Field(ge=0)] = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
     symlog: bool = True

@@ -17,7 +17,7 @@ from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_findings import _compared, findings_of, permutation_test
 from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
-from pvrpipe.worldmodel.report_words import legible, summary_of
+from pvrpipe.worldmodel.report_words import legible, sentences_of, summary_of
 
 from .planted_study import BESIDE, FLOOR, ROWS, TRUE, Planted, data_of, write_study
 
@@ -268,6 +268,13 @@ def test_means_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
     assert "On fewer tasks, and not ranked: vc1 (1 of 2)." in sentence
     assert "Better than learning from scratch: " in sentence
     assert " better (1 of 2 tasks)</td>" in report.page.read_text()
+
+
+def test_one_representation_alone_is_not_the_lowest(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, Planted({"vc1": 0.5}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3))
+    sentences = sentences_of(findings_of(evidence_of([folder]), (33,)))
+    assert sentences[0].startswith("tdmpc2 1m, reward error over 33 rows: vc1, 0.")
+    assert "lowest" not in " ".join(sentences)
 
 
 def test_the_charts_of_a_page_show_the_numbers_of_its_tables(study: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_names_of_any_letters_stay_within_page_and_figures(tmp_path: Path) -> No
         assert left.x0 >= 0
         assert left.x1 <= whole.x1
         assert below > row or left.x1 < right.x0, "names of maps lie on one another"
+
+
+def test_one_representation_that_nobody_trained_leaves_room_in_its_figure(tmp_path: Path) -> None:
+    """The line that says what red is took the place of what is drawn."""
+    planted = Planted({"random": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_report([write_study(tmp_path, planted)], tmp_path / "report")
 
 
 def _data(page: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pvrpipe.commands.study_checks import mistakes_of
+from pvrpipe.commands.study_checks import mistakes_of, mistakes_of_plan
 from pvrpipe.commands.study_estimate import costs_of
 from pvrpipe.commands.study_options import StudyOptions
 from pvrpipe.commands.study_plan import plan_of
@@ -32,22 +32,26 @@ OPTIONS = {
     "episodes": [6],
     "max-steps": [12],
     "frame-size": [32],
+    "length": [5],
+    "pretrain-updates": [3],
 }
+SCALARS = ("updates", "episodes", "max_steps", "frame_size", "length", "pretrain_updates")
 
 
 def test_options_say_what_a_file_says() -> None:
     given = {name.replace("-", "_"): value for name, value in OPTIONS.items()}
-    scalars = {name: given.pop(name)[0] for name in ("updates", "episodes", "max_steps", "frame_size")}
+    scalars = {name: given.pop(name)[0] for name in SCALARS}
     by_options, mistakes = study_of(StudyOptions(**given, **scalars).within(None))
     blocks = ["all", "0-11"]
     content: dict[str, Any] = {
         "environments": ["dmc:pendulum-swingup"],
         "shifts": ["ood"],
         "pvrs": ["scratch", "random", {"pvr": "vc1-l", "blocks": blocks}],
-        "models": [{"model": name, "updates": 7} for name in ("dreamerv3", "tdmpc2")],
+        "models": [{"model": name, "updates": 7, "length": 5} for name in ("dreamerv3", "tdmpc2")],
         "encoders": ["linear", "mlp"],
         "seeds": [0, 1],
         "collect": {"episodes": 6, "max_steps": 12, "size": 32},
+        "pretrain": {"updates": 3},
         "probe": {"horizons": [4, 9]},
     }
     assert by_options is not None
@@ -77,6 +81,30 @@ def test_a_study_of_nothing_says_what_it_needs(given: list[str], tmp_path: Path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "studies/quick.yaml, or --environment and --pvr" in done.stderr
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_a_learning_rate_that_is_not_finite_is_a_mistake(rate: float) -> None:
+    """It was a traceback: the name is a digest of what was given, and no JSON holds it."""
+    asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], learning_rate=rate)
+    _, mistakes = study_of(asked.within(None))
+    assert [line.split(", not")[0] for line in mistakes] == [
+        "models[0].learning_rate: input should be a finite number"
+    ]
+
+
+def test_windows_and_contexts_that_no_episode_holds_are_refused_before_anything_is_made(
+    tmp_path: Path,
+) -> None:
+    """Every run failed, after hours of collecting."""
+    asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], max_steps=12)
+    content = replace(asked, model=["dreamerv3", "tdmpc2"]).within(None) | {"probe": {"context": 13}}
+    wanted, _ = study_of(content)
+    assert wanted is not None
+    assert mistakes_of_plan(plan_of(wanted, tmp_path, "cpu"), fetch=False) == [
+        "models: dreamerv3: a window has 64 rows, an episode 13; give fewer, or more max_steps",
+        "probe.context: predictions begin behind 13 rows, an episode 13; give fewer, or more max_steps",
+    ]
 
 
 def test_a_study_by_options_is_planned_like_any_other(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from pvrpipe.worldmodel.distributions import TwoHot
+from pvrpipe.worldmodel.inputs import Observation
+from pvrpipe.worldmodel.layers import ConvLayer
 from pvrpipe.worldmodel.neighbours import nearest, neighbours_say
+from pvrpipe.worldmodel.observations import STAGES, ConvEncoder
 from pvrpipe.worldmodel.probe_dynamics import Judged
 from pvrpipe.worldmodel.probe_networks import dormant_units, effective_rank, watched
 from pvrpipe.worldmodel.probe_reference import evenly
@@ -182,6 +185,20 @@ def test_units_that_never_fire_are_dormant() -> None:
     assert report["units"] == 12
     assert report["ratio"] >= 2 / 12
     assert not network[1]._forward_hooks
+
+
+def test_a_channel_of_a_convolution_is_a_unit() -> None:
+    """DreamerV3's were not counted: they were called past their module."""
+    encoder = ConvEncoder(Observation("pixels", (64, 64, 3)), 4)
+    stage = encoder.stages[1]
+    assert isinstance(stage, ConvLayer)
+    with torch.no_grad(), watched(encoder) as activity:
+        stage.norm.weight[:3] = 0
+        encoder(torch.rand(1, 2, 64, 64, 3))
+    widths = [4 * each for each in STAGES]
+    report = activity.report()
+    assert report["units"] == sum(widths)
+    assert report["layers"] == {f"stages.{i}": 3 / widths[1] if i == 1 else 0 for i in range(len(STAGES))}
 
 
 def test_nearest_rows_are_those_of_all_distances_and_never_of_the_own_episode() -> None:

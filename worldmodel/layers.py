@@ -52,19 +52,18 @@ class MLP(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """A convolution that keeps the size, RMS norm over the channels, and silu."""
+    """A convolution that keeps the size, the largest of each ``pool`` × ``pool``, RMS norm over the channels, silu."""
 
-    def __init__(self, channels: int, out: int, kernel: int) -> None:
+    def __init__(self, channels: int, out: int, kernel: int, pool: int = 1) -> None:
         super().__init__()
+        self.pool = pool
         self.conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
         self.norm = nn.RMSNorm(out, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) -> (N, out, H, W)."""
-        return self.activate(self.conv(x))
-
-    def activate(self, x: Tensor) -> Tensor:
-        """Norm and silu; in channels-last memory nothing is moved."""
+        """(N, channels, H, W) -> (N, out, H / pool, W / pool); in channels-last memory nothing is moved."""
+        x = self.conv(x)
+        x = F.max_pool2d(x, self.pool) if self.pool > 1 else x
         x = x.permute(0, 2, 3, 1).to(self.norm.weight.dtype)
         return F.silu(self.norm(x)).permute(0, 3, 1, 2)
 

@@ -108,15 +108,14 @@ class ConvEncoder(nn.Module):
         super().__init__()
         side = stage_side(observation)
         channels = [observation.shape[-1], *(depth * stage for stage in STAGES)]
-        self.stages = nn.ModuleList(ConvLayer(a, b, KERNEL) for a, b in itertools.pairwise(channels))
+        self.stages = nn.Sequential(
+            *(ConvLayer(a, b, KERNEL, pool=2) for a, b in itertools.pairwise(channels))
+        )
         self.width = side * side * channels[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, 3) in [0, 1] -> (B, T, width)."""
-        frames = (x - 0.5).flatten(0, 1).permute(0, 3, 1, 2)
-        for stage in self.stages:
-            assert isinstance(stage, ConvLayer)
-            frames = stage.activate(F.max_pool2d(stage.conv(frames), 2))
+        frames = self.stages((x - 0.5).flatten(0, 1).permute(0, 3, 1, 2))
         return frames.flatten(1).unflatten(0, x.shape[:2])
 
 

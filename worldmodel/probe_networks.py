@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pvrpipe.worldmodel.layers import ConvLayer, Layer
 
 TAU = 0.025
+AT_ONCE = 1 << 16  # activations of a layer that are looked at in float64
 ACTIVATED = (Layer, ConvLayer, nn.Mish, nn.GELU, nn.ReLU)  # modules whose output is an activation
 Floats = NDArray[np.float64]
 
@@ -52,8 +53,9 @@ class Activity:
     def add(self, name: str, activation: Tensor) -> None:
         """Count activations (..., n), or (N, n, H, W) of a convolution."""
         units = activation.movedim(1, -1) if activation.ndim == 4 else activation
-        flat = units.detach().double().abs().flatten(0, -2)
-        self.total[name] = self.total.get(name, torch.zeros_like(flat[0])) + flat.sum(0)
+        flat = units.detach().flatten(0, -2)
+        total = torch.stack([part.double().abs().sum(0) for part in flat.split(AT_ONCE)]).sum(0)
+        self.total[name] = self.total.get(name, torch.zeros_like(total)) + total
         self.count[name] = self.count.get(name, 0) + len(flat)
 
     def report(self) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _draw_columns(rows: pl.DataFrame, name: str, path: Path) -> None:
     """A panel for each model and task, one under another, in the width of a column."""
     parts = list(rows.group_by("model", "size", "environment", "variation", maintain_order=True))
     count = max(len(part) for _, part in parts)
-    with _figure(path, len(parts), 1, (COLUMN, len(parts) * (0.55 + 0.16 * count))) as axes:
+    height = len(parts) * (0.6 + 0.16 * count) + 0.15 * rows["random_weights"].any()  # red is told below
+    with _figure(path, len(parts), 1, (COLUMN, height)) as axes:
         for axis, ((model, size, environment, variation), part) in zip(axes[:, 0], parts, strict=True):
             ordered = part.sort("mean", descending=True, maintain_order=True)
             places = range(len(ordered))

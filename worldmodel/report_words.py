@@ -73,14 +73,15 @@ def sentences_of(findings: Findings) -> list[str]:
         compared = [c for c in findings.comparisons if about_of(c) == about]
         model, size, error, horizon = about
         most = max(standing.tasks for standing in standings)
-        best = next(standing for standing in standings if standing.tasks == most)
+        ranked = [standing for standing in standings if standing.tasks == most]
+        best = ranked[0]
         interval = (
             ""
             if best.relative.low is None or best.relative.high is None
             else f" [{legible(best.relative.low)}, {legible(best.relative.high)}]"
         )
         text = (
-            f"{model} {size}, {NAMES[error]} over {horizon} rows: lowest is {best.pvr}, "
+            f"{model} {size}, {NAMES[error]} over {horizon} rows: {'lowest is ' if ranked[1:] else ''}{best.pvr}, "
             f"{legible(best.relative.value)}{interval} of {TRIVIAL[error]}."
         )
         fewer = ", ".join(f"{s.pvr} ({s.tasks} of {most})" for s in standings if s.tasks < most)
