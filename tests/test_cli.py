@@ -64,8 +64,6 @@ SMALL = (
     "random",
     "--engine",
     "inline",
-    "--workers",
-    "1",
 )
 
 
