@@ -135,6 +135,32 @@ def test_one_representation_that_nobody_trained_leaves_room_in_its_figure(tmp_pa
         build_report([write_study(tmp_path, planted)], tmp_path / "report")
 
 
+def test_bars_of_the_papers_figures_are_the_tables_means_with_standard_errors(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, Planted({"one": 1.0, "two": 2.0}, tasks=("dmc:one",), seeds=6))
+    drawn: list[tuple[str, int, float, float]] = []
+    figure_of = report_figures._figure
+
+    @contextlib.contextmanager
+    def watched(path: Path, *arguments: Any) -> Iterator[Any]:
+        with figure_of(path, *arguments) as axes:
+            yield axes
+            for axis in axes.flat if path.name.startswith(("figure-6", "figure-7")) else ():
+                (whiskers,) = axis.collections
+                rows = int(axis.get_ylabel().split()[-2])
+                for bar, ((_, low), (_, high)) in zip(axis.patches, whiskers.get_segments(), strict=True):
+                    drawn.append((path.name[:8], rows, bar.get_height(), (high - low) / 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_figures, "_figure", watched)
+        build_report([folder], folder / "report")
+    table = pl.read_parquet(folder / "report" / "tables" / "errors.parquet").filter(look="own")
+    for figure, measure in (("figure-6", "dynamics_error"), ("figure-7", "reward_error")):
+        bars = [(rows, mean, half) for name, rows, mean, half in drawn if name == figure]
+        told = table.filter(pl.col("horizon").is_in({rows for rows, _, _ in bars}), measure=measure)
+        assert sorted(bars) == [pytest.approx(row) for row in sorted(told["horizon", "mean", "sem"].rows())]
+        assert len(bars) > 3
+
+
 def _data(page: str) -> str:
     """What a browser takes for the page's data: up to the end of the script, in which no comment begins."""
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
