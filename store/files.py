@@ -19,6 +19,7 @@ from pvrpipe.schemas.errors import DiskError, StoreBusyError, StoreError
 
 FILES_OPEN = "too many files are open; raise the limit with `ulimit -n 4096`"
 TEMPORARY = ".tmp-"  # marks files that a crash may leave behind; the next writer removes them
+TENSORS = ".tmp" + "[0-9A-Za-z]" * 6  # what safetensors writes to, before the name that it was given
 
 
 def temporary_beside(path: Path) -> Path:
@@ -91,7 +92,8 @@ def marked(path: Path) -> Iterator[None]:
 
 def remove_temporaries(folder: Path, name: str = "*") -> None:
     """Remove what a killed writer left (of one file); call only while holding the folder's (or its) lock."""
-    for path in left_behind(folder / name):
+    unnamed = folder.glob(TENSORS) if name == "*" else []
+    for path in [*left_behind(folder / name), *unnamed]:
         path.unlink(missing_ok=True)
 
 

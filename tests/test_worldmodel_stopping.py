@@ -28,7 +28,7 @@ from pvrpipe.schemas.errors import (
     StoreBusyError,
     UnknownNameError,
 )
-from pvrpipe.store.files import locked
+from pvrpipe.store.files import locked, remove_temporaries
 from pvrpipe.store.layout import MANIFEST
 from pvrpipe.worldmodel import checkpoints, runs, training
 from pvrpipe.worldmodel.batches import Batches
@@ -249,6 +249,21 @@ def test_a_checkpoint_is_read_by_whom_its_folder_lets_and_a_full_disk_is_one_lin
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
     assert path.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {path.name, "beside"}
+
+
+def test_what_a_kill_within_safetensors_leaves_is_removed(tmp_path: Path) -> None:
+    """It writes to a hidden file of a name of its own, as large as the checkpoint."""
+    program = (
+        "import resource, signal, sys, numpy, safetensors.numpy\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a kill at the first byte beyond the limit\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "safetensors.numpy.save_file({'a': numpy.ones(9999)}, sys.argv[1] + '/checkpoint.safetensors')"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGXFSZ
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+    remove_temporaries(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["a tensor", "the update"])
