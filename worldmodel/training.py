@@ -288,8 +288,8 @@ def check_finite(what: str, value: float, update: int, windows: str) -> None:
     """Raise DivergedError, naming the update and its windows, unless what came of it is a number."""
     if not math.isfinite(value):
         raise DivergedError(
-            f"the {what} update {update} is {value}, on {windows}; a checkpoint made before is "
-            "kept: try a smaller learning rate, or look at the store with `pvrpipe verify`"
+            f"the {what} update {update} is {value}, on {windows}; the last checkpoint, if any, "
+            "is kept: try a smaller learning rate with --overwrite, or look at the store with `pvrpipe verify`"
         )
 
 
