@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from pvrpipe.commands.options import HORIZONS
 from pvrpipe.commands.shared_ray import shared_ray
 from pvrpipe.commands.terminal import error_rows, note, watching
 from pvrpipe.pipeline.embed import EmbedConfig, EmbedResult, embed
@@ -23,7 +24,6 @@ from pvrpipe.worldmodel.sweep import Job, sweep
 from pvrpipe.worldmodel.training import TrainConfig
 
 ENVIRONMENT = "dmc:pendulum-swingup"
-HORIZONS = (33, 500)
 SIZE = 128  # pixels; above this, software rendering costs half as much again
 #: Diverse trajectories, as the study's analysis has them: aimless, wandering, good, and nearly good.
 POLICY = "random:0.2,ou:0.2,mpc:0.3,mpc+0.3:0.3"
@@ -86,7 +86,9 @@ def _jobs(
 
     def job(store: Path, name: str, model: str, settings: dict[str, Any]) -> Job:
         wanted = TrainConfig(model=model, updates=config.updates, seed=config.seed, **settings)
-        return Job(str(store.absolute()), workspace.run(f"{name}-{model}").absolute(), wanted, HORIZONS)
+        return Job(
+            str(store.absolute()), workspace.run(f"{name}-{model}").absolute(), wanted, tuple(HORIZONS)
+        )
 
     scratch = [job(rollouts, "scratch", model, how) for model, how in SCRATCH.items()]
     return scratch + [

@@ -10,6 +10,7 @@ import typer
 
 from pvrpipe.commands.options import (
     DATA,
+    HORIZONS,
     Address,
     Debug,
     Device,
@@ -29,15 +30,8 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.progress import silent
 
 VIEWS = ("source", "replay", "shift")  # of a pair of stores
-OF_A_RUN = (
-    "store",
-    "horizon",
-    "context",
-    "split",
-    "beside",
-    "weights",
-    "device",
-)  # and not of reading a store out
+# What is of a run's probe, and not of reading a store out.
+OF_A_RUN = ("store", "horizon", "context", "split", "beside", "weights", "device")
 
 
 @sharing
@@ -128,10 +122,9 @@ def probe(
     store: Annotated[
         str | None, typer.Argument(help="Store or URL to probe the run on; default: the run's own.")
     ] = None,
-    horizon: Annotated[list[int], typer.Option(min=1, help="Rows to accumulate over; repeatable.")] = [
-        33,
-        500,
-    ],
+    horizon: Annotated[
+        list[int], typer.Option(min=1, help="Rows to accumulate over; repeatable.")
+    ] = HORIZONS,
     context: Annotated[int, typer.Option(min=1, help="Rows seen before predicting.")] = 1,
     split: Annotated[
         list[str], typer.Option(help="Which episodes, val or train; repeatable, the first is reported.")

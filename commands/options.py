@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Root = Annotated[Path, typer.Option(envvar="PVRPIPE_ROOT", help="Workspace that supplies the default paths.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+HORIZONS = [33, 500]  # rows that a probe accumulates over: the study's
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides everything that is drawn.")]
 Engine = Annotated[Literal["ray", "inline"], typer.Option(help="Ray, or this process (for debugging).")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default: start one here.")]

@@ -90,9 +90,8 @@ class StudyOptions:
         if content is None and self.name is None:
             from pvrpipe.commands.study_plan import digest
 
-            found["name"] = (
-                f"study-{digest(str(found))}"  # which may hold what is no JSON, and is refused later
-            )
+            # As text: what is no JSON may be in it, and is refused later.
+            found["name"] = f"study-{digest(str(found))}"
         return found
 
     def _cut(self, pvrs: Any) -> Any:

@@ -10,6 +10,7 @@ import typer
 
 from pvrpipe.commands.options import (
     DATA,
+    HORIZONS,
     Address,
     Debug,
     Device,
@@ -27,8 +28,6 @@ from pvrpipe.commands.terminal import note, tell, watching
 from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.progress import counted
-
-HORIZONS = [33, 500]
 
 
 @sharing

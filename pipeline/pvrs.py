@@ -51,9 +51,8 @@ class WeightsSource(Frozen):
     url: str | None = None
     file: str = Field(min_length=1, max_length=255)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    md5: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{6,32}$"
-    )  # its first digits, where that is all that its authors publish
+    # Its first digits, where that is all that its authors publish.
+    md5: str | None = Field(default=None, pattern=r"^[0-9a-f]{6,32}$")
     note: str | None = None  # what there is to know before it is fetched
 
 

@@ -66,9 +66,8 @@ class _Actor:
     def _mark(self, shard: int) -> tuple[Target, Path]:
         """A store that lacks the shard, and beside its file what tells of attempts at it."""
         target = next(t for t in self._arguments[1] if shard in t.todo)
-        return target, (target.folder / shard_file(shard, target.manifest.shard_format)).with_suffix(
-            ".attempt"
-        )
+        file = target.folder / shard_file(shard, target.manifest.shard_format)
+        return target, file.with_suffix(".attempt")
 
 
 def _refuse_deadly(target: Target, shard: int, deaths: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pvrpipe.schemas.errors import MissingExtraError
-from pvrpipe.store.files import disk_errors, settle, temporary_beside
+from pvrpipe.store.files import replacing
 
 GIF_RATE = 15.0  # frames per second at most; a GIF's clock has hundredths of a second
 GIF_COLOURS = 128
@@ -33,15 +32,8 @@ def write_film(path: Path, frames: Iterator[Frame], rate: float) -> int:
     Raises:
         MissingExtraError: PyAV is not installed.
     """
-    temporary = temporary_beside(path).with_suffix(path.suffix)
-    try:
-        with disk_errors(path):
-            count = (_gif if path.suffix.lower() == ".gif" else _mp4)(temporary, frames, rate)
-            settle(temporary, path)
-    finally:
-        with suppress(OSError):  # the first failure is the one to report
-            temporary.unlink(missing_ok=True)
-    return count
+    with replacing(path) as temporary:
+        return (_gif if path.suffix.lower() == ".gif" else _mp4)(temporary, frames, rate)
 
 
 def can_write_mp4() -> bool:
@@ -57,13 +49,11 @@ def _mp4(path: Path, frames: Iterator[Frame], rate: float) -> int:
     try:
         import av
     except ImportError as error:
-        raise MissingExtraError(
-            f"{path.suffix} needs PyAV; pip install 'pvrpipe[video]', or name a .gif"
-        ) from error
+        raise MissingExtraError(".mp4 needs PyAV; pip install 'pvrpipe[video]', or name a .gif") from error
     frames = map(_even, frames)
     first = next(frames)
     count = 0
-    with av.open(str(path), "w") as film:
+    with av.open(str(path), "w", format="mp4") as film:
         stream = film.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000), options=PLAYABLE)
         stream.pix_fmt, (stream.height, stream.width) = "yuv420p", first.shape[:2]
         for frame in itertools.chain([first], frames):
@@ -76,7 +66,8 @@ def _mp4(path: Path, frames: Iterator[Frame], rate: float) -> int:
 def _gif(path: Path, frames: Iterator[Frame], rate: float) -> int:
     step = max(1, round(rate / GIF_RATE))
     kept = [Image.fromarray(f).quantize(GIF_COLOURS) for f in itertools.islice(frames, 0, None, step)]
-    kept[0].save(path, save_all=True, append_images=kept[1:], duration=round(1000 * step / rate), loop=0)
+    duration = round(1000 * step / rate)
+    kept[0].save(path, "GIF", save_all=True, append_images=kept[1:], duration=duration, loop=0)
     return len(kept)
 
 

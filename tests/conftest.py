@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -23,6 +23,9 @@ from pvrpipe.store.planning import plan_shards
 
 from .hub import Hub, serving_hub
 from .serving import Served, serving
+
+if TYPE_CHECKING:
+    from pvrpipe.pipeline.encoders import EncoderRequest
 
 WriteStore = Callable[..., Path]
 
@@ -158,6 +161,18 @@ def write_embeddings(tmp_path: Path) -> Callable[..., Path]:
     from .toy import write_toy
 
     return partial(write_toy, tmp_path)
+
+
+@pytest.fixture
+def autoencoder(rollouts: Path, tmp_path: Path) -> EncoderRequest:
+    """A real encoder that is trained on the test's own ``rollouts``."""
+    from pvrpipe.pipeline.encoders import EncoderRequest
+    from pvrpipe.pipeline.pretraining import pretrain
+
+    from .small import SMALL
+
+    pretrain(rollouts, tmp_path / "ae", SMALL)
+    return EncoderRequest(str(tmp_path / "ae"), device="cpu", batch=16)
 
 
 @pytest.fixture

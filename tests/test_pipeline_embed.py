@@ -34,22 +34,15 @@ from pvrpipe.store.verifying import verify
 
 from .conftest import WriteStore
 from .killing import run_killed
+from .small import SMALL
 from .test_store_growing import grow
 
 INLINE = EmbedConfig(engine="inline")
-SMALL = PretrainConfig(size=16, channels=4, width=8, updates=4, batch=8)
 
 
 @pytest.fixture
 def rollouts(write_rollouts: WriteStore) -> Path:
     return write_rollouts(size=24)
-
-
-@pytest.fixture
-def autoencoder(rollouts: Path, tmp_path: Path) -> EncoderRequest:
-    """A real trained encoder, small enough for a test."""
-    pretrain(rollouts, tmp_path / "ae", SMALL)
-    return EncoderRequest(str(tmp_path / "ae"), device="cpu", batch=16)
 
 
 def test_every_embedding_is_that_of_its_own_frame(

@@ -15,24 +15,16 @@ import torch
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.golden import agreement, check_golden
-from pvrpipe.pipeline.pretraining import pretrain
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, NotAStoreError, UnknownNameError
 from pvrpipe.store.reading import Store
 
 from .conftest import WriteStore
-from .test_pipeline_embed import INLINE, SMALL
+from .test_pipeline_embed import INLINE
 
 
 @pytest.fixture
 def rollouts(write_rollouts: WriteStore) -> Path:
     return write_rollouts((9, 6), size=24)
-
-
-@pytest.fixture
-def autoencoder(rollouts: Path, tmp_path: Path) -> EncoderRequest:
-    """A real trained encoder, small enough for a test."""
-    pretrain(rollouts, tmp_path / "ae", SMALL)
-    return EncoderRequest(str(tmp_path / "ae"), device="cpu", batch=16)
 
 
 def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
