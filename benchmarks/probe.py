@@ -32,6 +32,7 @@ from pvrpipe.worldmodel.models import Setting, build_model
 from pvrpipe.worldmodel.probe_dynamics import Key, judge
 from pvrpipe.worldmodel.probe_episodes import TOGETHER, Padded, shuffled_actions
 from pvrpipe.worldmodel.probe_reference import Reference
+from pvrpipe.worldmodel.probe_reward import Event
 from pvrpipe.worldmodel.probe_state import fit_state_reader
 from pvrpipe.worldmodel.probe_table import entries, horizons_of, table_of
 
@@ -233,7 +234,7 @@ def judged_with(model: Any, train: Padded) -> Reference:
     state = train.batch["state"][:, 1:].flatten(0, 1).double().numpy()
     return Reference(
         usual_reward=0.1,
-        threshold=EVENT,
+        event=Event(EVENT, below=False),
         mean_latent=model.average(filtered.latents[:, 1:].flatten(0, 1)),
         mean_features=features.mean(0),
         state=fit_state_reader(features.double().numpy(), state, episode, torch.device("cpu")),

@@ -22,9 +22,9 @@ from pvrpipe.commands.options import (
     Root,
     Seed,
     Workers,
+    check_engine,
     environment_of,
     pvr_label,
-    refuse_without_ray,
     sharing,
     took,
 )
@@ -74,7 +74,7 @@ def embed(
     """
     from pvrpipe.store.workspace import Workspace
 
-    refuse_without_ray(engine, address, workers)
+    check_engine(engine, address, workers, device)
     if len(weights) not in (1, len(pvr)):
         raise InvalidValueError(
             f"{len(weights)} --weights for {len(pvr)} --pvr; give one for all, or one for each in order"
@@ -165,7 +165,7 @@ def pretrain(
     from pvrpipe.store.places import place_of
     from pvrpipe.store.workspace import Workspace
 
-    refuse_without_ray(engine, address)
+    check_engine(engine, address, device=device)
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     label = Workspace(root).label_of(rollouts) or environment_of(rollouts)
     out = out or Workspace(root).pvr(label, method)

@@ -19,8 +19,8 @@ from pvrpipe.commands.options import (
     ReadoutOptions,
     Root,
     Seed,
+    check_engine,
     pick_device,
-    refuse_without_ray,
     sharing,
     took,
 )
@@ -68,7 +68,7 @@ def train_model(
 
     Example: pvrpipe train-model --model tdmpc2 --size 5m --updates 20000
     """
-    refuse_without_ray(engine, address, workers)
+    check_engine(engine, address, workers, device)
 
     from pvrpipe.store.workspace import Workspace
 
@@ -81,6 +81,8 @@ def train_model(
     from pvrpipe.worldmodel.ranks import joined, of_several  # torch: after the mistakes
     from pvrpipe.worldmodel.training import train
 
+    if engine == "ray" and of_several().ranks > 1:
+        raise InvalidValueError("torchrun starts the processes of --engine inline; leave out one of the two")
     first = of_several().rank == 0
     run = run or workspace.run(f"{training.label(root, store, part)}-{model}-{size}-s{seed}")
     config = training.config(model, size, seed, [model])
@@ -252,4 +254,5 @@ def runs(root: Root = DATA, json_: Json = False, debug: Debug = False) -> None:
     rows = listed(root / "runs")
     if not rows and not json_:
         note(f"there is no run in {root / 'runs'}; make one with `pvrpipe train-model`")
-    tell(json_, {"runs": rows}, rows, ("run", "model", "size", "pvr", "state", "updates", "loss", "val_loss"))
+    columns = ("run", "model", "size", "pvr", "state", "updates", "wanted", "loss", "val_loss")
+    tell(json_, {"runs": rows}, rows, columns)

@@ -119,11 +119,16 @@ def pvr_label(pvr: str, weights: str, readout: Readout) -> str:
     return name + readout.label + ("-" + weights if weights.startswith("random") else "")
 
 
-def refuse_without_ray(engine: str, address: str | None, workers: int | None = None) -> None:
-    """One process has no workers, and is on no cluster."""
+def check_engine(engine: str, address: str | None, workers: int | None = None, device: str = "auto") -> None:
+    """One process has no workers, and is on no cluster; and on one, Ray gives each worker a GPU of its own."""
     if engine == "inline" and (address, workers) != (None, None):
         raise InvalidValueError(
             "--workers and --address are of --engine ray, and this is one process; give --engine ray too, or neither"
+        )
+    if engine == "ray" and device.startswith("cuda:"):
+        raise InvalidValueError(
+            f"--device {device} names one GPU, and --engine ray gives each worker one; give --device cuda, or "
+            "--engine inline"
         )
 
 

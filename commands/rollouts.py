@@ -19,7 +19,7 @@ from pvrpipe.commands.options import (
     Seed,
     ShardRows,
     Workers,
-    refuse_without_ray,
+    check_engine,
 )
 from pvrpipe.commands.terminal import note, tell, watching
 from pvrpipe.schemas.errors import InvalidValueError, MissingExtraError, UnknownNameError
@@ -92,7 +92,7 @@ def collect(
     from pvrpipe.rollouts.environments import DEFAULT_ENVIRONMENT
     from pvrpipe.store.workspace import Workspace
 
-    refuse_without_ray(engine, address, workers)
+    check_engine(engine, address, workers)
     running = stage.Engine(engine, address, workers, max_failures, episode_timeout)
     if replay is not None:
         refuse_with_replay(

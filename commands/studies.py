@@ -19,8 +19,8 @@ from pvrpipe.commands.options import (
     Json,
     Root,
     Workers,
+    check_engine,
     pick_device,
-    refuse_without_ray,
     sharing,
     took,
 )
@@ -63,7 +63,7 @@ def study(
 
     Example: pvrpipe study --environment dmc:pendulum-swingup --pvr scratch --pvr random --seed 0 --seed 1
     """
-    refuse_without_ray(engine, address, workers)
+    check_engine(engine, address, workers, device)
     plan = planned(file, asked, root, device, fetch=not dry_run)
     if dry_run:
         return estimated(plan, json_)

@@ -20,8 +20,8 @@ from pvrpipe.commands.options import (
     ReadoutOptions,
     Root,
     Workers,
+    check_engine,
     pick_device,
-    refuse_without_ray,
     sharing,
 )
 from pvrpipe.commands.terminal import note, tell, watching
@@ -61,7 +61,7 @@ def sweep(
     from pvrpipe.store.places import is_url
     from pvrpipe.store.workspace import Workspace
 
-    refuse_without_ray(engine, address, workers)
+    check_engine(engine, address, workers, device)
     if horizon != HORIZONS and not probe:
         raise InvalidValueError("--horizon is of the probe of each run; give --probe too, or leave it out")
     stores = [store if is_url(store) else str(Path(store).absolute()) for store in stores]

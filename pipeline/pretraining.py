@@ -37,6 +37,7 @@ from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import Recipe
 from pvrpipe.store.files import locked, make_folder, remove_temporaries, sha256_of, write_whole
+from pvrpipe.store.layout import refuse_inside_store
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 
@@ -148,6 +149,7 @@ def pretrain(
         Store.open(rollouts, kind="rollouts"),
         EncoderRequest("", device=device).resolved_device(),
     )
+    refuse_inside_store(out)
     make_folder(out)
     with locked(out):
         remove_temporaries(out)

@@ -48,6 +48,7 @@ from pvrpipe.store.layout import (
     read_commit,
     read_manifest,
     read_manifest_file,
+    refuse_inside_store,
     revision_file,
     shard_file,
 )
@@ -77,9 +78,10 @@ class PendingStore:
         read as it is until the new revision is sealed.
 
         Raises:
-            OutputExistsError: the folder holds something else; it is left as it is.
+            OutputExistsError: the folder holds something else, or lies in a store; it is left as it is.
             StoreBusyError: another process is writing there.
         """
+        refuse_inside_store(folder)
         make_folder(folder)
         with disk_errors(folder), contextlib.ExitStack() as stack:
             stack.enter_context(locked(folder))
@@ -112,6 +114,7 @@ class PendingStore:
         Raises:
             OutputExistsError: as :meth:`begin`.
         """
+        refuse_inside_store(folder)
         existing = _existing(folder, draft, overwrite) if folder.is_dir() else None
         _refuse_other_kind(folder, existing, draft)
         if existing is None or overwrite:

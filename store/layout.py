@@ -25,7 +25,13 @@ from pathlib import Path, PurePosixPath
 import pydantic_core
 from pydantic import ValidationError
 
-from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NewerFormatError, NotAStoreError
+from pvrpipe.schemas.errors import (
+    CorruptStoreError,
+    InvalidValueError,
+    NewerFormatError,
+    NotAStoreError,
+    OutputExistsError,
+)
 from pvrpipe.schemas.manifest import FORMAT_VERSION, Manifest, ShardCommit, ShardEntry
 from pvrpipe.store.files import read_errors
 
@@ -114,6 +120,16 @@ def commit_file(shard: int) -> str:
 def revision_file(revision: int) -> str:
     """Path, within its store, of the manifest of a revision that is no longer the newest."""
     return f"{REVISIONS}/{revision:05d}.json"
+
+
+def refuse_inside_store(folder: Path) -> None:
+    """What a store holds is the store: nothing else is put into its folder.
+
+    Raises:
+        OutputExistsError: the folder lies in a store's; names that.
+    """
+    if outer := next((p for p in folder.absolute().parents if (p / MANIFEST).is_file()), None):
+        raise OutputExistsError(f"{folder} lies in another store ({outer}); choose an output beside it")
 
 
 def read_manifest(folder: Path, revision: int | None = None) -> Manifest:

@@ -139,6 +139,10 @@ def test_the_daily_way_with_no_path_typed(tmp_path: Path) -> None:
                 (("--address", "x"),) if command == "pretrain" else (("--workers", "2"), ("--address", "x"))
             )
         ),
+        *(
+            ((*command, "--engine", "ray", "--device", "cuda:1"), "--device cuda:1 names one GPU")
+            for command in (("embed",), ("pretrain", "mae"), ("train-model",), ("sweep", "s"), ("study", "f"))
+        ),
         (("sweep", "s", "--horizon", "5"), "--horizon is of the probe of each run"),
         (("probe", "r", "--beside", "b", "--split", "val", "--split", "train"), "episodes of one --split"),
         (

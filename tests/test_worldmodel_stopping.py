@@ -33,6 +33,7 @@ from pvrpipe.store.layout import MANIFEST
 from pvrpipe.worldmodel import checkpoints, runs, training
 from pvrpipe.worldmodel.batches import Batches
 from pvrpipe.worldmodel.compiling import Losses
+from pvrpipe.worldmodel.metrics_log import METRICS, updates_done
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.optimizer import Updater
 from pvrpipe.worldmodel.probe import probe
@@ -66,7 +67,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert runs.read_run(run).state == "training"
     log.write_text(log.read_text() + '{"update": 23, "tra')  # a line cut short by the kill
     train(config, store, run)
-    for name in (checkpoints.CHECKPOINT, runs.METRICS):
+    for name in (checkpoints.CHECKPOINT, METRICS):
         assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
@@ -105,6 +106,63 @@ def test_a_finished_run_is_returned_at_once_and_another_configuration_refused(
         train(short(), write_embeddings("other", shift=1), run)
     assert (run / checkpoints.CHECKPOINT).stat().st_mtime_ns == stamp
     assert train(short(seed=1), store, run, overwrite=True).train != first.train
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_that_is_asked_for_more_updates_goes_on_as_if_it_had_been_from_the_start(
+    model: str, write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store, run = write_embeddings(), tmp_path / "run"
+    train(short(model, updates=12), store, tmp_path / "at once")
+    train(short(model, updates=6), store, run)
+    for name in ("metrics.json", "probe.parquet", "pairs-x.json", "map.parquet", "notes.txt"):
+        (run / name).write_text("of the weights after six updates")
+    result = train(short(model, updates=12), store, run)
+    assert (result.updates, runs.read_run(run).config["updates"]) == (12, 12)
+    for name in (checkpoints.CHECKPOINT, METRICS):
+        assert (run / name).read_bytes() == (tmp_path / "at once" / name).read_bytes(), name
+    assert verify_run(run) == []
+    assert {path.name for path in run.glob("*.*")} == {
+        "run.json",
+        checkpoints.CHECKPOINT,
+        METRICS,
+        "notes.txt",
+    }
+    with pytest.raises(OutputExistsError, match="updates: 12, now 6"):
+        train(short(model, updates=6), store, run)
+
+
+def test_what_patience_kept_does_not_go_on(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
+    store, run = write_embeddings(), tmp_path / "run"
+    train(short(patience=1), store, run)
+    known = runs.read_run(run)
+    with pytest.raises(OutputExistsError, match="updates: 6, now 12"):
+        train(short(patience=1, updates=12), store, run)
+    with pytest.raises(OutputExistsError, match="patience: 1, now 0"):
+        train(short(updates=12), store, run)
+    assert runs.read_run(run) == known
+
+
+def test_losses_that_were_lost_are_missed(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
+    """A run that went on without them would end with another log than an undisturbed one."""
+    store, run = write_embeddings(), tmp_path / "run"
+    train(short(), store, run)
+    first = (run / METRICS).read_text().splitlines(keepends=True)[0]
+    (run / METRICS).unlink()
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"ends before update 6.*--overwrite"):
+            train(short(updates=12), store, run)
+        (run / METRICS).write_text(first)
+
+
+def test_nothing_is_put_into_a_stores_folder(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
+    store = write_embeddings()
+    for run in (store / "run", store / "shards" / "run"):
+        with pytest.raises(
+            OutputExistsError, match=r"lies in another store \(.*\); choose an output beside it"
+        ):
+            train(short(), store, run)
+        assert not run.exists()
 
 
 def test_a_strangers_folder_and_a_busy_run_are_left_alone(
@@ -169,7 +227,7 @@ def test_a_gradient_that_is_not_finite_names_the_batch_that_had_it(
             DivergedError, match=r"gradient's norm of update 5 is nan, on windows of episodes \d"
         ):
             train(short(model), store, run)
-    assert runs.updates_done(run) == 4
+    assert updates_done(run) == 4
     tensors = load_file(run / checkpoints.CHECKPOINT)
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     assert train(short(model), store, run).train["gradient_norm"] > 0

@@ -21,6 +21,7 @@ from pvrpipe.store.planning import split_of
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, probe_episodes, runs, training
 from pvrpipe.worldmodel.batches import chance
+from pvrpipe.worldmodel.metrics_log import METRICS
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_episodes import shuffled_actions
 from pvrpipe.worldmodel.probe_table import accumulate
@@ -158,7 +159,7 @@ def test_training_stops_once_validation_no_longer_falls(
         "dreamerv3", updates=400, learning_rate=0.3, patience=2
     )  # too fast to get any better for long
     result = train(config, store, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / runs.METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     losses = [line["val"]["loss"] for line in lines if "val" in line]
     assert result.updates == 2 * len(losses) < 400
     assert min(losses) == losses[-3]
@@ -167,8 +168,8 @@ def test_training_stops_once_validation_no_longer_falls(
     assert train(config, store, tmp_path / "run") == result
     assert verify_run(tmp_path / "run") == []
     (row,) = runs.listed(tmp_path)
-    assert (row["state"], row["updates"]) == ("finished", f"{result.updates} of 400")
-    assert row["val_loss"] == losses[-3]
+    assert (row["state"], row["updates"]) == ("finished", result.updates)
+    assert (row["wanted"], row["val_loss"]) == (400, losses[-3])
 
 
 def test_an_early_stop_keeps_the_best_weights_wherever_it_was_killed(
@@ -200,7 +201,7 @@ def test_an_early_stop_keeps_the_best_weights_wherever_it_was_killed(
         train(config, store, run)
         found = {file.name: file.read_bytes() for file in run.glob("*.*")}
         assert found.keys() == known.keys()
-        for file in (checkpoints.CHECKPOINT, runs.METRICS):
+        for file in (checkpoints.CHECKPOINT, METRICS):
             assert found[file] == known[file], (name, count, file)
 
     killed_after(checkpoints, "save", kept // 2)  # before it was noted that this one is the best
@@ -304,7 +305,7 @@ def test_a_damaged_log_is_one_line_and_the_list_of_runs_goes_on(
     store = write_embeddings()
     train(short(), store, tmp_path / "run")
     record = json.loads((tmp_path / "run" / runs.RECORD).read_text())
-    (tmp_path / "run" / runs.METRICS).write_text(line + "\n", errors="surrogateescape")
+    (tmp_path / "run" / METRICS).write_text(line + "\n", errors="surrogateescape")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / runs.RECORD).write_text(json.dumps({**record, "config": {}}))
     assert [row["state"] for row in runs.listed(tmp_path)] == ["unreadable"] * 2
@@ -346,7 +347,7 @@ def test_losses_are_logged_as_means_over_the_updates_since_the_last_line(
     store, logs = write_embeddings(), {}
     for every in (1, 3):
         train(short(log_every=every, save_every=6), store, tmp_path / str(every))
-        lines = (tmp_path / str(every) / runs.METRICS).read_text().splitlines()
+        lines = (tmp_path / str(every) / METRICS).read_text().splitlines()
         logs[every] = [entry["train"] for entry in map(json.loads, lines) if "train" in entry]
     assert (len(logs[1]), len(logs[3])) == (6, 2)
     for name in logs[1][0]:

@@ -67,7 +67,8 @@ def setting_of(
     else:
         if pixels != PIXELS:
             raise InvalidValueError(
-                f"--pixels is {pixels}, but the model reads embeddings; leave it out, or give a rollout store alone"
+                f"--pixels is {pixels}, but the model reads embeddings; leave it out, or "
+                "give a rollout store, without --pvr"
             )
         shape = store.column("embedding").shape if embedding is None else embedding
         tokens = len(shape) == 2 and encoder in ("auto", "attention")

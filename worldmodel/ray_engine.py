@@ -30,8 +30,9 @@ from pvrpipe.store.places import is_url
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
+from pvrpipe.worldmodel.metrics_log import updates_done
 from pvrpipe.worldmodel.ranks import told_by_first
-from pvrpipe.worldmodel.runs import RECORD, updates_done
+from pvrpipe.worldmodel.runs import RECORD
 from pvrpipe.worldmodel.training import TrainConfig, TrainResult, train
 
 AGAIN = 2  # times that a job whose process or node died is begun again

@@ -21,7 +21,7 @@ import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,18 +37,19 @@ from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.specifications import EncoderIdentity, Frozen, Tuning
 from pvrpipe.store.files import (
     TEMPORARY,
-    disk_errors,
     locked,
     make_folder,
     remove_temporaries,
     sha256_of,
     write_whole,
 )
+from pvrpipe.store.layout import refuse_inside_store
 from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import BEST, CHECKPOINT
+from pvrpipe.worldmodel.metrics_log import METRICS, TENSORBOARD, newest, updates_done
 from pvrpipe.worldmodel.models import Setting
 
-RECORD, METRICS, TENSORBOARD = RUN, "metrics.jsonl", "tensorboard"
+RECORD = RUN
 PROBE, PROBE_TABLE, PAIRS = "metrics.json", "probe.parquet", "pairs-"
 MAGIC = b"PAR1"  # at the end of a Parquet file
 TABLE_SHA256 = "table_sha256"  # in a probe's report, of its table
@@ -208,9 +209,11 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
     """Begin a run or go on with it, and hold its folder against other writers meanwhile.
 
     Raises:
-        OutputExistsError: the folder holds a run of another configuration or store, or strangers' files.
+        OutputExistsError: the folder holds a run of another configuration or store, or strangers' files, or lies in a
+            store.
         StoreBusyError: another process is training there.
     """
+    refuse_inside_store(folder)
     make_folder(folder)
     with locked(folder):
         if not (folder / RECORD).exists():
@@ -220,10 +223,10 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
                 )
         elif overwrite:
             _clear(folder)
-        record = same_run(folder, draft)
-        if record is draft or record.failure:
-            record = record.model_copy(update={"state": "training", "failure": ""})
-            write_run(folder, record)
+        record = same_run(folder, draft).model_copy(update={"state": "training", "failure": ""})
+        if (folder / RECORD).exists() and record.config != read_run(folder).config:
+            _remove(folder, FOUND)  # of weights that are about to learn more
+        write_run(folder, record)
         remove_temporaries(folder)
         try:
             yield record
@@ -236,12 +239,19 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
 def same_run(folder: Path, draft: RunRecord) -> RunRecord:
     """The record of a run begun as drafted, or the draft where none was begun.
 
+    A run that was asked for fewer updates and nothing else is the same and not finished, unless its patience decided
+    which weights it kept.
+
     Raises:
         OutputExistsError: it was begun with another configuration; says which fields differ.
     """
     if not (folder / RECORD).exists():
         return draft
     existing = read_run(folder)
+    had, wanted = (record.config["updates"] for record in (existing, draft))
+    if isinstance(had, int) and had < wanted and not draft.config["patience"]:
+        more = {"config": {**existing.config, "updates": wanted}}
+        existing = existing.model_copy(update={**more, "state": "training", "result": None, "files": {}})
     old, new = (
         {
             **record.config,
@@ -268,15 +278,14 @@ def same_run(folder: Path, draft: RunRecord) -> RunRecord:
 def _clear(folder: Path) -> None:
     """Remove a run's own files, the record last, so that a half-cleared run is still one."""
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-    found = [path.name for pattern in FOUND for path in folder.glob(pattern)]
-    for name in (CHECKPOINT, BEST, METRICS, *found, RECORD):
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, (CHECKPOINT, BEST, METRICS, *FOUND, RECORD))
 
 
-def updates_done(folder: Path) -> int:
-    """How far a run has come, as far as it has logged; 0 where there is none."""
-    lines = _lines(folder / METRICS)
-    return _entry(lines[-1])["update"] if lines else 0
+def _remove(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove the files of these names, in this order."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def listed(home: Path) -> list[dict[str, Any]]:
@@ -285,13 +294,12 @@ def listed(home: Path) -> list[dict[str, Any]]:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    about: dict[str, Any] = dict.fromkeys(("model", "size", "pvr", "store_id", "updates", "loss", "val_loss"))
-    about |= {"run": str(folder), "state": "unreadable"}
+    names = ("model", "size", "pvr", "store_id", "updates", "wanted", "loss", "val_loss")
+    about: dict[str, Any] = {**dict.fromkeys(names), "run": str(folder), "state": "unreadable"}
     try:
-        record, last, done = read_run(folder), MetricsLog.read(folder), updates_done(folder)
+        record, last, done = read_run(folder), newest(folder), updates_done(folder)
     except RunError:
         return about
-    wanted = record.config["updates"]
     return {
         **about,
         "model": record.config["model"],
@@ -299,101 +307,8 @@ def _row(folder: Path) -> dict[str, Any]:
         "pvr": record.pvr + (" (random weights)" if record.random_weights else ""),
         "store_id": record.store_id,
         "state": record.state,
-        "updates": str(done) if done == wanted else f"{done} of {wanted}",
+        "updates": done,
+        "wanted": record.config["updates"],
         "loss": last["train"].get("loss"),
         "val_loss": (record.result or {}).get("val", last["val"]).get("loss"),
     }
-
-
-class MetricsLog:
-    """Losses by update, to ``metrics.jsonl`` and to TensorBoard.
-
-    The file holds nothing that a rerun would not repeat. ``last`` holds the newest losses of each part, ``validation``
-    all of validation by update.
-
-    Args:
-        folder: of the run.
-        done: updates of the checkpoint that training goes on from; what was logged after it is dropped.
-        writes: whether it does; of several processes that train together, one.
-    """
-
-    def __init__(self, folder: Path, done: int, *, writes: bool = True) -> None:
-        self.path, self._board = folder / METRICS, None
-        kept = [line for line in _lines(self.path) if _entry(line)["update"] <= done]
-        self.last = _last_of(kept)
-        entries = [_entry(line) for line in kept]
-        self.validation = {e["update"]: e["val"] for e in entries if "val" in e}
-        if writes:
-            from torch.utils.tensorboard import SummaryWriter  # a second, which reading a run does not need
-
-            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
-
-    def write(self, update: int, part: Literal["train", "val"], values: Mapping[str, float]) -> None:
-        """Append one line, and one point to each curve."""
-        self.last[part] = dict(values)
-        if part == "val":
-            self.validation[update] = self.last[part]
-        if self._board is None:
-            return
-        with disk_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{part}/{name}", value, update)
-
-    @property
-    def best(self) -> int:
-        """The update after which the validation loss was least, the first of several; 0 before any."""
-        return min(self.validation, key=lambda update: self.validation[update]["loss"], default=0)
-
-    @property
-    def losses(self) -> list[float]:
-        """Of validation, in order."""
-        return [values["loss"] for values in self.validation.values()]
-
-    @property
-    def note(self) -> str:
-        """The newest training loss, in words."""
-        loss = self.last["train"].get("loss")
-        return "" if loss is None else f"loss {loss:.4g}"
-
-    def close(self) -> None:
-        """Let TensorBoard write what it holds back."""
-        if self._board is not None:
-            self._board.close()
-
-    @staticmethod
-    def read(folder: Path) -> dict[str, dict[str, float]]:
-        """The newest losses of each part that a run has logged."""
-        return _last_of(_lines(folder / METRICS))
-
-
-def _last_of(lines: list[str]) -> dict[str, dict[str, float]]:
-    last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
-    for line in lines:
-        last |= {part: values for part, values in _entry(line).items() if part != "update"}
-    return last
-
-
-def _entry(line: str) -> dict[str, Any]:
-    """What a line of the log says.
-
-    Raises:
-        RunError: it is none.
-    """
-    try:
-        entry = json.loads(line)
-        parts = {name: dict(values) for name, values in entry.items() if name != "update"}
-        if all("loss" in values for values in parts.values()):
-            return {"update": int(entry["update"]), **parts}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise RunError(
-        f"{METRICS} holds a line that no training wrote ({line[:40]}); train again with --overwrite"
-    )
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines that are there; a killed writer may have left half of one, another may be writing."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return text.split("\n")[:-1]

@@ -25,6 +25,7 @@ from pvrpipe.store.remote import Source, problem_of
 from pvrpipe.store.verifying import Failure
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
+from pvrpipe.worldmodel.metrics_log import METRICS, MetricsLog
 from pvrpipe.worldmodel.training import config_of, model_of
 
 PROBED = (runs.PROBE, runs.PROBE_TABLE)  # what a probe found, where there was one
@@ -82,14 +83,15 @@ def _of_weights(folder: Path, record: runs.RunRecord) -> list[Failure]:
 
 def _of_losses(folder: Path, record: runs.RunRecord) -> list[Failure]:
     """The losses that the log ends with, and those of validation that the kept checkpoint had."""
-    log, result = runs.MetricsLog(folder, record.config["updates"], writes=False), record.result or {}
+    result = record.result or {}
+    log = MetricsLog(folder, result.get("updates", 0), writes=False)
     kept = result.get("kept")
     logged = {
         "train": log.last["train"],
         "val": log.last["val"] if kept is None else log.validation.get(kept),
     }
     return [
-        Failure(runs.METRICS, f"has other {part} losses than {runs.RECORD}")
+        Failure(METRICS, f"has other {part} losses than {runs.RECORD}")
         for part, losses in logged.items()
         if losses != result.get(part)
     ]

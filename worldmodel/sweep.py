@@ -23,9 +23,9 @@ from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
+from pvrpipe.worldmodel.metrics_log import updates_done
 from pvrpipe.worldmodel.pictures import draw, drawn
 from pvrpipe.worldmodel.probe import probe
-from pvrpipe.worldmodel.runs import updates_done
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 State = Literal["finished", "failed", "diverged"]

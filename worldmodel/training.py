@@ -23,6 +23,7 @@ from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identi
 from pvrpipe.worldmodel.batches import PIXELS, Backing, Batches, chance, open_observations, setting_of
 from pvrpipe.worldmodel.compiling import Precision, computing, losses_of, update_of
 from pvrpipe.worldmodel.memory import check_room
+from pvrpipe.worldmodel.metrics_log import MetricsLog
 from pvrpipe.worldmodel.models import (
     Setting,
     WorldModel,
@@ -223,14 +224,14 @@ def train(
         if config.normalize and not resumed:
             progress(0, config.updates, "looking at training rows")
             standardise(model, store)
-        log = runs.MetricsLog(folder, done, writes=first)
+        log = MetricsLog(folder, done, writes=first)
         choosy = first and config.patience > 0
         if choosy and log.best == done > 0:  # killed before that was noted, or after the run's end
             checkpoints.mark_best(folder)
         unlogged: list[dict[str, Tensor]] = []
         progress(done, config.updates, f"windows from {data.backing}")
         began, k = time.perf_counter(), done
-        while k < config.updates and not stale(log.losses, config.patience):
+        while k < config.updates and not log.stale(config.patience):
             k += 1
             batch = data(k)
             terms = update(batch, model.draw(batch, chance(config.seed, k)))
@@ -277,11 +278,6 @@ def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int)
         for k, batch in enumerate(batches)
     ]
     return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
-
-
-def stale(validation: list[float], patience: int) -> bool:
-    """Whether the best of the validation losses is more than ``patience`` checkpoints old."""
-    return 0 < patience <= len(validation) - 1 - validation.index(min(validation)) if validation else False
 
 
 def check_finite(what: str, value: float, update: int, windows: str) -> None:
