@@ -23,7 +23,7 @@ from pvrpipe.pipeline.pretraining import PretrainConfig, pretrain
 from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.store.drawing import PAPER, Panel, Range, colour_of
 from pvrpipe.store.workspace import Workspace
-from pvrpipe.worldmodel.runs import METRICS
+from pvrpipe.worldmodel.metrics_log import METRICS
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 #: Batch, length and rate by model; smaller from scratch, where convolutions cost ten times a linear map.

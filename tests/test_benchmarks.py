@@ -25,17 +25,19 @@ SMALL = {
         "cpu",
     ),
     "probe.py": ("--episodes", "3", "--steps", "9", "--width", "8", "--repeats", "1"),
-    "reader.py": ("--gib", "0.01", "--batches", "5"),
+    "curves.py": ("dmc:pendulum-swingup", "--updates", "2", "--episodes", "4", "--steps", "70"),
+    "precision.py": ("--pvr", "resnet18", "--frames", "2"),
+    "reader.py": ("--gib", "0.1", "--batches", "60"),
     "storage.py": ("--mib", "2", "--rounds", "1", "--shards", "20", "--size", "32"),
     "train.py": ("--sizes", "1m", "--shapes", "2x4", "--plain", "--width", "8", "--repeats", "2"),
-    "windows.py": ("--mib", "2", "--repeats", "3"),
+    "windows.py": ("--mib", "64", "--repeats", "3"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SMALL)
 def test_a_benchmark_runs_and_writes_its_numbers(script: str, tmp_path: Path) -> None:
-    written = () if script == "collect.py" else ("--json", str(tmp_path / "numbers.json"))
+    written = () if script in ("collect.py", "curves.py") else ("--json", str(tmp_path / "numbers.json"))
     command = [sys.executable, str(ROOT / "benchmarks" / script), *SMALL[script], *written]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
