@@ -21,14 +21,14 @@ OWN = Properties(trained_on="not stated")
 
 def package_names() -> list[str]:
     """Of the representations that installed packages register; none of them is loaded."""
-    return [point.name for point in entry_points(group=ENTRY_POINTS)]
+    return list(dict.fromkeys(point.name for point in entry_points(group=ENTRY_POINTS)))
 
 
 def package_pvr(name: str) -> Pvr:
     """The representation that a package registers under a name.
 
     Raises:
-        WeightsError: no package does, or its module cannot be loaded, or has no ``pvr`` or ``build``.
+        WeightsError: no package does, or several, or its module cannot be loaded, or has no ``pvr`` or ``build``.
     """
     found: Pvr = _package(name).pvr
     return found
@@ -44,6 +44,9 @@ def _package(name: str) -> Any:
     points = list(entry_points(group=ENTRY_POINTS, name=name))
     if not points:
         raise WeightsError(f"no installed package registers the PVR {name}; install it again")
+    if len({point.value for point in points}) > 1:
+        both = " and ".join(point.value for point in points)
+        raise WeightsError(f"{name} is registered by several packages ({both}); uninstall all but one")
     where = f"{name} ({points[0].value})"
     try:
         module = points[0].load()

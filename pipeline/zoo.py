@@ -21,6 +21,11 @@ def all_pvrs() -> tuple[dict[str, Pvr], list[WeightsError]]:
     """Those that pvrpipe knows, those of installed packages, and why some of these cannot be had."""
     found, failed = {}, []
     for name in package_names():
+        if name in PVRS:
+            failed.append(
+                WeightsError(f"{name} of a package is hidden by pvrpipe's own; register another name")
+            )
+            continue
         try:
             found[name] = package_pvr(name)
         except WeightsError as error:

@@ -374,6 +374,18 @@ def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytes
     sys.modules.pop("pvrpipe_gray")
 
 
+def test_a_package_takes_no_name_that_another_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [("vc1", "pvrpipe_gray"), ("gray", "pvrpipe_gray"), ("gray", "json")]
+    points = EntryPoints(EntryPoint(name, module, own.ENTRY_POINTS) for name, module in taken)
+    monkeypatch.setattr(own, "entry_points", points.select)
+    known, failed = all_pvrs()
+    assert known["vc1"] == find_pvr("vc1") == PVRS["vc1"]
+    assert "gray" not in known
+    hidden, twice = map(str, failed)
+    assert hidden == "vc1 of a package is hidden by pvrpipe's own; register another name"
+    assert twice == "gray is registered by several packages (pvrpipe_gray and json); uninstall all but one"
+
+
 def test_a_timm_names_recipe_is_that_of_its_registry() -> None:
     made = find_pvr("timm:resnet18.tv_in1k").recipe  # crop_pct 0.875
     assert (made.resize, made.crop, made.interpolation) == (256, 224, "bilinear")
