@@ -258,6 +258,7 @@ def same_run(folder: Path, draft: RunRecord) -> RunRecord:
             "store_id": record.store_id,
             "representation": record.pvr,
             "weights": record.encoder and record.encoder.weights.tensors_sha256[:12],
+            "bounds of actions": record.setting.bounds,
         }
         for record in (existing, draft)
     )

@@ -198,7 +198,7 @@ def train(
             length=length,
             seed=config.seed,
             device=device,
-            observation=setting.shown,
+            setting=setting,
             columns=model.columns,
             backing=backing,
         )
