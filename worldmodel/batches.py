@@ -128,6 +128,12 @@ class Batches:
         """Seconds that callers had to wait for batches."""
         return self._load.waited
 
+    @property
+    def too_short(self) -> int:
+        """Episodes of the split that no window fits into."""
+        plan, episodes = self._sampler.plan, self._sampler.store.episodes
+        return int(((episodes["split"] == plan.split) & (episodes["rows"] < plan.length)).sum())
+
     def __call__(self, k: int) -> dict[str, Tensor]:
         """Columns (B, T, ...): embedding, action and reward in float32, flags in bool."""
         return self._load(k)

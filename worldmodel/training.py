@@ -140,6 +140,8 @@ class TrainResult:
     val: dict[str, float]
     kept: int | None = None
     """with ``patience``, the update of the best checkpoint, which is the one kept; None: the last"""
+    too_short: int = 0
+    """training episodes that no window fits into, of which nothing was learned"""
 
 
 def train(
@@ -262,6 +264,7 @@ def train(
             train=log.last["train"],
             val=log.validation[log.best] if config.patience else log.last["val"],
             kept=log.best if config.patience else None,
+            too_short=data.too_short,
         )
         if choosy:
             checkpoints.keep_best(folder)
