@@ -391,11 +391,9 @@ def test_validation_is_a_mean_over_batches_by_chance_of_its_own() -> None:
 def test_episodes_that_no_window_fits_into_are_told(
     write_embeddings: WriteEmbeddings, tmp_path: Path
 ) -> None:
-    store, lengths = (
-        write_embeddings(lengths=(40, 9, 30, 8) * 5),
-        ["--updates", "2", "--batch", "2", "--length", "10"],
-    )
-    episodes = Store.open(store).episodes
-    count = sum(split == "train" and rows < 10 for split, rows in episodes.select("split", "rows").rows())
-    told = CliRunner().invoke(app, ["train-model", str(store), str(tmp_path / "run"), *lengths]).stderr
+    store = write_embeddings(lengths=(40, 9, 30, 8) * 5)
+    few = ("--updates", "2", "--batch", "2", "--length", "10")
+    episodes = Store.open(store).episodes.select("split", "rows").rows()
+    count = sum(split == "train" and rows < 10 for split, rows in episodes)
+    told = CliRunner().invoke(app, ["train-model", str(store), str(tmp_path / "run"), *few]).stderr
     assert f"{count} training episodes shorter than a window had no part in it" in told
