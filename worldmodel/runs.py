@@ -44,6 +44,7 @@ from pvrpipe.store.files import (
     write_whole,
 )
 from pvrpipe.store.layout import refuse_inside_store
+from pvrpipe.store.places import without_password
 from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import BEST, CHECKPOINT
 from pvrpipe.worldmodel.metrics_log import METRICS, TENSORBOARD, newest, updates_done
@@ -232,7 +233,10 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
             yield record
         except Exception as error:
             state = "diverged" if isinstance(error, DivergedError) else "failed"
-            write_run(folder, record.model_copy(update={"state": state, "failure": one_line(error)}))
+            write_run(
+                folder,
+                record.model_copy(update={"state": state, "failure": without_password(one_line(error))}),
+            )
             raise
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, RunError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
+from pvrpipe.store.places import without_password
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identity_of, moments_before
@@ -365,7 +366,7 @@ def _record(
     return runs.RunRecord(
         state="training",
         config=asdict(config),
-        store=str(store.path.absolute() if isinstance(store.path, Path) else store.path),
+        store=without_password(store.path.absolute() if isinstance(store.path, Path) else store.path),
         store_id=store.manifest.id,
         environment=store.manifest.rollouts.environment,
         encoder=encoder,
