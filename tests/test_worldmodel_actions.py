@@ -42,6 +42,12 @@ def test_what_is_within_them_or_has_none_is_left_as_it_is() -> None:
     assert bounds_of(made_with((0.0, 0.0), (1.0, 1.0), discrete=True)) is None
     assert bounds_of(made_with((-np.inf, 0.5), (np.inf, 0.5))) is None
     assert bounds_of(made_with((-np.inf, -2.0), (3.0, 2.0))) == ((-1, 1), (-2, 2))
+    assert bounds_of(made_with((-0.4, -1.0), (0.4, 1.0))) == (
+        (pytest.approx(-0.4), pytest.approx(0.4)),
+        (-1, 1),
+    )
+    assert bounds_of(made_with((-0.4, -0.9), (0.4, 1.0), policy="imported")) is None
+    assert bounds_of(made_with((0.0, -0.9), (512.0, 1.0), policy="imported")) == ((0, 512), (-1, 1))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -16,16 +16,23 @@ from pvrpipe.schemas.specifications import RolloutSpecification
 
 Bounds = tuple[tuple[float, float], ...]
 USUAL = (-1.0, 1.0)
+IMPORTED = "imported"  # the policy of stores that were made of what others recorded
 
 
 def bounds_of(made: RolloutSpecification) -> Bounds | None:
     """Lowest and highest of each action; None where a model takes them as they are stored: one of several, or ±1.
 
-    An action that has no bounds, or one value alone, is among others left as it is.
+    An action that has no bounds, or one value alone, is among others left as it is; so is one of an imported store
+    that stays within ±1, for its bounds may be no more than what happened to occur.
     """
     pairs = zip(made.action_low, made.action_high, strict=True)
-    bounds = tuple((low, high) if 0 < high - low < math.inf else USUAL for low, high in pairs)
+    bounds = tuple(USUAL if _is_left(low, high, made) else (low, high) for low, high in pairs)
     return None if made.discrete or all(pair == USUAL for pair in bounds) else bounds
+
+
+def _is_left(low: float, high: float, made: RolloutSpecification) -> bool:
+    within = USUAL[0] <= low and high <= USUAL[1]
+    return not 0 < high - low < math.inf or (within and made.policy == IMPORTED)
 
 
 def scaled(action: Tensor, bounds: Bounds | None) -> Tensor:
