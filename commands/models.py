@@ -27,7 +27,7 @@ from pvrpipe.commands.options import (
 from pvrpipe.commands.terminal import ERROR_COLUMNS, error_rows, mean_sem, note, tell, watching
 from pvrpipe.commands.training_options import MODELS, SIZES, TrainOptions, backbone_of
 from pvrpipe.schemas.errors import InvalidValueError
-from pvrpipe.schemas.progress import silent
+from pvrpipe.schemas.progress import counted, silent
 
 VIEWS = ("source", "replay", "shift")  # of a pair of stores
 # What is of a run's probe, and not of reading a store out.
@@ -112,6 +112,9 @@ def train_model(
     if not first:
         return
     note(f"windows came from {result.backing}")
+    if result.too_short:
+        short = counted(result.too_short, "training episode")
+        note(f"{short} shorter than a window had no part in it; a smaller --length lets them in")
     tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
 
 

@@ -24,6 +24,7 @@ from pvrpipe.schemas.errors import InvalidValueError, RunError
 from pvrpipe.schemas.records import Step
 from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.store.files import sha256_of
+from pvrpipe.worldmodel.actions import unscaled
 from pvrpipe.worldmodel.batches import tensors_of
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.runs import read_run
@@ -74,7 +75,7 @@ class RunPolicy:
         while True:
             rows.append(encode(seen()["frame"][None])[0])
             batch = tensors_of({column: np.stack(rows)[None]}, cpu, record.setting.shown)
-            yield model.act(batch["observation"])[0].numpy()
+            yield unscaled(model.act(batch["observation"])[0], record.setting.bounds).numpy()
 
 
 def _as_it_is(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:

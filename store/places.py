@@ -78,6 +78,11 @@ def is_url(text: str) -> bool:
     return "://" in text or bool(re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*::", text))
 
 
+def without_password(text: object) -> str:
+    """A place, or a text in which one is named, as others may read it: of ``https://alice:secret@host`` no secret."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", str(text))
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec driver for a URL or a local path, and the path within it; listings are never cached.
 

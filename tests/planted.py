@@ -79,19 +79,20 @@ def write_planted(
     replay_of: str | None = None,
     variation: str = "none",
     environment: str = "test:walk",
+    bounds: tuple[tuple[float, ...], tuple[float, ...]] = ((-1.0, -1.0), (1.0, 1.0)),
 ) -> Path:
     """A store of episodes, each its columns (L + 1, ...) by name; returns its folder.
 
     The first reward and the last action, which the contract sets to zero, are. Episodes with frames make rollouts,
-    others embeddings of the rollouts of that id, which replay those of another.
+    others embeddings of the rollouts of that id, which replay those of another. ``bounds``: lowest and highest actions.
     """
     lengths = [len(arrays["reward"]) - 1 for arrays in episodes]
     first = episodes[0]
     columns = with_bounds(column(name, str(array.dtype), array.shape[1:]) for name, array in first.items())
     plan = plan_shards(len(episodes), max(lengths) + 1)
-    rollouts = rollout_specification(len(episodes), max(lengths)).model_copy(
-        update={"replay_of": replay_of, "environment": environment}
-    )
+    low, high = bounds
+    about = {"replay_of": replay_of, "environment": environment, "action_low": low, "action_high": high}
+    rollouts = rollout_specification(len(episodes), max(lengths)).model_copy(update=about)
     made = (
         rollouts
         if "frame" in first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_a_run_acts_through_the_encoder_inside_it(tmp_path: Path) -> None:
     for t in range(6):
         shown = torch.from_numpy(np.ascontiguousarray(episode["frame"][: t + 1]))[None]
         np.testing.assert_allclose(episode["action"][t], model.act(shown)[0].numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_acts_in_the_bounds_of_its_environment(tmp_path: Path) -> None:
+    """From -3 to 3: a policy's own actions end at 1, a third of the way."""
+    pendulum = replace(configured("random"), environment="gym:InvertedPendulum-v5", episodes=6)
+    collect(pendulum, tmp_path / "random", INLINE)
+    config = TrainConfig("tdmpc2", updates=2, batch=2, length=2, log_every=1, save_every=1)
+    train(config, tmp_path / "random", tmp_path / "run")
+    collect(replace(pendulum, policy=f"run={tmp_path / 'run'}", episodes=1), tmp_path / "played", INLINE)
+    model, record = load_model(tmp_path / "run", torch.device("cpu"))
+    assert record.setting.bounds == ((-3, 3),)
+    episode = Store.open(tmp_path / "played").read_episode(0)
+    shown = torch.from_numpy(np.ascontiguousarray(episode["frame"][:1]))[None]
+    np.testing.assert_allclose(episode["action"][0], 3 * model.act(shown)[0].numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_another_checkpoint_is_another_configuration(tmp_path: Path) -> None:

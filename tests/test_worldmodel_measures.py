@@ -17,8 +17,9 @@ from pvrpipe.worldmodel.probe_dynamics import Judged
 from pvrpipe.worldmodel.probe_networks import dormant_units, effective_rank, watched
 from pvrpipe.worldmodel.probe_reference import evenly
 from pvrpipe.worldmodel.probe_reward import Event, calibration, event_of, precision_recall
-from pvrpipe.worldmodel.probe_state import PENALTIES, fit_state_reader
+from pvrpipe.worldmodel.probe_state import fit_state_reader
 from pvrpipe.worldmodel.probe_table import accumulate, groups, horizons_of, table_of
+from pvrpipe.worldmodel.readout import PENALTIES
 
 
 def test_accumulate_and_horizons() -> None:

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel.readout import judged, read_out, ridge_weights
+from pvrpipe.worldmodel.readout import PENALTIES, judged, penalty_for, read_out, ridge_weights
 
 from .planted import write_planted
 
@@ -73,7 +73,29 @@ def test_ridge_equals_its_closed_form_solved_otherwise() -> None:
     x, y, at = random.normal(size=(50, 4)), random.normal(size=(50, 2)), random.normal(size=(7, 4))
     augmented = np.concatenate([x, np.sqrt(1e-4 * 50) * np.eye(4)])
     weights = np.linalg.lstsq(augmented, np.concatenate([y, np.zeros((4, 2))]), rcond=None)[0]
-    np.testing.assert_allclose(at @ ridge_weights(x, y), at @ weights, rtol=1e-9)
+    np.testing.assert_allclose(at @ ridge_weights(x, y, 1e-4), at @ weights, rtol=1e-9)
+
+
+def test_few_rows_of_a_wide_embedding_are_read_with_a_penalty_that_suits_them(tmp_path: Path) -> None:
+    """Of 200 numbers that are mostly noise, the least penalty reads a reward that there is worse than its mean does."""
+    random, episodes = np.random.default_rng(2), []
+    for _ in range(30):
+        embedding = random.normal(size=(11, 200)).astype(np.float32)
+        reward = embedding[:, :40].mean(1) * 40**0.5 + random.normal(size=11)
+        action = np.zeros((11, 2), np.float32)
+        episodes.append({"embedding": embedding, "action": action, "reward": reward.astype(np.float32)})
+    store = write_planted(tmp_path / "store", episodes)
+    (x, y), (at, told) = (rows_of(store, split) for split in ("train", "val"))
+    seen, held_out, centre = scaled(x, x), scaled(at, x), y.mean()
+    found = {
+        penalty: judged(
+            held_out @ ridge_weights(seen, y[:, None] - centre, penalty) + centre, told[:, None], y.mean(0)
+        )
+        for penalty in PENALTIES
+    }
+    chosen = penalty_for(seen, y[:, None] - centre, np.repeat(np.arange(len(y) // 10), 10))
+    assert found[chosen]["r2"] > found[PENALTIES[0]]["r2"] + 0.05
+    assert read_out(store, updates=2)["reward"]["linear"] == pytest.approx(found[chosen], rel=1e-9)
 
 
 def test_numbers_that_never_change_do_not_count() -> None:

@@ -14,7 +14,7 @@ from pvrpipe.cli import app
 from pvrpipe.schemas.errors import CorruptStoreError, OutputExistsError, RunError
 from pvrpipe.store.destination import Destination
 from pvrpipe.store.files import temporary_beside
-from pvrpipe.store.places import place_of
+from pvrpipe.store.places import place_of, without_password
 from pvrpipe.store.remote import Source
 from pvrpipe.store.sharing import push
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
@@ -26,6 +26,7 @@ from pvrpipe.worldmodel.training import TrainConfig, train
 from .conftest import write_store
 from .hub import Hub
 from .planted import write_planted
+from .serving import serving
 
 CONFIG = TrainConfig("dinowm", "1m", updates=4, batch=4, log_every=2, save_every=2)
 
@@ -201,3 +202,19 @@ def test_a_run_without_its_store_says_how_to_probe_it(finished: Path, run: Path,
     ):
         probe(run, horizons=(5,))
     assert probe(run, finished.parent / "store", horizons=(5,))["episodes"] > 0
+
+
+def test_a_password_in_a_stores_address_is_written_nowhere(
+    finished: Path, tmp_path: Path, cache: Path
+) -> None:
+    """A server takes no notice of it, and what a run writes is there to be shared."""
+    with serving(finished.parent) as served:
+        address = served.url.replace("://", "://alice:pa@ssw0rd@") + "/store"
+        train(CONFIG, address, tmp_path / "run")
+        probe(tmp_path / "run", address, horizons=(5,))
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert json.loads((tmp_path / "run" / RECORD).read_bytes())["store"] == f"{served.url}/store".replace(
+        "://", "://alice@"
+    )
+    assert [str(path) for path in written if b"ssw0rd" in path.read_bytes()] == []
+    assert without_password("s3://a/b@c and https://u:p@h:80/x") == "s3://a/b@c and https://u@h:80/x"

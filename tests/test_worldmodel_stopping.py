@@ -108,53 +108,6 @@ def test_a_finished_run_is_returned_at_once_and_another_configuration_refused(
     assert train(short(seed=1), store, run, overwrite=True).train != first.train
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_run_that_is_asked_for_more_updates_goes_on_as_if_it_had_been_from_the_start(
-    model: str, write_embeddings: WriteEmbeddings, tmp_path: Path
-) -> None:
-    store, run = write_embeddings(), tmp_path / "run"
-    train(short(model, updates=12), store, tmp_path / "at once")
-    train(short(model, updates=6), store, run)
-    for name in ("metrics.json", "probe.parquet", "pairs-x.json", "map.parquet", "notes.txt"):
-        (run / name).write_text("of the weights after six updates")
-    result = train(short(model, updates=12), store, run)
-    assert (result.updates, runs.read_run(run).config["updates"]) == (12, 12)
-    for name in (checkpoints.CHECKPOINT, METRICS):
-        assert (run / name).read_bytes() == (tmp_path / "at once" / name).read_bytes(), name
-    assert verify_run(run) == []
-    assert {path.name for path in run.glob("*.*")} == {
-        "run.json",
-        checkpoints.CHECKPOINT,
-        METRICS,
-        "notes.txt",
-    }
-    with pytest.raises(OutputExistsError, match="updates: 12, now 6"):
-        train(short(model, updates=6), store, run)
-
-
-def test_what_patience_kept_does_not_go_on(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
-    store, run = write_embeddings(), tmp_path / "run"
-    train(short(patience=1), store, run)
-    known = runs.read_run(run)
-    with pytest.raises(OutputExistsError, match="updates: 6, now 12"):
-        train(short(patience=1, updates=12), store, run)
-    with pytest.raises(OutputExistsError, match="patience: 1, now 0"):
-        train(short(updates=12), store, run)
-    assert runs.read_run(run) == known
-
-
-def test_losses_that_were_lost_are_missed(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
-    """A run that went on without them would end with another log than an undisturbed one."""
-    store, run = write_embeddings(), tmp_path / "run"
-    train(short(), store, run)
-    first = (run / METRICS).read_text().splitlines(keepends=True)[0]
-    (run / METRICS).unlink()
-    for _ in range(2):
-        with pytest.raises(RunError, match=r"ends before update 6.*--overwrite"):
-            train(short(updates=12), store, run)
-        (run / METRICS).write_text(first)
-
-
 def test_nothing_is_put_into_a_stores_folder(write_embeddings: WriteEmbeddings, tmp_path: Path) -> None:
     store = write_embeddings()
     for run in (store / "run", store / "shards" / "run"):

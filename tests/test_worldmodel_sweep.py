@@ -20,7 +20,7 @@ from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.worldmodel import checkpoints
 from pvrpipe.worldmodel.ray_engine import AGAIN, outcomes
 from pvrpipe.worldmodel.runs import read_run
-from pvrpipe.worldmodel.sweep import Job, Outcome, sweep
+from pvrpipe.worldmodel.sweep import Job, Outcome, finished, sweep
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .commands import run
@@ -109,6 +109,9 @@ def test_a_sweep_that_is_run_again_leaves_finished_runs_alone(
     both = sweep(jobs, engine="inline")
     assert both[0] == first[0]
     assert [path.stat().st_mtime_ns for path in made] == stamps
+    assert finished(jobs[0]) == first[0]
+    for asked in ({"context": 2}, {"horizons": (4,)}, {"split": ("train",)}, {"overwrite": True}):
+        assert finished(replace(jobs[0], **asked)) is None, asked
     other = replace(jobs[0], config=config("dreamerv3", 9))
     (refused,) = sweep([other], engine="inline")
     assert "seed: 0, now 9" in refused.failure

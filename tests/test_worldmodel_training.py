@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from pvrpipe.cli import app
 from pvrpipe.schemas.errors import OutputExistsError, RunError
 from pvrpipe.store.loading import WindowLoader
 from pvrpipe.store.planning import split_of
@@ -384,3 +386,14 @@ def test_validation_is_a_mean_over_batches_by_chance_of_its_own() -> None:
     rolls = [[float(torch.rand((), generator=chance(3, k, *own))) for k in range(4)] for own in ((), (1,))]
     assert first == again == pytest.approx(np.mean(rolls[1]))
     assert not set(rolls[0]) & set(rolls[1])
+
+
+def test_episodes_that_no_window_fits_into_are_told(
+    write_embeddings: WriteEmbeddings, tmp_path: Path
+) -> None:
+    store = write_embeddings(lengths=(40, 9, 30, 8) * 5)
+    few = ("--updates", "2", "--batch", "2", "--length", "10")
+    episodes = Store.open(store).episodes.select("split", "rows").rows()
+    count = sum(split == "train" and rows < 10 for split, rows in episodes)
+    told = CliRunner().invoke(app, ["train-model", str(store), str(tmp_path / "run"), *few]).stderr
+    assert f"{count} training episodes shorter than a window had no part in it" in told

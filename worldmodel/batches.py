@@ -19,6 +19,7 @@ from pvrpipe.store.loading import WindowLoader
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.windows import WindowSampler
+from pvrpipe.worldmodel.actions import Bounds, bounds_of, scaled
 from pvrpipe.worldmodel.inputs import Observation
 from pvrpipe.worldmodel.models import Setting
 from pvrpipe.worldmodel.ranks import ranks
@@ -85,6 +86,7 @@ def setting_of(
         steps=int(store.episodes["length"].max()),  # type: ignore[arg-type]
         episodic=bool(store.episodes["terminated"].any()),
         frames=None if embedding is None else Observation("frames", store.column("frame").shape),
+        bounds=bounds_of(store.manifest.rollouts),
     )
 
 
@@ -100,7 +102,7 @@ class Batches:
         length: int,
         seed: int,
         device: torch.device,
-        observation: Observation,
+        setting: Setting,
         columns: tuple[str, ...] = (),
         backing: Backing = "auto",
     ) -> None:
@@ -118,13 +120,19 @@ class Batches:
         )
         resident: Literal["auto"] | bool = "auto" if backing == "auto" else backing == "device"
         self._sampler = sampler
-        self._load = WindowLoader(sampler, device, prepared_for(observation), resident)
+        self._load = WindowLoader(sampler, device, prepared_for(setting.shown, setting.bounds), resident)
         self.backing = self._load.backing
 
     @property
     def waited(self) -> float:
         """Seconds that callers had to wait for batches."""
         return self._load.waited
+
+    @property
+    def too_short(self) -> int:
+        """Episodes of the split that no window fits into."""
+        plan, episodes = self._sampler.plan, self._sampler.store.episodes
+        return int(((episodes["split"] == plan.split) & (episodes["rows"] < plan.length)).sum())
 
     def __call__(self, k: int) -> dict[str, Tensor]:
         """Columns (B, T, ...): embedding, action and reward in float32, flags in bool."""
@@ -148,20 +156,22 @@ class Batches:
 
 
 def tensors_of(
-    arrays: Mapping[str, Rows], device: torch.device, observation: Observation
+    arrays: Mapping[str, Rows], device: torch.device, observation: Observation, bounds: Bounds | None = None
 ) -> dict[str, Tensor]:
     """Store columns (B, T, ...) as a batch on a device."""
-    prepare = prepared_for(observation)
+    prepare = prepared_for(observation, bounds)
     return prepare({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
-def prepared_for(observation: Observation) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """What makes a model's batch of a store's columns."""
-    return partial(_prepared, observation)
+def prepared_for(
+    observation: Observation, bounds: Bounds | None = None
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """What makes a model's batch of a store's columns: of what a row shows, and of actions in these bounds."""
+    return partial(_prepared, observation, bounds)
 
 
-def _prepared(observation: Observation, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Numbers in float32, flags in bool, ``observation`` as the model knows it; frames stay bytes."""
+def _prepared(observation: Observation, bounds: Bounds | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers in float32, actions in [-1, 1], flags in bool, ``observation`` as the model has it; frames stay bytes."""
     others = dict(batch)
     shown = next(others.pop(name) for name in OBSERVED.values() if name in others)
     if observation.kind == "pixels":
@@ -169,6 +179,8 @@ def _prepared(observation: Observation, batch: dict[str, Tensor]) -> dict[str, T
     elif observation.kind != "frames":
         shown = shown.float().reshape(*shown.shape[:2], *observation.shape)
     numbers = {name: rows if rows.dtype == torch.bool else rows.float() for name, rows in others.items()}
+    if "action" in numbers:
+        numbers["action"] = scaled(numbers["action"], bounds)
     return {**numbers, "observation": shown}
 
 

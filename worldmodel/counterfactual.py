@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.progress import Progress, silent
+from pvrpipe.store.places import without_password
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.batches import chance
@@ -106,8 +107,8 @@ def probe_pairs(
     table = pl.concat(tables)
     report = {
         **about,
-        "store": str(subject.store.path),
-        "replay": str(anew.store.path),
+        "store": without_password(subject.store.path),
+        "replay": without_password(anew.store.path),
         "variation": anew.store.manifest.rollouts.variation,
         "split": split,
         "context": context,

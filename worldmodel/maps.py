@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pvrpipe.store.places import without_password
 from pvrpipe.worldmodel.neighbours import NEIGHBOURS, nearest
 from pvrpipe.worldmodel.probe_reference import beliefs_of
 from pvrpipe.worldmodel.probe_subject import subject_of
@@ -81,7 +82,7 @@ def latent_map(
     features, reward, episode = seen.features[kept], seen.reward[kept], seen.episode[kept]
     points = {method: LAYOUTS[method](features, seed) for method in methods}
     return LatentMap(
-        store=str(subject.store.path),
+        store=without_password(subject.store.path),
         episode=episode,
         step=seen.step[kept],
         reward=reward,

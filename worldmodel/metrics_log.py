@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,11 @@ class MetricsLog:
             return
         with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
+            if (
+                part == "val"
+            ):  # a checkpoint comes next: if the machine goes down, it must not outlive its losses
+                file.flush()
+                os.fsync(file.fileno())
         for name, value in values.items():
             self._board.add_scalar(f"{part}/{name}", value, update)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel import dinowm, dreamerv3, tdmpc2
+from pvrpipe.worldmodel.actions import Bounds
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import BACKBONE, Observation
 from pvrpipe.worldmodel.predictions import Filtered, Imagined
@@ -81,6 +82,8 @@ class Setting:
     """whether any episode ended before its time"""
     frames: Observation | None = None
     """what a row shows to a backbone, which makes the observation of it"""
+    bounds: Bounds | None = None
+    """of actions, see :func:`pvrpipe.worldmodel.actions.bounds_of`"""
 
     @property
     def shown(self) -> Observation:

@@ -30,6 +30,7 @@ from pvrpipe.schemas.errors import DivergedError, InvalidValueError
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.store.files import write_whole
+from pvrpipe.store.places import without_password
 from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Floats, Judged, judge
@@ -114,7 +115,7 @@ def probe(
     report = {
         **identity_of(subject, folder),
         "run_state": record.state,
-        "store": str(subject.store.path),
+        "store": without_password(subject.store.path),
         "split": first,
         "context": context,
         "seed": seed,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel.actions import Bounds
 from pvrpipe.worldmodel.batches import OBSERVED, tensors_of
 from pvrpipe.worldmodel.inputs import Observation
 
@@ -35,12 +36,14 @@ class Reader:
         observation: what the model sees of a row.
         columns: that it reads besides observation, action and reward; of these, what is not there is left out.
         device: where the tensors go.
+        bounds: of the actions that the model was trained on.
     """
 
     store: Store
     observation: Observation
     columns: tuple[str, ...]
     device: torch.device
+    bounds: Bounds | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,7 +53,7 @@ class Reader:
 
     def __call__(self, numbers: Sequence[int]) -> Padded:
         """These episodes, side by side."""
-        return padded(self.store, numbers, self.names, self.observation, self.device)
+        return padded(self.store, numbers, self.names, self.observation, self.device, self.bounds)
 
     def batches(self, numbers: Sequence[int], features: int = 0) -> Iterator[tuple[list[int], Padded]]:
         """Some episodes after others, and their numbers, as many at once as memory is meant for.
@@ -73,6 +76,7 @@ def padded(
     columns: Sequence[str],
     observation: Observation,
     device: torch.device,
+    bounds: Bounds | None = None,
 ) -> Padded:
     """Read whole episodes and lay them side by side."""
     episodes = [store.read_episode(n, columns) for n in numbers]
@@ -83,7 +87,7 @@ def padded(
         arrays[name] = np.zeros((len(episodes), rows.max(), *first.shape[1:]), first.dtype)
         for lane, episode in enumerate(episodes):
             arrays[name][lane, : rows[lane]] = episode[name]
-    return Padded(tensors_of(arrays, device, observation), rows)
+    return Padded(tensors_of(arrays, device, observation, bounds), rows)
 
 
 def shuffled_actions(

@@ -16,10 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvrpipe.worldmodel.readout import STILL, ridge_weights
+from pvrpipe.worldmodel.readout import STILL, penalty_for, ridge_weights
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge, times the rows
-HELD_OUT = 5  # every fifth episode decides which
 Floats = NDArray[np.float64]
 
 
@@ -67,7 +65,7 @@ def fit_state_reader(
     state = state[:, moving]
     mean, scale = features.mean(0), np.maximum(features.std(0), 1e-4)
     x, centre = (features - mean) / scale, state.mean(0)
-    penalty = _penalty(x, state - centre, np.unique(episode, return_inverse=True)[1] % HELD_OUT == 0)
+    penalty = penalty_for(x, state - centre, episode)
     weight = ridge_weights(x, state - centre, penalty) / scale[:, None]
 
     def tensor(array: Floats) -> Tensor:
@@ -82,15 +80,3 @@ def fit_state_reader(
         moving=torch.from_numpy(moving).to(device),
         penalty=penalty,
     )
-
-
-def _penalty(x: Floats, y: Floats, held_out: NDArray[np.bool_]) -> float:
-    """The penalty with the smallest error on held-out rows, each number of y counted in its variances."""
-    if held_out.all():
-        return PENALTIES[0]
-    spread = y.var(0)
-    errors = [
-        np.square((y - x @ ridge_weights(x[~held_out], y[~held_out], penalty))[held_out] / spread**0.5).mean()
-        for penalty in PENALTIES
-    ]
-    return PENALTIES[int(np.argmin(errors))]

@@ -87,9 +87,8 @@ def subject_of(
     check_encoder(record, held_out)
     check_environment(record, held_out, elsewhere=elsewhere)
     with suitable_threads(model, device):
-        yield Subject(
-            model, record, Reader(held_out, record.setting.shown, ("state", *model.columns), device)
-        )
+        setting, columns = record.setting, ("state", *model.columns)
+        yield Subject(model, record, Reader(held_out, setting.shown, columns, device, setting.bounds))
 
 
 def _own_store(record: runs.RunRecord) -> Store:

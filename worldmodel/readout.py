@@ -1,14 +1,14 @@
 """What an embedding contains: reward and state read off it by small networks, without any world model.
 
 The floor under every reward error: a model cannot read from a latent what the embedding does not hold. Each row's
-reward (received on arriving there) and state are predicted from that row's embedding alone, by ridge regression, by an
-MLP and by the five nearest training rows, all on standardised embeddings of the ``train`` episodes, and judged on the
-held-out ones. Tokens are averaged first.
+reward (received on arriving there) and state are predicted from that row's embedding alone, by ridge regression, whose
+penalty every fifth training episode decides, by an MLP and by the five nearest training rows, all on standardised
+embeddings of the ``train`` episodes, and judged on the held-out ones. Tokens are averaged first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from pvrpipe.worldmodel.neighbours import neighbours_say
 TARGETS = ("reward", "state")
 READERS = ("linear", "mlp", "neighbours")
 WIDEST = 8192  # numbers; the normal equations are that many squared
-RIDGE = 1e-4  # times the rows, on standardised numbers
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of a ridge on standardised numbers, times the rows
+HELD_OUT = 5  # every fifth training episode decides which
 BANK = 32768  # training rows, evenly spread, among which neighbours are looked for
 UNITS, BATCH, RATE, DECAY = 256, 512, 1e-3, 1e-4
 STILL = 1e-8  # variance of a number of the state that never changes, which cannot be explained
@@ -39,6 +40,8 @@ class Rows:
 
     embedding: Floats
     targets: dict[str, Floats]
+    episode: NDArray[np.int64]
+    """(N,), which episode each row is of"""
 
 
 def read_out(
@@ -76,8 +79,9 @@ def read_out(
     }
     for number, (name, wanted) in enumerate(train.targets.items()):
         centre = wanted.mean(0)
+        penalty = penalty_for(seen, wanted - centre, train.episode)
         predictions = {
-            "linear": held_out @ ridge_weights(seen, wanted - centre) + centre,
+            "linear": held_out @ ridge_weights(seen, wanted - centre, penalty) + centre,
             "mlp": _mlp(seen, wanted, held_out, updates, (seed, number), progress),
             "neighbours": neighbours_say(held_out, seen[bank], wanted[bank]),
             "mean": np.broadcast_to(centre, val.targets[name].shape),
@@ -86,7 +90,7 @@ def read_out(
     return report
 
 
-def ridge_weights(x: Floats, y: Floats, penalty: float = RIDGE) -> Floats:
+def ridge_weights(x: Floats, y: Floats, penalty: float) -> Floats:
     """Ridge regression of y (N, n), centred, on x (N, D), standardised, by its smaller normal equations: (D, n).
 
     Args:
@@ -94,11 +98,38 @@ def ridge_weights(x: Floats, y: Floats, penalty: float = RIDGE) -> Floats:
         y: targets.
         penalty: on the squared weights, times N.
     """
+    return next(_ridges(x, y, (penalty,)))
+
+
+def penalty_for(x: Floats, y: Floats, episode: NDArray[np.int64]) -> float:
+    """The penalty with the smallest error on every fifth episode, each number of y counted in its variances.
+
+    Args:
+        x: features (N, D), standardised.
+        y: targets (N, n), centred; those that do not change have no part in it.
+        episode: (N,), which episode each row is of.
+    """
+    held_out = np.unique(episode, return_inverse=True)[1] % HELD_OUT == 0
+    y = y[:, y.var(0) > STILL]
+    if held_out.all() or not y.shape[1]:
+        return PENALTIES[0]
+    spread = y.var(0)
+    errors = [
+        np.square((y[held_out] - x[held_out] @ weights) / spread**0.5).mean()
+        for weights in _ridges(x[~held_out], y[~held_out], PENALTIES)
+    ]
+    return PENALTIES[int(np.argmin(errors))]
+
+
+def _ridges(x: Floats, y: Floats, penalties: Sequence[float]) -> Iterator[Floats]:
+    """The weights for each penalty; what costs, the products of all features, is computed once."""
     wide = x.shape[1] > len(x)
     normal = x @ x.T if wide else x.T @ x
-    normal[np.diag_indices_from(normal)] += penalty * len(x)
-    solved = np.linalg.solve(normal, y if wide else x.T @ y).astype(np.float64, copy=False)
-    return x.T @ solved if wide else solved
+    diagonal, wanted = normal.diagonal().copy(), y if wide else x.T @ y
+    for penalty in penalties:
+        normal[np.diag_indices_from(normal)] = diagonal + penalty * len(x)
+        solved = np.linalg.solve(normal, wanted).astype(np.float64, copy=False)
+        yield x.T @ solved if wide else solved
 
 
 def judged(predicted: Floats, true: Floats, centre: Floats) -> dict[str, float]:
@@ -149,7 +180,8 @@ def _rows_of(store: Store, split: str) -> Rows:
             f"{store.path} has no {split} episodes to read from; collect more with `pvrpipe collect --append`"
         )
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Rows(joined.pop("embedding"), joined)
+    episode = np.repeat(np.arange(len(parts)), [len(part["embedding"]) for part in parts])
+    return Rows(joined.pop("embedding"), joined, episode)
 
 
 def _episodes(store: Store, split: str, columns: list[str]) -> Iterator[dict[str, Floats]]:

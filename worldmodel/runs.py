@@ -44,6 +44,7 @@ from pvrpipe.store.files import (
     write_whole,
 )
 from pvrpipe.store.layout import refuse_inside_store
+from pvrpipe.store.places import without_password
 from pvrpipe.store.workspace import RUN, latest_first
 from pvrpipe.worldmodel.checkpoints import BEST, CHECKPOINT
 from pvrpipe.worldmodel.metrics_log import METRICS, TENSORBOARD, newest, updates_done
@@ -233,7 +234,10 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
             yield record
         except Exception as error:
             state = "diverged" if isinstance(error, DivergedError) else "failed"
-            write_run(folder, record.model_copy(update={"state": state, "failure": one_line(error)}))
+            write_run(
+                folder,
+                record.model_copy(update={"state": state, "failure": without_password(one_line(error))}),
+            )
             raise
 
 
@@ -259,6 +263,7 @@ def same_run(folder: Path, draft: RunRecord) -> RunRecord:
             "store_id": record.store_id,
             "representation": record.pvr,
             "weights": record.encoder and record.encoder.weights.tensors_sha256[:12],
+            "bounds of actions": record.setting.bounds,
         }
         for record in (existing, draft)
     )

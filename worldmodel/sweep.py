@@ -21,6 +21,7 @@ from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeErro
 from pvrpipe.schemas.progress import Progress, counted, silent
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.actions import bounds_of
 from pvrpipe.worldmodel.backbones import Looking
 from pvrpipe.worldmodel.batches import Backing
 from pvrpipe.worldmodel.metrics_log import updates_done
@@ -114,7 +115,9 @@ def finished(job: Job) -> Outcome | None:
     """The outcome of a job of which nothing is left to do, from its files alone; None of any other."""
     try:
         record = runs.read_run(job.run)
-        same = record.config == asdict(job.config) and record.store_id == _id_of(job.store)
+        store = Store.open(job.store).manifest
+        same = (record.config, record.store_id) == (asdict(job.config), store.id)
+        same = same and record.setting.bounds == bounds_of(store.rollouts)
         metrics = [_found(job, label, store) for label, store in _probes(job)]
     except (PvrpipeError, OSError, ValueError, KeyError):
         return None

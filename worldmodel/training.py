@@ -17,6 +17,7 @@ from torch import Tensor
 from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, RunError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
+from pvrpipe.store.places import without_password
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identity_of, moments_before
@@ -140,6 +141,8 @@ class TrainResult:
     val: dict[str, float]
     kept: int | None = None
     """with ``patience``, the update of the best checkpoint, which is the one kept; None: the last"""
+    too_short: int = 0
+    """training episodes that no window fits into, of which nothing was learned"""
 
 
 def train(
@@ -198,7 +201,7 @@ def train(
             length=length,
             seed=config.seed,
             device=device,
-            observation=setting.shown,
+            setting=setting,
             columns=model.columns,
             backing=backing,
         )
@@ -262,6 +265,7 @@ def train(
             train=log.last["train"],
             val=log.validation[log.best] if config.patience else log.last["val"],
             kept=log.best if config.patience else None,
+            too_short=data.too_short,
         )
         if choosy:
             checkpoints.keep_best(folder)
@@ -362,7 +366,7 @@ def _record(
     return runs.RunRecord(
         state="training",
         config=asdict(config),
-        store=str(store.path.absolute() if isinstance(store.path, Path) else store.path),
+        store=without_password(store.path.absolute() if isinstance(store.path, Path) else store.path),
         store_id=store.manifest.id,
         environment=store.manifest.rollouts.environment,
         encoder=encoder,
