@@ -7,7 +7,7 @@ work itself resumes where its own files say.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,9 @@ def _embed(look: Look, todo: Sequence[Encoded], how: How) -> list[EmbedResult]:
         address=how.engine.address,
         workers=how.engine.workers,
     )
-    outputs = [(each.request, each.folder) for each in todo if each.request is not None]
+    outputs = [
+        (replace(each.request, device=how.device), each.folder) for each in todo if each.request is not None
+    ]
     with watching(
         "embed", "frames", f"embedding {look.folder} with {counted(len(outputs), 'encoder')}"
     ) as progress:
