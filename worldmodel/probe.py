@@ -46,6 +46,7 @@ from pvrpipe.worldmodel.probe_table import (
     table_of,
 )
 from pvrpipe.worldmodel.statistics import pearson, spearman
+from pvrpipe.worldmodel.training import LESS
 
 
 def probe(
@@ -234,8 +235,7 @@ def check_finite(folder: Path, judged: Judged, numbers: Sequence[int]) -> None:
         if wrong.any():
             raise DivergedError(
                 f"{folder}: {measure} of {control}, {prediction}, is not finite in episode "
-                f"{numbers[int(wrong.argmax())]}; "
-                "the model has diverged: train it again with a smaller --learning-rate and --overwrite"
+                f"{numbers[int(wrong.argmax())]}; the model has diverged: {LESS}"
             )
 
 

@@ -44,6 +44,8 @@ OWN = {
     "burn_in": "dreamerv3",
     "proprioception": "dinowm",
 }
+#: What a run that diverged wants next. In a study another rate is another run, and there is no such option.
+LESS = "try a smaller --learning-rate (of `train-model` and `sweep` with --overwrite)"
 VALIDATION_BATCHES = 4
 VALIDATION = 1  # sets validation's chance apart from training's
 
@@ -285,7 +287,7 @@ def check_finite(what: str, value: float, update: int, windows: str) -> None:
     if not math.isfinite(value):
         raise DivergedError(
             f"the {what} update {update} is {value}, on {windows}; the last checkpoint, if any, "
-            "is kept: try a smaller learning rate with --overwrite, or look at the store with `pvrpipe verify`"
+            f"is kept: {LESS}, or look at the store with `pvrpipe verify`"
         )
 
 
