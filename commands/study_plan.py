@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pvrpipe.commands.options import pvr_label
 from pvrpipe.commands.rollouts import usual_policy
+from pvrpipe.commands.training_options import log_every
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretraining import PretrainConfig
 from pvrpipe.pipeline.readout import Readout
@@ -41,7 +42,6 @@ from pvrpipe.worldmodel.sweep import Job
 from pvrpipe.worldmodel.training import TrainConfig
 
 MAPS = {"dreamerv3": ("linear", "mlp"), "tdmpc2": ("mlp",)}  # that a model can be given for one embedding
-LOG_EVERY = 50
 LONGEST = 100  # letters of what a folder is of, in its name
 
 
@@ -258,7 +258,7 @@ def config_of(trained: Trained, windows: Windows, size: str, through: str, seed:
         symlog_inputs=trained.symlog,
         precision=trained.precision,
         save_every=trained.save_every,
-        log_every=LOG_EVERY if trained.save_every % LOG_EVERY == 0 else trained.save_every,
+        log_every=log_every(trained.save_every),
     )
 
 

@@ -7,7 +7,7 @@ work itself resumes where its own files say.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def _collect_all(studying: Studying, how: How) -> None:
         if studying.of(look.folder).state != "waiting":
             continue
         if look.source is not None and not studying.holds(look.source.folder):
-            studying.update(look.folder, state="failed", failure=f"{look.source.folder} could not be made")
+            studying.update(look.folder, **_for_want_of(studying, look.source.folder))
             continue
         studying.attempt(look.folder, lambda look=look: _collect(look, how))  # type: ignore[misc]
         if studying.holds(look.folder):
@@ -151,6 +151,19 @@ def _embed_all(studying: Studying, how: How) -> None:
     for look in studying.plan.looks:
         if studying.holds(look.folder):
             _embed_look(studying, look, how)
+        else:
+            _leave_out(studying, look)
+
+
+def _leave_out(studying: Studying, look: Look) -> None:
+    """What would be made of a look that is not there says what it lacks."""
+    of_look = [each for each in studying.plan.embeddings if each.look == look]
+    trained_on_it = [
+        e.pretrained[0] for e in of_look if e.pretrained is not None and e.pretrained[2] == look.folder
+    ]
+    for folder in (*trained_on_it, *(each.folder for each in of_look)):
+        if studying.of(folder).state == "waiting":
+            studying.update(folder, **_for_want_of(studying, look.folder))
 
 
 def _embed_look(studying: Studying, look: Look, how: How) -> None:
@@ -180,7 +193,7 @@ def _pretrained(studying: Studying, each: Encoded, how: How) -> bool:
     if not studying.holds(folder):
         studying.attempt(folder, make)
     if not studying.holds(folder):
-        studying.update(each.folder, state="failed", failure=f"{folder} could not be trained")
+        studying.update(each.folder, **_for_want_of(studying, folder))
     return studying.holds(folder)
 
 
@@ -205,7 +218,9 @@ def _embed(look: Look, todo: Sequence[Encoded], how: How) -> list[EmbedResult]:
         address=how.engine.address,
         workers=how.engine.workers,
     )
-    outputs = [(each.request, each.folder) for each in todo if each.request is not None]
+    outputs = [
+        (replace(each.request, device=how.device), each.folder) for each in todo if each.request is not None
+    ]
     with watching(
         "embed", "frames", f"embedding {look.folder} with {counted(len(outputs), 'encoder')}"
     ) as progress:
@@ -226,6 +241,13 @@ def _ready(studying: Studying, store: str, shifts: Sequence[tuple[str, str]]) ->
     return all(studying.holds(Path(folder)) for folder in (store, *(s for _, s in shifts)))
 
 
+def _for_want_of(studying: Studying, folder: Path | str) -> dict[str, str]:
+    """State and reason of what cannot be made, since this is damaged or could not be made itself."""
+    lacking = studying.of(folder)
+    state = "damaged" if lacking.state == "damaged" else "failed"
+    return {"state": state, "failure": f"it needs {lacking.folder} ({lacking.state}: {lacking.failure})"}
+
+
 def _train_all(studying: Studying, how: How) -> None:
     """Train and probe what has its stores; what lacks one says which."""
     todo = []
@@ -234,10 +256,7 @@ def _train_all(studying: Studying, how: How) -> None:
             continue
         lacking = [f for f in (job.store, *(s for _, s in job.shifts)) if not studying.holds(Path(f))]
         if lacking:
-            store = studying.of(lacking[0])
-            state = "damaged" if store.state == "damaged" else "failed"
-            told = f"its store {store.folder} is {store.state}: {store.failure}"
-            studying.jobs[record.run] = record.model_copy(update={"state": state, "failure": told})
+            studying.jobs[record.run] = record.model_copy(update=_for_want_of(studying, lacking[0]))
         else:
             todo.append((job, record))
     studying.save()

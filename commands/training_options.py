@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from pvrpipe.worldmodel.runs import RunRecord
     from pvrpipe.worldmodel.training import TrainConfig
 
-LOG_EVERY = 50  # updates between two lines of training losses, or fewer, so that each checkpoint has one
+LOG_EVERY = 50  # updates
 MODELS = "dreamerv3, tdmpc2 or dinowm"
 SIZES = "Model size: 1m 12m 25m … (dreamerv3), 1m 5m 19m … (tdmpc2, dinowm)"
+
+
+def log_every(validate_every: int) -> int:
+    """Updates between two lines of training losses: 50, or fewer, so that each checkpoint has one."""
+    return math.gcd(validate_every, LOG_EVERY)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class TrainOptions:
             precision=self.precision,
             patience=self.patience,
             save_every=self.validate_every,
-            log_every=math.gcd(self.validate_every, LOG_EVERY),
+            log_every=log_every(self.validate_every),
             **kept,
         )
 

@@ -225,7 +225,9 @@ def _draw(run: Path, task: str, random: np.random.Generator, points: int = 400, 
         for name in ("true", "imagined", "seen")
     }
     numbers = {name: random.uniform(size=moments) for name in ("received", "predicted", "distance")}
-    strip = pl.DataFrame({"episode": [0] * moments, "step": list(range(moments)), **pictures, **numbers})
+    strip = pl.DataFrame(
+        {"episode": [0] * moments, "step": list(range(1, moments + 1)), **pictures, **numbers}
+    )
     write_pictures(run / runs.STRIP, strip, {})
 
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,6 +20,7 @@ from pvrpipe.commands.studies import reported
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.schemas.study_record import read_record
 from pvrpipe.worldmodel import report_figures
+from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_panels import task_of
 from pvrpipe.worldmodel.report_stamp import stamp_of
@@ -192,6 +194,25 @@ def test_a_strip_shows_what_was_drawn(tmp_path: Path) -> None:
         assert panel[name] == pytest.approx(table[name].to_list(), rel=1e-3)
     for name, shown in dict(panel["strip"]).items():
         assert [base64.b64decode(str(data["frames"][frame])) for frame in shown] == table[name].to_list()
+
+
+def test_pictures_are_of_the_first_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a study, of another seed, had drawn its own: two panels of one name, and two maps on one another."""
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3, pictures=True)
+    folder = write_study(tmp_path, planted)
+    runs = sorted((tmp_path / "runs").iterdir())
+    for name in ("map.parquet", "strip.parquet"):
+        shutil.copy(runs[0] / name, runs[2] / name)
+    shown: list[str] = []
+
+    def read(run: Path) -> Any:
+        shown.append(run.name)
+        return read_map(run)
+
+    monkeypatch.setattr(report_figures, "read_map", read)
+    charts = {c["id"]: c["panels"] for c in data_of(build_report([folder], folder / "report").page)["charts"]}
+    assert shown == [runs[0].name]
+    assert {name: len(charts[name]) for name in ("maps", "strips")} == {"maps": 2, "strips": 1}
 
 
 def test_a_task_is_named_with_the_look_it_was_trained_in() -> None:

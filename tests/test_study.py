@@ -280,10 +280,7 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     store = next(s for s in record.stores if s.pvr == "autoencoder" and s.kind == "embeddings")
     assert Store.open(tmp_path / "data" / store.folder).column("embedding").dtype == "float32"
     assert store.command.endswith("--dtype float32")
-    shard = next((tmp_path / "data" / store.folder / "shards").glob("*.parquet"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 3] ^= 1
-    shard.write_bytes(bytes(data))
+    damage(next((tmp_path / "data" / store.folder / "shards").glob("*.parquet")))
     code, found, told = study(tmp_path)
     assert code == 1
     states = {job.pvr: job.state for job in record_in(tmp_path).jobs}
@@ -293,6 +290,12 @@ def test_a_failed_store_and_a_damaged_one_cost_their_own_runs_alone(tmp_path: Pa
     done = run("report", "--json", "--no-figures", cwd=tmp_path)
     made = json.loads(done.stdout.splitlines()[-1])
     assert (made["runs"], made["unfinished"]) == (2, 6)
+    damage(next((tmp_path / "data" / "rollouts").rglob("*.parquet")))
+    assert study(tmp_path)[0] == 1
+    record = record_in(tmp_path)
+    made_of_it = [s for s in record.stores if s.kind == "embeddings"]
+    assert {part.state for part in (*made_of_it, *record.jobs)} == {"damaged"}
+    assert all("rollouts/" in part.failure and "has sha256" in part.failure for part in record.jobs)
 
 
 @pytest.mark.slow
@@ -346,6 +349,12 @@ def test_a_study_on_ray_is_the_study_inline(tmp_path: Path) -> None:
         for e in ("inline", "ray")
     )
     assert ours == theirs
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(bytes(data))
 
 
 def measured(folder: Path) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.counterfactual import probe_pairs
 from pvrpipe.worldmodel.filmstrip import film_strip
 from pvrpipe.worldmodel.maps import latent_map, pca, separation, umap
+from pvrpipe.worldmodel.pictures import draw, drawn, read_strip, write_pictures
 from pvrpipe.worldmodel.probe import probe
 from pvrpipe.worldmodel.probe_reference import beliefs_of
 from pvrpipe.worldmodel.probe_subject import subject_of
+from pvrpipe.worldmodel.runs import MAP
 from pvrpipe.worldmodel.training import TrainConfig, train
 
 from .commands import run
@@ -87,6 +89,17 @@ def test_a_film_strip_shows_what_the_actions_lead_to(model: str, home: Path) -> 
             Store.open(home / "rollouts").read_episode(int(episode), ("frame",))["frame"][step] == shown
         ).all()
     assert strip.reward[:, 0].tolist() == [float(frame[0, 0, 0] == COLOURS[2]) for frame in strip.true]
+
+
+def test_a_strip_of_another_context_is_drawn_anew(home: Path) -> None:
+    """A study whose context was changed kept the strips of the one before beside its new numbers."""
+    folder = home / "tdmpc2"
+    write_pictures(folder / MAP, pl.DataFrame({"episode": [0]}), {})  # UMAP takes half a minute
+    for context, other in ((1, 3), (3, 1)):
+        assert not drawn(folder, context)
+        draw(folder, home / "rollouts", context=context)
+        assert read_strip(folder)["step"][0] == context
+        assert (drawn(folder, context), drawn(folder, other)) == (True, False)
 
 
 def test_frames_of_other_rollouts_are_refused(home: Path, tmp_path: Path) -> None:

@@ -55,9 +55,7 @@ class MetricsLog:
             return
         with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({"update": update, part: self.last[part]}) + "\n")
-            if (
-                part == "val"
-            ):  # a checkpoint comes next: if the machine goes down, it must not outlive its losses
+            if part == "val":  # a checkpoint comes next, which must not outlive its losses in a power cut
                 file.flush()
                 os.fsync(file.fileno())
         for name, value in values.items():

@@ -53,7 +53,7 @@ def draw(
     """
     if not runs.is_sound(run / runs.MAP):
         _write_map(run, Store.open(frames), rows, seed, device)
-    if not runs.is_sound(run / runs.STRIP):
+    if not _has_strip(run, context):
         found = film_strip(run, str(frames), context=context, seed=seed, device=device)
         strip = pl.DataFrame(
             {
@@ -71,9 +71,14 @@ def draw(
         write_pictures(run / runs.STRIP, strip, {})
 
 
-def drawn(run: Path) -> bool:
-    """Whether nothing is left to draw."""
-    return runs.is_sound(run / runs.MAP) and runs.is_sound(run / runs.STRIP)
+def drawn(run: Path, context: int = 1) -> bool:
+    """Whether nothing is left to draw, of what is imagined behind so many rows."""
+    return runs.is_sound(run / runs.MAP) and _has_strip(run, context)
+
+
+def _has_strip(run: Path, context: int) -> bool:
+    """Whether there is a film strip that begins where this context ends."""
+    return runs.is_sound(run / runs.STRIP) and read_strip(run)["step"][0] == context
 
 
 def read_map(run: Path) -> tuple[pl.DataFrame, dict[str, float | None]]:

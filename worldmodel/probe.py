@@ -33,6 +33,7 @@ from pvrpipe.store.files import write_whole
 from pvrpipe.store.places import without_password
 from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.judging import LESS
 from pvrpipe.worldmodel.probe_dynamics import PREDICTIONS, Floats, Judged, judge
 from pvrpipe.worldmodel.probe_reference import beliefs_of, networks_of, reference_of
 from pvrpipe.worldmodel.probe_reward import calibration, precision_recall
@@ -235,8 +236,7 @@ def check_finite(folder: Path, judged: Judged, numbers: Sequence[int]) -> None:
         if wrong.any():
             raise DivergedError(
                 f"{folder}: {measure} of {control}, {prediction}, is not finite in episode "
-                f"{numbers[int(wrong.argmax())]}; "
-                "the model has diverged: train it again with a smaller --learning-rate and --overwrite"
+                f"{numbers[int(wrong.argmax())]}; the model has diverged: {LESS}"
             )
 
 

@@ -104,8 +104,8 @@ STRIPS = chart_of(
     "Imagined rollouts",
     "strip",
     "One held-out episode, in the run of the first seed. A latent has no picture; shown is the training frame whose "
-    "latent is nearest to it: to what was imagined from the first frame on, and to what was believed once each frame "
-    "was seen.",
+    "latent is nearest to it: to what was imagined without seeing any of these frames, and to what was believed once "
+    "each was seen.",
     "representation",
 )
 COST = chart_of(

@@ -213,14 +213,12 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _pictured(evidence: Evidence, name: str) -> Iterator[tuple[dict[str, str], Path]]:
-    for row in evidence.finished.iter_rows(named=True):
-        folder = Path(row["run"])
-        if runs.is_sound(folder / name):
-            keys = {
-                "task": task_of(row["environment"], row["variation"]),
-                "model": f"{row['model']} {row['size']}",
-            }
-            yield {**keys, "representation": row["arm"]}, folder
+    for row in evidence.pictured(name).iter_rows(named=True):
+        keys = {
+            "task": task_of(row["environment"], row["variation"]),
+            "model": f"{row['model']} {row['size']}",
+        }
+        yield {**keys, "representation": row["arm"]}, Path(row["run"])
 
 
 def _maps(made: Charts, evidence: Evidence) -> None:

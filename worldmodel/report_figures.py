@@ -125,8 +125,7 @@ def _draw_paper(rows: pl.DataFrame, name: str, path: Path) -> None:
 
 def _draw_maps(evidence: Evidence, environment: str, variation: str, path: Path) -> None:
     """UMAPs coloured by reward: rows for each model, a column for each representation, as far as they fit."""
-    drawn = evidence.finished.filter(environment=environment, variation=variation)
-    drawn = drawn.filter([runs.is_sound(Path(run) / runs.MAP) for run in drawn["run"]])
+    drawn = evidence.pictured(runs.MAP).filter(environment=environment, variation=variation)
     if not len(drawn):
         return
     models = drawn.select("model", "size").unique(maintain_order=True).rows()

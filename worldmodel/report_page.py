@@ -31,6 +31,12 @@ from pvrpipe.worldmodel.report_words import (
     told,
 )
 
+#: Rounding depends on it, and what was trained on what rounding leaves.
+THREADS = (
+    '<p class="about">On Ray a run computes on one thread. With <code>OMP_NUM_THREADS=1</code> these commands give its '
+    "numbers to the last bit; without, runs of more than two million parameters on a CPU give others.</p>"
+)
+
 
 def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict[str, pl.DataFrame]) -> str:
     """The whole page."""
@@ -250,7 +256,7 @@ def _commands(evidence: Evidence) -> str:
         ]
         steps = "\n".join(filter(None, parts))
         text += f"<pre>{escape(record.command)}</pre>"
-        text += _folded("Step by step", f"<pre>{escape(steps)}</pre>", printed=False)
+        text += _folded("Step by step", f"{THREADS}<pre>{escape(steps)}</pre>", printed=False)
     return text
 
 

@@ -51,6 +51,12 @@ class Evidence:
         """The runs that have numbers."""
         return self.runs.filter(state="finished")
 
+    def pictured(self, name: str) -> pl.DataFrame:
+        """The runs that have a map, or a film strip, and whole; of repeats the first."""
+        whole = [runs.is_sound(Path(run) / name) for run in self.finished["run"]]
+        drawn = self.finished.filter(pl.Series(whole, dtype=pl.Boolean))
+        return drawn.unique([*TASK, "arm", "model", "size"], keep="first", maintain_order=True)
+
     def errors(self, **wanted: Any) -> pl.DataFrame:
         """Open-loop errors of the models themselves."""
         return self.scores.filter(prediction="open_loop", control="model", **wanted)

@@ -126,7 +126,7 @@ def finished(job: Job) -> Outcome | None:
         or job.looking is not None
         or not same
         or record.result is None
-        or (job.frames and not drawn(job.run))
+        or (job.frames and not drawn(job.run, job.context))
     ):
         return None
     known = [found for found in metrics if found is not None]

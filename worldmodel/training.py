@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvrpipe.schemas.errors import DivergedError, InvalidValueError, PvrpipeError, RunError
+from pvrpipe.schemas.errors import InvalidValueError, PvrpipeError, RunError
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.places import without_password
@@ -23,18 +22,18 @@ from pvrpipe.worldmodel import checkpoints, runs
 from pvrpipe.worldmodel.backbones import check_backbone, embedding_shape, identity_of, moments_before
 from pvrpipe.worldmodel.batches import PIXELS, Backing, Batches, chance, open_observations, setting_of
 from pvrpipe.worldmodel.compiling import Precision, computing, losses_of, update_of
+from pvrpipe.worldmodel.judging import check_finite, means_of, validate
 from pvrpipe.worldmodel.memory import check_room
 from pvrpipe.worldmodel.metrics_log import MetricsLog
 from pvrpipe.worldmodel.models import (
     Setting,
-    WorldModel,
     build_model,
     check_names,
     parameter_count,
     suitable_threads,
 )
 from pvrpipe.worldmodel.optimizer import Updater
-from pvrpipe.worldmodel.ranks import averaged, ranks, told_by_first
+from pvrpipe.worldmodel.ranks import ranks, told_by_first
 
 BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
 LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
@@ -46,7 +45,6 @@ OWN = {
     "proprioception": "dinowm",
 }
 VALIDATION_BATCHES = 4
-VALIDATION = 1  # sets validation's chance apart from training's
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ def train(
             unlogged.append({name: term.clone() for name, term in terms.items()})
             last = k == config.updates
             if k % config.log_every == 0 or last:
-                log.write(k, "train", _means(unlogged, k, data))
+                log.write(k, "train", means_of(unlogged, k, data))
                 unlogged.clear()
             if k % config.save_every == 0 or last:
                 with computing(config.precision, device):
@@ -272,37 +270,6 @@ def train(
         if first:
             runs.finish(folder, record, asdict(result))
     return result
-
-
-@torch.no_grad()
-def validate(model: WorldModel, batches: Iterable[dict[str, Tensor]], seed: int) -> dict[str, float]:
-    """Mean losses over batches, with the same chance every time."""
-    losses = [
-        {name: float(averaged(t)) for name, t in model.loss(batch, chance(seed, k, VALIDATION))[1].items()}
-        for k, batch in enumerate(batches)
-    ]
-    return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
-
-
-def check_finite(what: str, value: float, update: int, windows: str) -> None:
-    """Raise DivergedError, naming the update and its windows, unless what came of it is a number."""
-    if not math.isfinite(value):
-        raise DivergedError(
-            f"the {what} update {update} is {value}, on {windows}; the last checkpoint, if any, "
-            "is kept: try a smaller learning rate with --overwrite, or look at the store with `pvrpipe verify`"
-        )
-
-
-def _means(unlogged: list[dict[str, Tensor]], k: int, data: Batches) -> dict[str, float]:
-    """Mean of each term over the updates up to k; a loss or a gradient that is not finite ends the run here."""
-    judged = ("loss", "gradient_norm")
-    values = averaged(torch.stack([torch.stack([terms[name] for name in judged]) for terms in unlogged]))
-    for update, (loss, norm) in enumerate(values.tolist(), start=k - len(unlogged) + 1):
-        if not math.isfinite(loss + norm):
-            windows = f"windows of {data.origin(update)}"
-            check_finite("loss of", loss, update, windows)
-            check_finite("gradient's norm of", norm, update, windows)
-    return {name: float(averaged(torch.stack([t[name] for t in unlogged]).mean())) for name in unlogged[0]}
 
 
 def config_of(record: runs.RunRecord) -> TrainConfig:
