@@ -114,7 +114,9 @@ def train_model(
     note(f"windows came from {result.backing}")
     if result.too_short:
         short = counted(result.too_short, "training episode")
-        note(f"{short} shorter than a window had no part in it; a smaller --length lets them in")
+        note(
+            f"{short} shorter than a window had no part in it; a smaller --length lets them in, or --joined (dreamerv3)"
+        )
     tell(json_, result, [result], ("run", "updates", "updates_per_second", "data_wait_fraction"))
 
 

@@ -63,6 +63,12 @@ class TrainOptions:
             min=0, help="dreamerv3: rows before each window, without losses, that carry the state to it."
         ),
     ] = 0
+    joined: Annotated[
+        bool,
+        typer.Option(
+            "--joined", help="dreamerv3: windows run on into the next episode, as in its authors' replay."
+        ),
+    ] = False
     proprioception: Annotated[
         bool, typer.Option("--proprioception", help="dinowm: see and predict the state too.")
     ] = False
@@ -96,6 +102,7 @@ class TrainOptions:
             "warmup": self.warmup,
             "symlog_inputs": self.symlog,
             "burn_in": self.burn_in,
+            "joined": self.joined,
             "proprioception": self.proprioception,
         }
         kept = {name: value for name, value in own.items() if OWN[name] == model or OWN[name] not in models}

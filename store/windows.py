@@ -108,7 +108,7 @@ class WindowSampler:
         if rows.sum() < plan.length:
             among = select_episodes(store.episodes, plan.split, plan.where)["rows"].to_list()
             cure = (
-                "give a smaller --length (or --burn-in, if you gave one)"
+                "give a smaller --length (or --burn-in, if you gave one), or join them (--joined)"
                 if among
                 else "choose other episodes, or collect more"
             )

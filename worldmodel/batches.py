@@ -104,6 +104,7 @@ class Batches:
         device: torch.device,
         setting: Setting,
         columns: tuple[str, ...] = (),
+        joined: bool = False,
         backing: Backing = "auto",
     ) -> None:
         names = (OBSERVED[store.manifest.kind], *COLUMNS, *columns)
@@ -115,6 +116,7 @@ class Batches:
             length=length,
             seed=seed,
             split=split,
+            joined=joined,
             backing=files,
             **ranks()._asdict(),
         )
@@ -132,6 +134,8 @@ class Batches:
     def too_short(self) -> int:
         """Episodes of the split that no window fits into."""
         plan, episodes = self._sampler.plan, self._sampler.store.episodes
+        if plan.joined:
+            return 0
         return int(((episodes["split"] == plan.split) & (episodes["rows"] < plan.length)).sum())
 
     def __call__(self, k: int) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ OWN = {
     "warmup": "dreamerv3",
     "symlog_inputs": "dreamerv3",
     "burn_in": "dreamerv3",
+    "joined": "dreamerv3",
     "proprioception": "dinowm",
 }
 VALIDATION_BATCHES = 4
@@ -77,6 +78,8 @@ class TrainConfig:
     """how a model reads what it observes: linear, mlp, attention or cnn; auto: the first that fits"""
     burn_in: int = 0
     """rows in front of a window, without losses, that carry dreamerv3's state to it"""
+    joined: bool = False
+    """dreamerv3's windows run on into the next episode, which begins anew in them, as in its authors' replay"""
     proprioception: bool = False
     """dinowm sees and predicts the state too"""
     pixels: int = PIXELS
@@ -201,6 +204,7 @@ def train(
             device=device,
             setting=setting,
             columns=model.columns,
+            joined=config.joined,
             backing=backing,
         )
         for split in ("train", "val")
