@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pvrpipe.commands.study_plan import Plan, config_of
+from pvrpipe.commands.study_plan import Encoded, Plan, config_of
 from pvrpipe.pipeline.cached import cached_weights
 from pvrpipe.pipeline.networks import build_network
 from pvrpipe.pipeline.pvrs import Pvr
@@ -94,8 +94,7 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
             with _noted(found, f"environments: {look.environment} {look.variation}"):
                 draft_manifest(replace(look.config, variation=look.variation))
     for name, weights in sorted(_weights_of(plan)):
-        source = find_pvr(name).source
-        if fetch or weights != "auto" or not (source.repo or source.url):
+        if fetch or weights != "auto" or not _is_published(find_pvr(name)):
             with _noted(found, f"pvrs: {name}"):
                 find_weights(find_pvr(name), weights, name)
     return list(dict.fromkeys(found))
@@ -105,10 +104,10 @@ def _one_as_another(plan: Plan) -> list[str]:
     """Representations that would be one in the report, or are one under two names."""
     of_look = [each for each in plan.encoded if each.look == plan.looks[0]] if plan.looks else []
     called: dict[str, set[Path]] = {}
-    made: dict[Path, set[str]] = {}
+    made: dict[Path, set[tuple[str, str]]] = {}
     for each in of_look:
         called.setdefault(each.label, set()).add(each.folder)
-        made.setdefault(each.folder, set()).add(each.label)
+        made.setdefault(each.folder, set()).add((each.label, _given(each)))
     return [
         *(
             f"pvrs: {len(folders)} representations would both be called {label!r}; rename the file or folder of one"
@@ -116,11 +115,24 @@ def _one_as_another(plan: Plan) -> list[str]:
             if len(folders) > 1
         ),
         *(
-            f"pvrs: {' and '.join(sorted(labels))} are one and the same; name it once"
-            for labels in made.values()
-            if len(labels) > 1
+            f"pvrs: {' and '.join(_told_apart(names))} are one and the same; name it once"
+            for names in made.values()
+            if len(names) > 1
         ),
     ]
+
+
+def _given(each: Encoded) -> str:
+    """What in the study says which encoder it is."""
+    if each.request is None:
+        return SCRATCH
+    return each.request.pvr if each.request.weights == "auto" else each.request.weights
+
+
+def _told_apart(names: set[tuple[str, str]]) -> list[str]:
+    """Representations as the report calls them or, where that is one name for all, as the study does."""
+    labels = {label for label, _ in names}
+    return sorted(labels if len(labels) > 1 else {given for _, given in names})
 
 
 def _longer_than_episodes(plan: Plan) -> list[str]:
@@ -139,8 +151,13 @@ def unfetched(plan: Plan) -> list[str]:
     return sorted(
         name
         for name, weights in _weights_of(plan)
-        if weights == "auto" and cached_weights(find_pvr(name)) is None
+        if weights == "auto" and _is_published(find_pvr(name)) and cached_weights(find_pvr(name)) is None
     )
+
+
+def _is_published(pvr: Pvr) -> bool:
+    """Whether its weights can be fetched; those of one's own lie in its folder."""
+    return bool(pvr.source.repo or pvr.source.url)
 
 
 def sealed(folder: Path) -> Manifest | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import re
@@ -157,29 +156,6 @@ def test_a_look_of_several_factors_is_a_point_beside_the_look_that_was_trained_o
     assert {panel["keys"]["factor"] for panel in charts["severity"]} == {"camera"}
 
 
-def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_path: Path) -> None:
-    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
-    study = write_study(tmp_path, planted)
-    asked = {"store_id": "0" * 64, "context": 1, "dynamics_error": {"33": {}, "500": {}}}
-    changes = [{}, {"store_id": "2" * 64}, {"context": 9}]
-    for folder, change in zip(sorted((tmp_path / "runs").iterdir()), changes, strict=True):
-        (folder / "metrics.json").write_text(json.dumps(asked | change))
-    found = evidence_of([study]).runs
-    assert found["state"].to_list() == ["finished", "waiting", "waiting"]
-    assert "probes it again" in found["failure"][1]
-
-
-def test_a_run_that_was_begun_again_has_no_numbers_until_it_is_finished(tmp_path: Path) -> None:
-    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
-    again, _ = sorted((tmp_path / "runs").iterdir())
-    record = json.loads((again / "run.json").read_text())
-    (again / "run.json").write_text(json.dumps(record | {"state": "training"}))
-    found = evidence_of([study])
-    assert found.runs["state"].to_list() == ["waiting", "finished"]
-    assert "begun again" in found.runs["failure"][0]
-    assert errors_of(found)["runs"].unique().to_list() == [1]
-
-
 def test_figures_of_looks_with_dots_and_of_names_with_slashes_are_all_there(tmp_path: Path) -> None:
     planted = Planted({"vc1": 1.0}, tasks=("gym:ALE/Pong-v5",), models=("tdmpc2",), seeds=1)
     folder = write_study(tmp_path, planted)
@@ -210,22 +186,6 @@ def test_where_nobody_has_a_property_none_is_asked_for(tmp_path: Path) -> None:
     for panel in chart["panels"]:
         assert "property" not in panel["keys"]
         assert all(point["filled"] for point in panel["points"])  # type: ignore[index]
-
-
-def test_a_probe_whose_table_was_changed_is_not_averaged(tmp_path: Path) -> None:
-    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
-    study = write_study(tmp_path, planted)
-    changed, cut, whole = sorted((tmp_path / "runs").iterdir())
-    for folder in (changed, whole):
-        table = (folder / "probe-ood.parquet").read_bytes()
-        report = {"table_sha256": hashlib.sha256(table).hexdigest()}
-        (folder / "metrics-ood.json").write_text(json.dumps(report))
-    table = pl.read_parquet(changed / "probe-ood.parquet")
-    table.with_columns(accumulated=pl.col("accumulated") / 2).write_parquet(changed / "probe-ood.parquet")
-    (cut / "probe.parquet").write_bytes((cut / "probe.parquet").read_bytes()[:-9])
-    found = evidence_of([study]).runs
-    assert found["state"].to_list() == ["damaged", "damaged", "finished"]
-    assert found["failure"][0] == "probe-ood.parquet is not what its probe wrote; probe it again"
 
 
 def test_a_damaged_map_is_no_map_and_no_traceback(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from pvrpipe.worldmodel import report_figures
 from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_panels import task_of
+from pvrpipe.worldmodel.report_sources import OWN
 from pvrpipe.worldmodel.report_stamp import stamp_of
+from pvrpipe.worldmodel.report_tables import severities_of
 
 from .planted_study import Planted, data_of, write_study
 
@@ -218,3 +220,23 @@ def test_pictures_are_of_the_first_seed_alone(tmp_path: Path, monkeypatch: pytes
 def test_a_task_is_named_with_the_look_it_was_trained_in() -> None:
     assert task_of("dmc:one", "none") == "one"
     assert task_of("gym:one", "ood") == "gym:one, ood"
+
+
+@pytest.mark.parametrize(
+    ("trained", "severities"),
+    [
+        ("none", {"camera": [0.0, 0.3, 1.0], "light": [0.0, 0.2]}),
+        ("camera=0.5", {"camera": [0.3, 0.5, 1.0], "light": [0.2]}),
+        ("id", {"camera": [0.3, 1.0], "light": [0.2]}),
+        ("size=0.5", {"camera": [0.3, 1.0], "light": [0.2]}),
+    ],
+)
+def test_what_was_trained_on_has_its_own_severity(trained: str, severities: dict[str, list[float]]) -> None:
+    """It was at 0 whatever it was."""
+    looks = [OWN, "camera-1.0", "light-0.2", "ood", "camera-0.3"]
+    errors = pl.DataFrame({"look": looks, "variation": trained, "mean": range(len(looks))})
+    found = severities_of(errors)
+    assert {name: found.filter(factor=name)["severity"].to_list() for name in severities} == severities
+    shifted = [*looks[1:], "none"]
+    again = severities_of(pl.DataFrame({"look": shifted, "variation": trained, "mean": range(len(shifted))}))
+    assert again.filter(severity=0.0).select("factor", "mean").rows() == [("camera", 4), ("light", 4)]

@@ -258,11 +258,13 @@ def test_an_encoder_in_two_weights_is_two_representations(tmp_path: Path) -> Non
     (tmp_path / "more").mkdir()
     shutil.copy(tmp_path / "two.safetensors", tmp_path / "more" / "one.safetensors")
     alike = {"pvr": "resnet18", "weights": str(tmp_path / "more" / "one.safetensors")}
-    written(tmp_path, pvrs=[wanted[0], alike, "random", wanted[2]], shifts=None)
+    same = {"pvr": "resnet18", "weights": str(tmp_path / "more" / ".." / "one.safetensors")}
+    written(tmp_path, pvrs=[wanted[0], alike, "random", wanted[2], same], shifts=None)
     code, _, told = study(tmp_path)
     assert code == 1
     assert "2 representations would both be called 'resnet18 one'" in told
     assert "random and resnet18 random are one and the same; name it once" in told
+    assert f"{same['weights']} and {wanted[0]['weights']} are one and the same; name it once" in told
     assert not (tmp_path / "data").exists()
 
 

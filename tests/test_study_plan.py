@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ import typer
 
 from pvrpipe.cli import app
 from pvrpipe.commands import study_stages
+from pvrpipe.commands.study_checks import unfetched
 from pvrpipe.commands.study_plan import Plan, plan_of
 from pvrpipe.commands.study_stages import How
+from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.rollouts.collect import Engine
 from pvrpipe.schemas.study import study_of
 from pvrpipe.worldmodel.training import TrainConfig
@@ -196,3 +199,11 @@ def test_a_study_computes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert (request.device, folder) == ("cuda", plan.embeddings[-1].folder)
     assert (config.engine, config.address, config.workers) == ("ray", "somewhere:1", 3)
     assert config.dtype == "float32"
+
+
+def test_only_published_weights_are_said_to_be_elsewhere(tmp_path: Path) -> None:
+    """The folder of an encoder of one's own, weights and all, was said not to be on this machine yet."""
+    spec = find_pvr("mocov3-s").model_dump(mode="json")
+    (tmp_path / "pvr.json").write_text(json.dumps({**spec, "source": {"file": "encoder.safetensors"}}))
+    assert unfetched(planned(tmp_path / "data", pvrs=["scratch", str(tmp_path)])) == []
+    assert unfetched(planned(tmp_path / "data", pvrs=["scratch", "vc1-l"])) == ["vc1-l"]

@@ -68,7 +68,7 @@ SEVERITY = chart_of(
     "severity",
     "Error by severity",
     "lines",
-    "One factor changed at a time, on the same trajectories; 0 is the look that was trained on. Mean over runs; band: "
+    "One factor changed at a time, on the same trajectories; 0 is the environment as it is. Mean over runs; band: "
     "standard error over runs; of a single run, over its episodes.",
     "model",
     "factor",

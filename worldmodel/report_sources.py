@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,14 @@ def _of_study(folder: Path, record: StudyRecord) -> Iterator[Part]:
     """All runs of a study."""
     root = Path(os.path.normpath((folder if folder.is_dir() else folder.parent) / record.root))
     random = {store.folder: store.random_weights for store in record.stores}
-    ids = {store.folder: store.id for store in record.stores}
+    ids = {store.folder: store.id for store in record.stores if store.id}
     for job in record.jobs:
         row = {name: getattr(job, name) for name in (*RUN_KEYS, "store", "state", "failure")}
         run, asked = root / job.run, record.study.probe
         row |= {"run": str(run), "random_weights": random.get(job.store, False)}
         if job.state == "finished":
             trained = {**_trained(run), "split": asked.splits[0], "context": asked.context}
-            found = _scores_of(run, job, asked, ids.get(job.store))
+            found = _scores_of(run, job, asked, ids)
             yield replace(_part(row, found, trained), of=f"of {folder}")
         else:
             yield _part(row, {})
@@ -276,17 +276,20 @@ def _arm() -> pl.Expr:
     )
 
 
-def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> pl.DataFrame | dict[str, str]:
+def _scores_of(
+    run: Path, job: JobRecord, asked: Probing, ids: Mapping[str, str]
+) -> pl.DataFrame | dict[str, str]:
     """Means over a run's held-out episodes in each look it was probed on, or why there are none."""
     tables = []
     try:
         if read_run(run).state != "finished":
             return {"state": "waiting", "failure": "it was begun again since"}
-        if not _as_asked(run, asked, store):
-            told = "it was probed otherwise since; `pvrpipe study` probes it again as the study asks"
-            return {"state": "waiting", "failure": told}
         for name in job.probes:
             label = name.removeprefix("probe").removesuffix(".parquet").removeprefix("-")
+            of = set(ids.values()) if label else {ids[job.store]} if job.store in ids else set()
+            if not _as_asked(run / runs.labelled(runs.PROBE, label), job, asked, of):
+                told = "it was probed otherwise since; `pvrpipe study` probes it again as the study asks"
+                return {"state": "waiting", "failure": told}
             if (run / name).is_file() and not runs.has_its_table(run, label):
                 return {"state": "damaged", "failure": f"{name} is not {CHANGED}"}
             tables.append(_means(pl.scan_parquet(run / name).filter(split=asked.splits[0]), label or OWN))
@@ -295,17 +298,24 @@ def _scores_of(run: Path, job: JobRecord, asked: Probing, store: str | None) -> 
     return _finite(pl.concat(tables))
 
 
-def _as_asked(run: Path, asked: Probing, store: str | None) -> bool:
-    """Whether a run's own probe is that of its study, and not one that somebody made of it by hand afterwards."""
-    path = run / runs.PROBE
-    if not path.is_file():
+def _as_asked(report: Path, job: JobRecord, asked: Probing, ids: Collection[str]) -> bool:
+    """Whether a probe is that of its study, of one of these stores, and not one that somebody made by hand since."""
+    if not report.is_file():
         return True
-    found = json.loads(path.read_bytes())
-    return (
-        store in (None, found["store_id"])
-        and found["context"] == asked.context
-        and set(map(str, asked.horizons)) == set(found["dynamics_error"])
-    )
+    try:
+        found = runs.asked_of(json.loads(report.read_bytes()))
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged, or another version's
+    wanted = {
+        "horizons": set(asked.horizons),
+        "splits": set(asked.splits),
+        "split": asked.splits[0],
+        "context": asked.context,
+        "seed": job.seed,
+        "run_state": "finished",
+    }
+    store = found.pop("store_id")
+    return found == wanted and (not ids or store in ids)
 
 
 def _unread(error: Exception) -> dict[str, str]:

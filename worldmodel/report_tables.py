@@ -22,6 +22,7 @@ COLUMNS = "give a CSV with the columns pvr, model, return and perhaps environmen
 OF_RUNS = ("environment", "variation", "arm", "model", "size")
 PROPERTIES = ("vit", "diverse", "sequential", "language")  # of published representations
 DIGITS = 6  # of a number that is read, not computed with
+PLAIN = "none"  # a look that varies nothing
 SINGLE = r"^([a-z_]+)[=-]([0-9.]+)$"  # a look that varies one factor, as a file's name has it too
 
 
@@ -86,18 +87,25 @@ def ends_of(errors: pl.DataFrame, horizons: Sequence[int]) -> dict[int, float]:
 
 
 def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
-    """Errors in looks that vary one factor by a severity, and at severity 0 those of the look that was trained on."""
+    """Errors in looks that vary one factor by a severity; of each factor that a shift varies, ``none`` is severity 0.
+
+    What runs were trained on is such a look too, unless it varies several factors or draws them.
+    """
+    seen = pl.when(look=OWN).then("variation").otherwise("look")
     graded = errors.with_columns(
-        factor=pl.col("look").str.extract(SINGLE, 1),
-        severity=pl.col("look").str.extract(SINGLE, 2).cast(pl.Float64),
-    ).filter(pl.col("factor").is_not_null())
-    factors = graded.select("factor").unique(maintain_order=True)
+        seen=seen,
+        factor=seen.str.extract(SINGLE, 1),
+        severity=seen.str.extract(SINGLE, 2).cast(pl.Float64),
+    )
+    factors = graded.filter(pl.col("look") != OWN).select("factor").drop_nulls().unique(maintain_order=True)
     plain = (
-        errors.filter(look=OWN)
+        graded.filter(seen=PLAIN)
+        .drop("factor")
         .join(factors, how="cross", maintain_order="left")
         .with_columns(severity=pl.lit(0.0))
     )
-    return pl.concat([plain, graded.select(plain.columns)]).sort("severity", maintain_order=True)
+    varied = graded.join(factors, on="factor", how="semi", maintain_order="left")
+    return pl.concat([plain, varied.select(plain.columns)]).sort("severity", maintain_order=True)
 
 
 def costs_of(evidence: Evidence) -> pl.DataFrame:

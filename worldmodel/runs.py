@@ -21,7 +21,7 @@ import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +126,19 @@ def has_its_table(run: Path, label: str = "") -> bool:
     except (ValueError, AttributeError):
         return False
     return is_whole(table) and known in (None, sha256_of(table))
+
+
+def asked_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a probe was asked, as its report has it; numbers of another question are no answer to this one.
+
+    Raises:
+        KeyError: the report is another version's.
+    """
+    return {
+        **{name: found[name] for name in ("store_id", "split", "context", "seed", "run_state")},
+        "horizons": set(map(int, found["dynamics_error"])),
+        "splits": {group["value"] for group in found["groups"] if group["by"] == "split"},
+    }
 
 
 def is_whole(table: Path) -> bool:

@@ -166,8 +166,8 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
         return None
     asked = {
         "store_id": _id_of(store),
-        "horizons": sorted(set(map(str, job.horizons))),
-        "splits": sorted(set(job.split)),
+        "horizons": set(job.horizons),
+        "splits": set(job.split),
         "split": job.split[0],
         "context": job.context,
         "seed": job.config.seed,
@@ -175,16 +175,10 @@ def _found(job: Job, label: str, store: str) -> dict[str, Any] | None:
     }
     try:
         found: dict[str, Any] = json.loads(path.read_bytes())
-        found |= {
-            "horizons": sorted(found["dynamics_error"]),
-            "splits": sorted(group["value"] for group in found["groups"] if group["by"] == "split"),
-        }
-        same = all(found[name] == value for name, value in asked.items())
+        same = runs.asked_of(found) == asked
     except (ValueError, KeyError, TypeError):
         return None  # damaged, or another version's: to be probed again
-    return (
-        {name: value for name, value in found.items() if name not in ("horizons", "splits")} if same else None
-    )
+    return found if same else None
 
 
 def _id_of(store: str) -> str | None:

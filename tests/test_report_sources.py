@@ -1,0 +1,73 @@
+"""Which runs of a study have numbers in its report: those that are as the study asked for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pvrpipe.worldmodel import runs
+from pvrpipe.worldmodel.report_sources import evidence_of
+from pvrpipe.worldmodel.report_tables import errors_of
+
+from .planted_study import Planted, write_study
+
+
+def _probed(seed: int) -> dict[str, Any]:
+    """What a report of a probe says of what was asked, as the planted study asks it."""
+    asked = {"store_id": "0" * 64, "split": "val", "context": 1, "seed": seed, "run_state": "finished"}
+    splits = [{"by": "split", "value": "val"}, {"by": "distribution", "value": "id"}]
+    return {**asked, "dynamics_error": {"33": {}, "500": {}}, "groups": splits}
+
+
+@pytest.mark.parametrize("label", ["", "ood"])
+def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_path: Path, label: str) -> None:
+    by_hand: list[Any] = [
+        {"store_id": "2" * 64},
+        {"context": 9},
+        {"seed": 77},
+        {"dynamics_error": {"33": {}}},
+        {"split": "train", "groups": [{"by": "split", "value": "train"}]},
+        {"run_state": "training"},
+        {"groups": None},
+    ]
+    seeds = 1 + len(by_hand)
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=seeds)
+    study = write_study(tmp_path, planted)
+    for seed, change in enumerate([{}, *by_hand]):
+        folder = tmp_path / "runs" / f"one-vc1-tdmpc2-s{seed}"
+        (folder / runs.labelled("metrics.json", label)).write_text(json.dumps(_probed(seed) | change))
+    found = evidence_of([study]).runs
+    assert found["state"].to_list() == ["finished", *["waiting"] * len(by_hand)]
+    assert "probes it again" in found["failure"][1]
+
+
+def test_a_run_that_was_begun_again_has_no_numbers_until_it_is_finished(tmp_path: Path) -> None:
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
+    again, _ = sorted((tmp_path / "runs").iterdir())
+    record = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps(record | {"state": "training"}))
+    found = evidence_of([study])
+    assert found.runs["state"].to_list() == ["waiting", "finished"]
+    assert "begun again" in found.runs["failure"][0]
+    assert errors_of(found)["runs"].unique().to_list() == [1]
+
+
+def test_a_probe_whose_table_was_changed_is_not_averaged(tmp_path: Path) -> None:
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=3)
+    study = write_study(tmp_path, planted)
+    changed, cut, whole = sorted((tmp_path / "runs").iterdir())
+    for seed, folder in ((0, changed), (2, whole)):
+        table = (folder / "probe-ood.parquet").read_bytes()
+        report = _probed(seed) | {"table_sha256": hashlib.sha256(table).hexdigest()}
+        (folder / "metrics-ood.json").write_text(json.dumps(report))
+    table = pl.read_parquet(changed / "probe-ood.parquet")
+    table.with_columns(accumulated=pl.col("accumulated") / 2).write_parquet(changed / "probe-ood.parquet")
+    (cut / "probe.parquet").write_bytes((cut / "probe.parquet").read_bytes()[:-9])
+    found = evidence_of([study]).runs
+    assert found["state"].to_list() == ["damaged", "damaged", "finished"]
+    assert found["failure"][0] == "probe-ood.parquet is not what its probe wrote; probe it again"
