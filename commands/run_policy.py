@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from pvrpipe.commands.training_options import backbone_of
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
+from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.rollouts.environments import Environment
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, RunError
+from pvrpipe.schemas.errors import InvalidValueError, RunError, UnknownNameError
 from pvrpipe.schemas.records import Step
 from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.store.files import sha256_of
@@ -39,7 +40,7 @@ class RunPolicy:
         folder: of the run.
 
     Raises:
-        RunError: there is no run, or none that has a policy.
+        RunError: there is no run, none that has a policy, or one on embeddings by an encoder that no name finds.
     """
 
     watches = True
@@ -51,6 +52,8 @@ class RunPolicy:
             raise RunError(
                 f"{folder} is a run of {model}, which has no policy; train one with --model tdmpc2"
             )
+        if self.record.encoder is not None and self.record.setting.frames is None:
+            check_name(self.folder, self.record.encoder.name)
         self.versions = {"policy": f"run {sha256_of(self.folder / CHECKPOINT)}"}
 
     def __call__(
@@ -80,6 +83,17 @@ class RunPolicy:
 
 def _as_it_is(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return frames
+
+
+def check_name(folder: Path, name: str) -> None:
+    """Raise RunError where a run's encoder is of one's own: where that lies, its embeddings do not say."""
+    try:
+        find_pvr(name)
+    except UnknownNameError:
+        raise RunError(
+            f"{folder} was trained on embeddings by {name}, which is no name known here; as a policy, train it on the "
+            "frames, with `train-model ROLLOUTS --pvr` and the encoder's folder"
+        ) from None
 
 
 def encoder_of(identity: EncoderIdentity) -> Encoder:

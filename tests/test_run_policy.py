@@ -18,6 +18,7 @@ from pvrpipe.rollouts.collect import CollectConfig, Engine, collect
 from pvrpipe.rollouts.policies import parse_policy
 from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, RunError, UnknownNameError
 from pvrpipe.store.reading import Store
+from pvrpipe.worldmodel.runs import read_run, write_run
 from pvrpipe.worldmodel.training import TrainConfig, load_model, train
 
 INLINE = Engine("inline")
@@ -109,4 +110,20 @@ def test_what_is_no_policy_is_one_line(tmp_path: Path) -> None:
         parse_policy("random=3")
     with pytest.raises(UnknownNameError, match="unknown policy 'runs'"):
         parse_policy(f"runs={run}")
+    assert not (tmp_path / "played").exists()
+
+
+def test_a_run_on_embeddings_that_no_name_finds_is_refused_before_a_store_is_begun(tmp_path: Path) -> None:
+    collect(configured("random"), tmp_path / "random", INLINE)
+    request = EncoderRequest("resnet18", "random:0", batch=1, device="cpu")
+    embed(tmp_path / "random", [(request, tmp_path / "embedded")], EmbedConfig(engine="inline"))
+    run = trained(tmp_path / "embedded", tmp_path / "run")
+    record = read_run(run)
+    assert record.encoder is not None
+    own = record.encoder.model_copy(update={"name": "autoencoder"})
+    write_run(run, record.model_copy(update={"encoder": own}))
+    with pytest.raises(
+        RunError, match=r"by autoencoder, which is no name known here.*train-model ROLLOUTS --pvr"
+    ):
+        collect(configured(f"run={run}"), tmp_path / "played", INLINE)
     assert not (tmp_path / "played").exists()
