@@ -166,7 +166,7 @@ def run_label(root: Path, store: str, of_frames: str = "-scratch") -> str:
     from pvrpipe.store.reading import Store
     from pvrpipe.store.workspace import Workspace
 
-    label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).name}"
+    label = Workspace(root).label_of(store) or f"{environment_of(store)}-{place_of(store).resolve().name}"
     suffix = "" if Store.open(store).manifest.kind == "embeddings" else of_frames
     return label.removeprefix("dmc-").removeprefix("dmc:") + suffix
 

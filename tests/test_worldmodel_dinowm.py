@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pvrpipe.worldmodel.dinowm import HISTORY, SIZES, Attention, DinoWM, Size
 from pvrpipe.worldmodel.inputs import Observation, vector
 from pvrpipe.worldmodel.models import build_model
+from pvrpipe.worldmodel.training import LEAST
 
 from .settings import setting
 
@@ -175,3 +176,9 @@ def test_a_fresh_model_knows_no_reward() -> None:
     batch = {name: rows.float() for name, rows in batch_of(VECTOR).items()}
     state = model.filter(batch, torch.Generator()).state
     assert model.predict(state(2), batch["action"][:, 2:], torch.Generator()).reward.abs().max() == 0
+
+
+def test_the_shortest_window_that_is_taken_teaches_every_place() -> None:
+    model = random_model(VECTOR)
+    model.loss(batch_of(VECTOR, LEAST["dinowm"]), torch.Generator())[0].backward()
+    assert (model.place.grad.abs().amax((1, 2)) > 0).all()

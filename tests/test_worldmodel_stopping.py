@@ -304,6 +304,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         TrainConfig(log_every=30, save_every=100)
     with pytest.raises(InvalidValueError, match="updates"):
         TrainConfig(updates=0)
+    for model, least in (("dreamerv3", 2), ("tdmpc2", 2), ("dinowm", 4)):
+        TrainConfig(model, length=least)
+        with pytest.raises(InvalidValueError, match=f"a window of {model} needs at least {least} rows"):
+            TrainConfig(model, length=least - 1)
     with pytest.raises(InvalidValueError, match="--length"):
         train(short(length=100), write_embeddings(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

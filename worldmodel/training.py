@@ -37,6 +37,11 @@ from pvrpipe.worldmodel.ranks import ranks, told_by_first
 
 BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
 LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
+LEAST = {
+    "dreamerv3": 2,
+    "tdmpc2": 2,
+    "dinowm": 4,
+}  # rows that teach all of it: dinowm's places of three frames, and the next
 #: Settings of one model alone.
 OWN = {
     "warmup": "dreamerv3",
@@ -110,8 +115,10 @@ class TrainConfig:
             if rate is not None and not 0 < rate < math.inf:
                 option = f"--{name.replace('_', '-')}"
                 raise InvalidValueError(f"{option} is {rate}; give a positive number, e.g. 1e-4")
-        if self.rows < 2:
-            raise InvalidValueError(f"--length is {self.rows}; a window needs at least two rows")
+        if self.rows < LEAST[self.model]:
+            raise InvalidValueError(
+                f"--length is {self.rows}; a window of {self.model} needs at least {LEAST[self.model]} rows"
+            )
         if self.save_every % self.log_every:
             raise InvalidValueError(
                 f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})"
