@@ -43,6 +43,8 @@ from pvrpipe.worldmodel.training import TrainConfig
 
 MAPS = {"dreamerv3": ("linear", "mlp"), "tdmpc2": ("mlp",)}  # that a model can be given for one embedding
 LONGEST = 100  # letters of what a folder is of, in its name
+#: Options of training that came after runs had their names: off, they decide nothing, and those keep their names.
+LATER = ("joined",)
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,8 @@ def _job(
     stem = encoded.look.environment.removeprefix("dmc:")
     parts = (stem, encoded.label, through, trained.model, size, f"s{seed}")
     name = "-".join(part.replace(" ", "-") for part in parts if part != "auto")
-    run = Workspace(root).run(f"{fitting(name)}-{digest({**asdict(config), 'store': str(where)})}")
+    decides = {field: value for field, value in asdict(config).items() if value or field not in LATER}
+    run = Workspace(root).run(f"{fitting(name)}-{digest({**decides, 'store': str(where)})}")
     shifts = [(label, str(each.folder.absolute())) for label, each in elsewhere]
     job = Job(
         store=str(encoded.folder.absolute()),

@@ -240,3 +240,31 @@ def test_what_was_trained_on_has_its_own_severity(trained: str, severities: dict
     shifted = [*looks[1:], "none"]
     again = severities_of(pl.DataFrame({"look": shifted, "variation": trained, "mean": range(len(shifted))}))
     assert again.filter(severity=0.0).select("factor", "mean").rows() == [("camera", 4), ("light", 4)]
+
+
+def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
+    """Readers of CSV refused such a file: `properties.csv` of the quick study was one empty line."""
+    planted = Planted({"random": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    build_report([write_study(tmp_path, planted)], tmp_path / "report", figures=False)
+    full = Planted({"from scratch": 1.0, "vc1": 0.8, "dinov2-b": 0.9}, tasks=("dmc:one",), models=("tdmpc2",))
+    build_report([write_study(tmp_path / "full", full)], tmp_path / "other", figures=False)
+    for name in ("comparisons", "properties"):
+        of_none, of_some = (
+            pl.read_csv(tmp_path / where / "tables" / f"{name}.csv") for where in ("report", "other")
+        )
+        assert of_none.is_empty()
+        assert not of_some.is_empty()
+        assert of_none.columns == of_some.columns
+
+
+def test_returns_of_runs_without_errors_are_one_line(tmp_path: Path) -> None:
+    """Where no return was of a run with numbers, the report ended in a traceback."""
+    study = write_study(tmp_path, Planted({"from scratch": 1.0, "vc1": 0.8}, models=("tdmpc2",), seeds=1))
+    record = json.loads((study / "study.json").read_bytes())
+    failed = [job for job in record["jobs"] if (job["environment"], job["pvr"]) == ("dmc:one", "vc1")]
+    for job in failed:
+        job["state"] = "failed"
+    (study / "study.json").write_text(json.dumps(record))
+    (tmp_path / "returns.csv").write_text("environment,pvr,model,return\ndmc:one,vc1,tdmpc2,1\n")
+    with pytest.raises(InvalidValueError, match="dmc:one, vc1, tdmpc2 has none"):
+        build_report([study], tmp_path / "report", returns=tmp_path / "returns.csv", figures=False)

@@ -51,6 +51,11 @@ ALL_ELSE: dict[str, Any] = {
     "seeds": [4, 9],
     "probe": {"horizons": [3, 8], "context": 2, "splits": ["train", "val"]},
 }
+#: Its first run and its last.
+NAMES = [
+    "pendulum-swingup-from-scratch-dreamerv3-12m-s4-689f7881",
+    "pendulum-swingup-random-random-5-dinowm-1m-s9-2e9261c3",
+]
 
 
 class AskedError(Exception):
@@ -207,3 +212,12 @@ def test_only_published_weights_are_said_to_be_elsewhere(tmp_path: Path) -> None
     (tmp_path / "pvr.json").write_text(json.dumps({**spec, "source": {"file": "encoder.safetensors"}}))
     assert unfetched(planned(tmp_path / "data", pvrs=["scratch", str(tmp_path)])) == []
     assert unfetched(planned(tmp_path / "data", pvrs=["scratch", "vc1-l"])) == ["vc1-l"]
+
+
+def test_the_names_of_runs_outlive_new_options(tmp_path: Path) -> None:
+    """`--joined` was a part of every name though it was off: finished studies were to be trained anew.
+
+    Whoever adds an option of training adds it to ``LATER``.
+    """
+    runs = [job.run.name for job, _ in planned(tmp_path, variations=["none"]).jobs]
+    assert [runs[0], runs[-1]] == NAMES

@@ -19,7 +19,7 @@ from pvrpipe.commands.training_options import TrainOptions
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.worldmodel import checkpoints
 from pvrpipe.worldmodel.ray_engine import AGAIN, outcomes
-from pvrpipe.worldmodel.runs import read_run
+from pvrpipe.worldmodel.runs import RECORD, read_run
 from pvrpipe.worldmodel.sweep import Job, Outcome, finished, sweep
 from pvrpipe.worldmodel.training import TrainConfig, train
 
@@ -119,6 +119,19 @@ def test_a_sweep_that_is_run_again_leaves_finished_runs_alone(
     assert again.state == "finished"
     with pytest.raises(InvalidValueError, match="two jobs would write to"):
         sweep([*jobs, other], engine="inline")
+
+
+def test_a_run_of_before_an_option_was_there_is_finished_with_it_off(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    """Such a run was counted as left to do."""
+    job = jobs_in(tmp_path, stores)[0]
+    (first,) = sweep([job], engine="inline")
+    record = json.loads((job.run / RECORD).read_bytes())
+    del record["config"]["joined"]
+    (job.run / RECORD).write_text(json.dumps(record))
+    assert finished(job) == first
+    assert finished(replace(job, config=replace(job.config, joined=True))) is None
 
 
 def test_a_probe_that_cannot_be_read_is_made_again(stores: dict[str, Path], tmp_path: Path) -> None:

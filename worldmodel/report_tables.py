@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import polars as pl
 from pvrpipe.schemas.errors import InvalidValueError, one_line
 from pvrpipe.schemas.study import AUTOENCODER
 from pvrpipe.store.files import make_folder
-from pvrpipe.worldmodel.report_findings import Findings, relative_errors
+from pvrpipe.worldmodel.report_findings import Comparison, Findings, Standing, relative_errors
 from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
 from pvrpipe.worldmodel.statistics import aggregate, interquartile_mean, pearson, spearman
 
@@ -22,6 +22,21 @@ COLUMNS = "give a CSV with the columns pvr, model, return and perhaps environmen
 OF_RUNS = ("environment", "variation", "arm", "model", "size")
 PROPERTIES = ("vit", "diverse", "sequential", "language")  # of published representations
 DIGITS = 6  # of a number that is read, not computed with
+#: Columns of the table of properties.
+OF_PROPERTIES = (
+    "property",
+    "look",
+    "model",
+    "size",
+    "error",
+    "horizon",
+    "has",
+    "pvrs",
+    "relative",
+    "low",
+    "high",
+    "runs",
+)
 PLAIN = "none"  # a look that varies nothing
 SINGLE = r"^([a-z_]+)[=-]([0-9.]+)$"  # a look that varies one factor, as a file's name has it too
 
@@ -32,8 +47,8 @@ def tables_of(evidence: Evidence, findings: Findings) -> dict[str, pl.DataFrame]
         "runs": evidence.runs,
         "errors": errors_of(evidence),
         "scores": scores_of(evidence, findings),
-        "standings": _flat(findings.standings, "relative"),
-        "comparisons": _flat(findings.comparisons, "improvement"),
+        "standings": _flat(Standing, findings.standings, "relative"),
+        "comparisons": _flat(Comparison, findings.comparisons, "improvement"),
         "properties": properties_of(evidence, sorted({s.horizon for s in findings.standings})),
         "costs": costs_of(evidence),
         "unfinished": unfinished_of(evidence),
@@ -192,6 +207,11 @@ def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
     means = given.group_by(on, maintain_order=True).agg(pl.col("return").mean())
     keys = [*on, "size", "measure", "horizon"]
     matched = errors.filter(look=OWN).join(means, on=on, how="inner", maintain_order="left")
+    if matched.is_empty():
+        first = ", ".join(means.select(on).row(0))
+        raise InvalidValueError(
+            f"{how}none of its returns is of runs that have errors ({first} has none); {COLUMNS}"
+        )
     found = matched.group_by(keys, maintain_order=True).agg(
         pl.col("mean").mean(),
         pl.col("return").first(),
@@ -233,7 +253,7 @@ def properties_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
                 rows.append(
                     {"property": name, "look": look, **keys, "pvrs": part["pvr"].n_unique(), **numbers}
                 )
-    return pl.DataFrame(rows, infer_schema_length=None)
+    return _table(rows, OF_PROPERTIES)
 
 
 def correlations_of(returns: pl.DataFrame, horizons: Sequence[int]) -> pl.DataFrame:
@@ -275,10 +295,15 @@ def short(environment: str) -> str:
     return re.sub(r"^dmc:", "", environment)
 
 
-def _flat(rows: Any, estimate: str) -> pl.DataFrame:
+def _flat(kind: type[Standing | Comparison], rows: Sequence[Any], estimate: str) -> pl.DataFrame:
     """Dataclasses as rows; an estimate's parts beside it."""
     flat = []
     for row in map(asdict, rows):
         parts = row.pop(estimate)
         flat.append({**row, estimate: parts["value"], "low": parts["low"], "high": parts["high"]})
-    return pl.DataFrame(flat, infer_schema_length=None)
+    return _table(flat, [*(f.name for f in fields(kind) if f.name != estimate), estimate, "low", "high"])
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pl.DataFrame:
+    """Rows, or none of them under their names: a file without a column is one that readers of CSV refuse."""
+    return pl.DataFrame(rows, infer_schema_length=None) if rows else pl.DataFrame(schema=list(columns))

@@ -280,18 +280,19 @@ def same_run(folder: Path, draft: RunRecord) -> RunRecord:
         }
         for record in (existing, draft)
     )
-    unknown = {name for name, value in new.items() if name not in old and value in (None, False)}
-    differ = [
-        f"{name}: {old.get(name)}, now {new.get(name)}"
-        for name in sorted((old | new).keys() - unknown)  # a run begun before an option was there has it off
-        if old.get(name) != new.get(name)
-    ]
+    differ = [f"{name}: {old.get(name)}, now {new.get(name)}" for name in differing(old, new)]
     if differ:
         raise OutputExistsError(
             f"{folder} was begun with another configuration ({'; '.join(differ[:4])}); "
             "choose another run, or replace it with --overwrite"
         )
     return existing
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In what two configurations differ; a run that was begun before an option was there has it off."""
+    unknown = {name for name, value in new.items() if name not in old and value in (None, False)}
+    return [name for name in sorted({*old, *new} - unknown) if old.get(name) != new.get(name)]
 
 
 def _clear(folder: Path) -> None:
