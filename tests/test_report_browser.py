@@ -175,6 +175,7 @@ def contrast(browser: Chrome, selector: str) -> float:
 def test_every_chart_and_table_has_a_name_for_a_screen_reader(opened: Chrome) -> None:
     for chart in drawn(opened):
         chart.find_element(By.CSS_SELECTOR, "figure summary").click()
+        WebDriverWait(opened, 5).until(lambda _, c=chart: c.find_elements(By.CSS_SELECTOR, "details table"))
     tree = opened.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     named: dict[str, list[Any]] = {}
     for node in tree:
