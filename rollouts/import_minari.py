@@ -35,6 +35,7 @@ from pvrpipe.rollouts.import_source import (
     without_physics,
 )
 from pvrpipe.schemas.errors import SourceError
+from pvrpipe.schemas.specifications import IMPORTED
 
 METADATA, DATA = "metadata.json", "main_data.hdf5"
 LARGEST_SEED = (1 << 53) - 1  # so that JSON holds it exactly
@@ -171,7 +172,7 @@ def _trajectory(group: Any, name: str, layout: _Layout, has_success: bool) -> Tr
         success=_success(group["infos/success"][:], length) if has_success else None,
         terminated=bool(length and group["terminations"][-1]),
         seed=_seed(group.attrs.get("seed", 0)),
-        policy=str(group.attrs.get("policy", "imported")),
+        policy=str(group.attrs.get("policy", IMPORTED)),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvrpipe.schemas.errors import MissingExtraError, PvrpipeError, SourceError, UnknownNameError, one_line
+from pvrpipe.schemas.specifications import IMPORTED
 
 Array = NDArray[Any]
 Frames = NDArray[np.uint8]
@@ -47,7 +48,7 @@ class Trajectory:
     cut: bool = False
     """The data set has one transition more, but not the observation that it led to."""
     seed: int = 0
-    policy: str = "imported"
+    policy: str = IMPORTED
 
 
 @dataclass(frozen=True)

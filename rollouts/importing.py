@@ -27,7 +27,7 @@ from pvrpipe.schemas.errors import InvalidValueError, SourceError, UnknownNameEr
 from pvrpipe.schemas.manifest import Column, Manifest, ShardPlan
 from pvrpipe.schemas.progress import Progress, silent
 from pvrpipe.schemas.records import Episode, EpisodeInfo
-from pvrpipe.schemas.specifications import RolloutSpecification
+from pvrpipe.schemas.specifications import IMPORTED, RolloutSpecification
 from pvrpipe.store.building import PendingStore, new_manifest
 from pvrpipe.store.columns import column, with_bounds
 from pvrpipe.store.planning import plan_shards
@@ -156,7 +156,7 @@ def draft_manifest(config: ImportConfig, source: Source, survey: Survey) -> Mani
         action_repeat=1,
         episodes=len(survey.lengths),
         max_steps=longest,
-        policy="imported",
+        policy=IMPORTED,
         seed=0,
         control_timestep=source.seconds,
         action_low=tuple(np.asarray(low, np.float32).tolist()),

@@ -15,6 +15,9 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+IMPORTED = "imported"  # the policy of rollouts that others recorded
+
+
 class RolloutSpecification(Frozen):
     """Everything that decides the bytes of a rollout store."""
 

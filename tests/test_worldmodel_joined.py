@@ -10,7 +10,7 @@ import torch
 
 from pvrpipe.schemas.errors import InvalidValueError
 from pvrpipe.store.reading import Store
-from pvrpipe.worldmodel.batches import Batches, chance, setting_of
+from pvrpipe.worldmodel.batches import Backing, Batches, chance, setting_of
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.models import build_model
 from pvrpipe.worldmodel.training import train
@@ -27,9 +27,9 @@ def test_episodes_shorter_than_a_window_are_learned_from_where_they_are_joined(
     asked = {"length": 16, "updates": 60, "save_every": 60, "learning_rate": 3e-3, "warmup": 5}
     with pytest.raises(InvalidValueError, match=r"the longest has 8\); give a smaller --length .*--joined"):
         train(short(**asked), store, tmp_path / "apart")
-    runs = [tmp_path / backing for backing in ("ram", "mapped", "device")]
-    found = [train(short(joined=True, **asked), store, run, backing=run.name) for run in runs]  # type: ignore[arg-type]
-    assert len({(run / CHECKPOINT).read_bytes() for run in runs}) == 1
+    backings: tuple[Backing, ...] = ("ram", "mapped", "device")
+    found = [train(short(joined=True, **asked), store, tmp_path / b, backing=b) for b in backings]
+    assert len({(tmp_path / b / CHECKPOINT).read_bytes() for b in backings}) == 1
     assert found[0].too_short == 0
     assert (
         train(short(joined=True, **{**asked, "updates": 2}), store, tmp_path / "two").val["loss"]

@@ -12,11 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pvrpipe.schemas.specifications import RolloutSpecification
+from pvrpipe.schemas.specifications import IMPORTED, RolloutSpecification
 
 Bounds = tuple[tuple[float, float], ...]
 USUAL = (-1.0, 1.0)
-IMPORTED = "imported"  # the policy of stores that were made of what others recorded
 
 
 def bounds_of(made: RolloutSpecification) -> Bounds | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,19 +31,20 @@ class MetricsLog:
 
     def __init__(self, folder: Path, done: int, *, writes: bool = True) -> None:
         self.path, self._board = folder / METRICS, None
-        kept = [line for line in _lines(self.path) if _entry(line)["update"] <= done]
-        if done and (not kept or _entry(kept[-1])["update"] < done):
+        logged = [(line, _entry(line)) for line in _lines(self.path)]
+        kept = [(line, entry) for line, entry in logged if entry["update"] <= done]
+        entries = [entry for _, entry in kept]
+        if done and (not entries or entries[-1]["update"] < done):
             raise RunError(
                 f"{self.path} ends before update {done}, which the checkpoint is of; put it back, or train again with "
                 "--overwrite"
             )
-        self.last = _last_of(kept)
-        entries = [_entry(line) for line in kept]
+        self.last = _last_of(entries)
         self.validation = {e["update"]: e["val"] for e in entries if "val" in e}
         if writes:
             from torch.utils.tensorboard import SummaryWriter  # a second, which reading a run does not need
 
-            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+            write_whole(self.path, "".join(line + "\n" for line, _ in kept).encode())
             self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
 
     def write(self, update: int, part: Literal["train", "val"], values: Mapping[str, float]) -> None:
@@ -91,13 +92,13 @@ def updates_done(folder: Path) -> int:
 
 def newest(folder: Path) -> dict[str, dict[str, float]]:
     """The newest losses of each part that a run has logged."""
-    return _last_of(_lines(folder / METRICS))
+    return _last_of(map(_entry, _lines(folder / METRICS)))
 
 
-def _last_of(lines: list[str]) -> dict[str, dict[str, float]]:
+def _last_of(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     last: dict[str, dict[str, float]] = {"train": {}, "val": {}}
-    for line in lines:
-        last |= {part: values for part, values in _entry(line).items() if part != "update"}
+    for entry in entries:
+        last |= {part: values for part, values in entry.items() if part != "update"}
     return last
 
 

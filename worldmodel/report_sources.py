@@ -286,8 +286,8 @@ def _scores_of(
             return {"state": "waiting", "failure": "it was begun again since"}
         for name in job.probes:
             label = name.removeprefix("probe").removesuffix(".parquet").removeprefix("-")
-            of = set(ids.values()) if label else {ids[job.store]} if job.store in ids else set()
-            if not _as_asked(run / runs.labelled(runs.PROBE, label), job, asked, of):
+            stores = {store for folder, store in ids.items() if label or folder == job.store}
+            if not _as_asked(run / runs.labelled(runs.PROBE, label), job, asked, stores):
                 told = "it was probed otherwise since; `pvrpipe study` probes it again as the study asks"
                 return {"state": "waiting", "failure": told}
             if (run / name).is_file() and not runs.has_its_table(run, label):

@@ -247,10 +247,8 @@ def begun(folder: Path, draft: RunRecord, *, overwrite: bool) -> Iterator[RunRec
             yield record
         except Exception as error:
             state = "diverged" if isinstance(error, DivergedError) else "failed"
-            write_run(
-                folder,
-                record.model_copy(update={"state": state, "failure": without_password(one_line(error))}),
-            )
+            ended = {"state": state, "failure": without_password(one_line(error))}
+            write_run(folder, record.model_copy(update=ended))
             raise
 
 

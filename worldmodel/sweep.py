@@ -116,8 +116,11 @@ def finished(job: Job) -> Outcome | None:
     try:
         record = runs.read_run(job.run)
         store = Store.open(job.store).manifest
-        same = not runs.differing(record.config, asdict(job.config)) and record.store_id == store.id
-        same = same and record.setting.bounds == bounds_of(store.rollouts)
+        same = (
+            not runs.differing(record.config, asdict(job.config))
+            and record.store_id == store.id
+            and record.setting.bounds == bounds_of(store.rollouts)
+        )
         metrics = [_found(job, label, store) for label, store in _probes(job)]
     except (PvrpipeError, OSError, ValueError, KeyError):
         return None

@@ -37,11 +37,8 @@ from pvrpipe.worldmodel.ranks import ranks, told_by_first
 
 BATCH = {"dreamerv3": 16, "tdmpc2": 256, "dinowm": 32}
 LENGTH = {"dreamerv3": 64, "tdmpc2": 4, "dinowm": 4}
-LEAST = {
-    "dreamerv3": 2,
-    "tdmpc2": 2,
-    "dinowm": 4,
-}  # rows that teach all of it: dinowm's places of three frames, and the next
+#: Rows of a window that teach all of a model: of dinowm the places of three frames, and the next.
+LEAST = {"dreamerv3": 2, "tdmpc2": 2, "dinowm": 4}
 #: Settings of one model alone.
 OWN = {
     "warmup": "dreamerv3",
