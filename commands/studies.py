@@ -214,6 +214,8 @@ def report(
         return tell(True, made, [], ())
     for sentence in made.findings:
         print(sentence)
+    for sentence in made.left_out:
+        note(sentence)
     lacking = f", {made.unfinished} more without numbers" if made.unfinished else ""
     note(f"{made.page}, {counted(made.runs, 'run')}{lacking}, {made.bytes / 1e6:.1f} MB")
     return None

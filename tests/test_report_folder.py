@@ -217,6 +217,23 @@ def test_pictures_are_of_the_first_seed_alone(tmp_path: Path, monkeypatch: pytes
     assert {name: len(charts[name]) for name in ("maps", "strips")} == {"maps": 2, "strips": 1}
 
 
+def test_a_representation_without_a_picture_is_named(tmp_path: Path) -> None:
+    """Where the run of the first seed had diverged, its map was not there and nothing said so."""
+    planted = Planted(
+        {"vc1": 1.0, "clip": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2, pictures=True
+    )
+    study = write_study(tmp_path, planted)
+    record = json.loads((study / "study.json").read_bytes())
+    first = next(job for job in record["jobs"] if (job["pvr"], job["seed"]) == ("clip", 0))
+    first["state"] = "diverged"
+    (study / "study.json").write_text(json.dumps(record))
+    page = build_report([study], study / "report", figures=False).page.read_text()
+    for undone in ("No latents were laid out", "No rollouts were drawn"):
+        told = f"{undone} of clip (tdmpc2 1m, one): the study says <code>maps: false</code>, the run of the first seed"
+        assert page.count(told) == 1
+        assert page.count(undone) == 1
+
+
 def test_a_task_is_named_with_the_look_it_was_trained_in() -> None:
     assert task_of("dmc:one", "none") == "one"
     assert task_of("gym:one", "ood") == "gym:one, ood"
@@ -268,3 +285,30 @@ def test_returns_of_runs_without_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "returns.csv").write_text("environment,pvr,model,return\ndmc:one,vc1,tdmpc2,1\n")
     with pytest.raises(InvalidValueError, match="dmc:one, vc1, tdmpc2 has none"):
         build_report([study], tmp_path / "report", returns=tmp_path / "returns.csv", figures=False)
+
+
+def test_a_return_that_stands_beside_no_error_is_named(tmp_path: Path) -> None:
+    """It was left out without a word where others had errors."""
+    factors = {"from scratch": 1.0, "vc1": 0.8, "clip": 0.9, "r3m": 0.7, "dinov2": 0.6}
+    study = write_study(tmp_path, Planted(factors, models=("tdmpc2",), seeds=1))
+    record = json.loads((study / "study.json").read_bytes())
+    for job in record["jobs"]:  # r3m has errors on one of two tasks, dinov2 on none
+        if job["pvr"] == "dinov2" or (job["environment"], job["pvr"]) == ("dmc:one", "r3m"):
+            job["state"] = "failed"
+    (study / "study.json").write_text(json.dumps(record))
+    rows = [f"{pvr},tdmpc2,{-factor}" for pvr, factor in factors.items()]
+    (tmp_path / "returns.csv").write_text("\n".join(["pvr,model,return", *rows]))
+    made = build_report([study], tmp_path / "report", returns=tmp_path / "returns.csv", figures=False)
+    (told,) = made.left_out
+    assert told.startswith("A return that was given for r3m/tdmpc2, dinov2/tdmpc2 has no error")
+    assert told in made.page.read_text()
+    (chart,) = [chart for chart in data_of(made.page)["charts"] if chart["id"] == "returns"]
+    assert all(
+        {point["label"] for point in panel["points"]} == {"from scratch", "vc1", "clip"}
+        for panel in chart["panels"]
+    )
+    table = pl.read_parquet(tmp_path / "report" / "tables" / "returns.parquet")
+    assert table.filter(pl.col("mean").is_null()).select("pvr", "return").rows() == [
+        ("r3m", -0.7),
+        ("dinov2", -0.6),
+    ]

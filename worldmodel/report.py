@@ -29,7 +29,13 @@ from pvrpipe.worldmodel.report_figures import draw_figures
 from pvrpipe.worldmodel.report_findings import Findings, findings_of
 from pvrpipe.worldmodel.report_page import page_of
 from pvrpipe.worldmodel.report_sources import Evidence, evidence_of
-from pvrpipe.worldmodel.report_tables import correlations_of, returns_of, tables_of, write_tables
+from pvrpipe.worldmodel.report_tables import (
+    correlations_of,
+    returns_of,
+    silent_returns,
+    tables_of,
+    write_tables,
+)
 from pvrpipe.worldmodel.report_words import sentences_of, title_of
 
 JSON, TABLES, FIGURES = "report.json", "tables", "figures"
@@ -47,6 +53,8 @@ class Report:
     comparisons: int
     claims: int
     findings: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """what was given with ``returns`` and stands in no chart, in a sentence"""
     bytes: int
 
 
@@ -71,7 +79,7 @@ def build_report(
     findings = findings_of(evidence, horizons)
     tables = tables_of(evidence, findings)
     if returns is not None:
-        tables["returns"] = returns_of(returns, tables["errors"])
+        tables["returns"] = returns_of(returns, tables["errors"], evidence.runs)
         tables["correlations"] = correlations_of(tables["returns"], horizons)
     charts = charts_of(evidence, findings, tables)
     make_folder(out)
@@ -92,6 +100,7 @@ def build_report(
         comparisons=len(findings.comparisons),
         claims=sum(c.verdict in ("better", "worse") for c in findings.comparisons),
         findings=tuple(sentences_of(findings)),
+        left_out=tuple(silent_returns(tables["returns"])) if "returns" in tables else (),
         bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
     )
 

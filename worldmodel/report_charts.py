@@ -35,11 +35,15 @@ from pvrpipe.worldmodel.report_findings import Findings
 from pvrpipe.worldmodel.report_panels import number_of, panels_of, task_of, unit_of
 from pvrpipe.worldmodel.report_scatters import return_panels, shifted_panels
 from pvrpipe.worldmodel.report_sources import OWN, Evidence
-from pvrpipe.worldmodel.report_tables import severities_of
+from pvrpipe.worldmodel.report_tables import severities_of, silent_returns
 from pvrpipe.worldmodel.report_words import NAMES, episodes_of
 
 MOMENTS = ("true", "imagined", "seen")
-WITHOUT = "the study says `maps: false`, its runs are not done, or a file is damaged (`pvrpipe study` draws it anew)."
+WITHOUT = (
+    "the study says `maps: false`, the run of the first seed has no numbers, or a file is damaged (`pvrpipe study` "
+    "draws it anew)."
+)
+NAMED = 5  # representations that a sentence names
 
 
 @dataclass
@@ -107,6 +111,7 @@ def charts_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataF
         "Errors are not correlated with returns of agents: none were given (`pvrpipe report --returns FILE.csv`), or "
         "of fewer than three representations.",
     )
+    made.absent += silent_returns(tables["returns"]) if "returns" in tables else []
     _strips(made, evidence)
     made.add(COST, list(_cost(tables["costs"])), "No embeddings were made, so none have a cost.")
     return made
@@ -214,11 +219,21 @@ def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
 
 def _pictured(evidence: Evidence, name: str) -> Iterator[tuple[dict[str, str], Path]]:
     for row in evidence.pictured(name).iter_rows(named=True):
-        keys = {
-            "task": task_of(row["environment"], row["variation"]),
-            "model": f"{row['model']} {row['size']}",
-        }
-        yield {**keys, "representation": row["arm"]}, Path(row["run"])
+        yield _keys(row), Path(row["run"])
+
+
+def _keys(row: dict[str, Any]) -> dict[str, str]:
+    """What a picture is filtered by."""
+    task, model = task_of(row["environment"], row["variation"]), f"{row['model']} {row['size']}"
+    return {"task": task, "model": model, "representation": row["arm"]}
+
+
+def _unpictured(evidence: Evidence, name: str, undone: str) -> list[str]:
+    """A sentence about those that have no picture of a kind that others have."""
+    lacking = [_keys(row) for row in evidence.unpictured(name).iter_rows(named=True)]
+    told = [f"{keys['representation']} ({keys['model']}, {keys['task']})" for keys in lacking]
+    told = told if len(told) <= NAMED + 1 else [*told[:NAMED], f"{len(told) - NAMED} more"]
+    return [f"{undone} of {'; '.join(told)}: {WITHOUT}"] if told else []
 
 
 def _maps(made: Charts, evidence: Evidence) -> None:
@@ -243,6 +258,8 @@ def _maps(made: Charts, evidence: Evidence) -> None:
                 }
             )
     made.add(MAPS, panels, f"No latents were laid out: {WITHOUT}")
+    if panels:
+        made.absent += _unpictured(evidence, runs.MAP, "No latents were laid out")
 
 
 def _strips(made: Charts, evidence: Evidence) -> None:
@@ -261,6 +278,8 @@ def _strips(made: Charts, evidence: Evidence) -> None:
             }
         )
     made.add(STRIPS, panels, f"No rollouts were drawn: {WITHOUT}")
+    if panels:
+        made.absent += _unpictured(evidence, runs.STRIP, "No rollouts were drawn")
 
 
 def _cost(costs: pl.DataFrame) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ OWN = "own"  # the look that a run was trained on
 #: What a run is; equal in all but ``seed``, runs are repeats of one another.
 RUN_KEYS = ("environment", "variation", "pvr", "encoder", "blocks", "model", "size", "seed")
 TASK = ("environment", "variation")
+REPEATED = (*TASK, "arm", "model", "size")  # what repeats of one another have in common
 STORE = "store_id"
 #: Of a run's configuration, what is in :data:`RUN_KEYS` or changes no number.
 UNTOLD = ("model", "size", "seed", "encoder", "save_every", "log_every")
@@ -55,7 +56,12 @@ class Evidence:
         """The runs that have a map, or a film strip, and whole; of repeats the first."""
         whole = [runs.is_sound(Path(run) / name) for run in self.finished["run"]]
         drawn = self.finished.filter(pl.Series(whole, dtype=pl.Boolean))
-        return drawn.unique([*TASK, "arm", "model", "size"], keep="first", maintain_order=True)
+        return drawn.unique(REPEATED, keep="first", maintain_order=True)
+
+    def unpictured(self, name: str) -> pl.DataFrame:
+        """What has numbers and no map, or no film strip: a row for all repeats."""
+        repeated = self.finished.unique(REPEATED, keep="first", maintain_order=True)
+        return repeated.join(self.pictured(name), on=REPEATED, how="anti", maintain_order="left")
 
     def errors(self, **wanted: Any) -> pl.DataFrame:
         """Open-loop errors of the models themselves."""

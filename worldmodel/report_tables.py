@@ -172,18 +172,19 @@ def unfinished_of(evidence: Evidence) -> pl.DataFrame:
     return pl.DataFrame([*stores, *runs], schema={"what": pl.String, "state": pl.String, "why": pl.String})
 
 
-def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
+def returns_of(path: Path, errors: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
     """Errors on the look that was trained on beside the mean returns that agents got elsewhere, a row for each return.
 
     Errors are means over all that a return is of: maps and looks, and tasks too where the file names none. What was not
-    done on all of these is left out.
+    done on all of these is left out; a return that is left without any error has a row of nulls.
 
     Args:
         path: a CSV with ``pvr``, ``model``, ``return`` and perhaps ``environment``.
         errors: of :func:`errors_of`.
+        runs: all that were to be compared, also those that have no errors.
 
     Raises:
-        InvalidValueError: the file cannot be read, lacks a column or a number, or names what was not compared.
+        InvalidValueError: the file cannot be read, lacks a column or a number, or names what was not to be compared.
     """
     how = f"--returns {path}: "
     try:
@@ -199,7 +200,7 @@ def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
         raise InvalidValueError(f"{how}a return is not a number; {COLUMNS}")
     on = [name for name in ("environment", "pvr", "model") if name in given.columns]
     for name in on:
-        known = errors[name].unique(maintain_order=True).to_list()
+        known = runs[name].unique(maintain_order=True).to_list()
         if unknown := [value for value in given[name] if value not in known]:
             raise InvalidValueError(
                 f"{how}{name} {unknown[0]!r} was not compared; there is {', '.join(known)}"
@@ -219,7 +220,16 @@ def returns_of(path: Path, errors: pl.DataFrame) -> pl.DataFrame:
         tasks=pl.struct("environment", "variation").n_unique(),
     )
     alike = [key for key in keys if key != "pvr"]
-    return found.filter(pl.col("tasks") == pl.col("tasks").max().over(alike))
+    whole = found.filter(pl.col("tasks") == pl.col("tasks").max().over(alike))
+    return pl.concat([whole, means.join(whole, on=on, how="anti")], how="diagonal")
+
+
+def silent_returns(returns: pl.DataFrame) -> list[str]:
+    """A sentence about the returns that stand beside no error, if there are any."""
+    on = [name for name in ("environment", "pvr", "model") if name in returns.columns]
+    of = ["/".join(row) for row in returns.filter(pl.col("mean").is_null()).select(on).rows()]
+    told = "has no error of its own to stand beside: runs have no numbers, or not on as many tasks as others"
+    return [f"A return that was given for {', '.join(of)} {told}."] if of else []
 
 
 def properties_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
