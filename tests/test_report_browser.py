@@ -201,7 +201,7 @@ def test_it_prints_with_all_charts_and_no_controls(opened: Chrome) -> None:
 
 
 def test_no_heading_is_printed_without_what_it_is_of(opened: Chrome) -> None:
-    """What is folded on the screen could not be unfolded on paper."""
+    """What is folded on the screen could not be unfolded on paper, and a chart to a page was a book."""
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     opened.execute_script("dispatchEvent(new Event('beforeprint'))")
     try:
@@ -212,6 +212,13 @@ def test_no_heading_is_printed_without_what_it_is_of(opened: Chrome) -> None:
             ]
             assert len(shown) == 1, name
             assert shown[0].size["width"] <= section.size["width"]
+        for chart in opened.find_elements(By.CSS_SELECTOR, "section.chart"):
+            heading = chart.find_elements(By.CSS_SELECTOR, "h2, h2 + .about")
+            assert [each.value_of_css_property("break-after") for each in heading] == ["avoid", "avoid"]
+        across = opened.find_element(By.CSS_SELECTOR, ".panels").value_of_css_property(
+            "grid-template-columns"
+        )
+        assert len(across.split()) == 2
     finally:
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 

@@ -143,7 +143,9 @@ def test_the_reference_is_what_it_is_wherever_it_stands_and_has_its_own_tasks(tm
         (0.05, "0.05"),
         (0.0049, "0.0049"),
         (-0.5, "-0.50"),
-        (1234.0, "1.2e+03"),
+        (1234.0, "1,200"),
+        (-98765.0, "-99,000"),
+        (1.2345e7, "1.2e+07"),
     ],
 )
 def test_numbers_are_legible(value: float, told: str) -> None:

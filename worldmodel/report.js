@@ -107,7 +107,7 @@ function axisX(root, panel, x, low, high, bottom, values) {
   svg("text", { x: (x(low) + x(high)) / 2, y: bottom + 32, "text-anchor": "middle" }, root, panel.x);
 }
 function axisY(root, panel, y, low, high, left, right) {
-  for (const v of ticks(low, high, 4)) {
+  for (const v of ticks(low, high)) {
     svg("line", { x1: left, x2: right, y1: y(v), y2: y(v), class: "axis" }, root);
     svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, root, number(v));
   }

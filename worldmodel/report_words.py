@@ -26,7 +26,9 @@ EPISODES = {"val": "held-out", "train": "training"}
 
 def legible(value: float) -> str:
     """Two decimals; two digits where these would say nothing, or too much."""
-    return f"{value:.2f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.2g}"
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.2f}"
+    return f"{float(f'{value:.2g}'):,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.2g}"
 
 
 def shortened(name: str, letters: int) -> str:
