@@ -332,9 +332,13 @@ def test_what_a_specification_cannot_mean_is_one_line(
         ("a" * 300, "auto", "unknown PVR"),
         ("resnet18", "a" * 300, "there is no file a.* --weights FILE_OR_FOLDER"),
         (f"hf:{'a' * 300}", "auto", f"hf:{'a' * 300}"),
+        ("", "auto", "unknown PVR ''"),
+        ("hf:", "auto", "unknown PVR 'hf:'"),
+        ("resnet18", "", "--weights is empty"),
     ],
 )
 def test_a_name_that_no_file_can_have_is_one_line(pvr: str, weights: str, refusal: str) -> None:
+    """Nor is nothing the name of the folder that one is in."""
     with pytest.raises(PvrpipeError, match=refusal):
         Encoder(EncoderRequest(pvr, weights, device="cpu").anywhere())
 
