@@ -345,7 +345,7 @@ def build_network(pvr: Pvr, seed: int) -> Network:
         torch.manual_seed(seed)
         try:
             return build(pvr)
-        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"{pvr.name}: architecture '{pvr.architecture}' with {pvr.overrides} cannot be built "
                 f"({one_line(error)[:120]}); mend its specification"
