@@ -144,13 +144,13 @@ class TrainOptions:
                 "--backbone-learning-rate is of what learns of --pvr, and with --unfreeze 0 nothing does; "
                 "leave it out, or unfreeze some"
             )
-        from pvrpipe.pipeline.tuning import TunedEncoder, tuning_of
+        from pvrpipe.pipeline.tuning import tuned_as_asked, tuning_of
         from pvrpipe.store.reading import Store
         from pvrpipe.worldmodel.backbones import frame_of
 
         height, width, _ = frame_of(Store.open(store))
         tuning = tuning_of(self.pvr, self.weights, self.unfreeze)
-        return partial(TunedEncoder, tuning, (height, width), part.readout)
+        return partial(tuned_as_asked, tuning, (height, width), part.readout)
 
     def label(self, root: Path, store: str, part: ReadoutOptions) -> str:
         """What the names of a store's runs begin with."""

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import os
 import re
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -83,10 +84,13 @@ def read_tensors(path: Path) -> dict[str, object]:
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of pickles in another protocol, which may load or are refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # bytes that are no pickle make its reader fail in any way
-        if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+        if code := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
             raise WeightsError(
                 f"{path} cannot be read as weights: it holds {code[1]}, which runs code, and none is run; give a "
                 "state dict"

@@ -18,10 +18,10 @@ import torch
 
 from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.embedding import CARRIED
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, refuse_norm, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import download
-from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, StoreError
+from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
@@ -168,11 +168,7 @@ def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
             f"{store.path} holds frames of {frame.dtype} {list(frame.shape)}; encoders take uint8 RGB (H, W, 3)"
         )
     encoder = Encoder(request)
-    if request.readout.final_norm is not None and not encoder.network.normed:
-        raise InvalidValueError(
-            f"--norm, --no-norm: {encoder.identity.name} has no final norm before its {encoder.identity.pooling}; "
-            "leave it out"
-        )
+    refuse_norm(encoder.network, encoder.identity, request.readout)
     rows = max(entry.rows for entry in store.manifest.shards)
     return encoder, fit(encoder, frame.shape, rows, fixed=request.batch is not None)
 

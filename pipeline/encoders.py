@@ -70,8 +70,8 @@ class EncoderRequest:
 def _absolute(name: str) -> str:
     """The path of what lies on this machine, from anywhere; other names as they are."""
     prefix = "hf:" if name.startswith("hf:") else ""
-    path = Path(name.removeprefix(prefix))
-    return f"{prefix}{path.absolute()}" if there_is(path) else name
+    said = name.removeprefix(prefix)  # nothing is not a path, though this folder is one
+    return f"{prefix}{Path(said).absolute()}" if said and there_is(Path(said)) else name
 
 
 class Encoder:
@@ -195,6 +195,14 @@ def _refuse_uneven(pvr: Pvr, network: Network) -> None:
         nearest = max(1, round(crop / patch)) * patch
         raise InvalidValueError(
             f"--input-size {crop}: {pvr.name} sees patches of {patch} pixels; give {nearest}"
+        )
+
+
+def refuse_norm(network: Network, identity: EncoderIdentity, asked: Readout) -> None:
+    """Refuse a choice of the final norm where there is none: it would be the same encoder under another name."""
+    if asked.final_norm is not None and not network.normed:
+        raise InvalidValueError(
+            f"--norm, --no-norm: {identity.name} has no final norm before its {identity.pooling}; leave it out"
         )
 
 

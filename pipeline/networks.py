@@ -102,8 +102,10 @@ class TokenNetwork(Network):
         self.blocks = tuple(n for n in kept if n <= wanted[-1])
         self.places = [self.blocks.index(n) for n in wanted]
         self.layer = "last" if wanted == [depth - 1] else ",".join(map(str, wanted))
-        self.normed = getattr(self.trunk, "norm", None) is not None and self.pooling != "pooled"
-        self.final_norm = pvr.final_norm and getattr(self.trunk, "norm", None) is not None
+        norm, own = getattr(self.trunk, "norm", None), self.pooling == "pooled"
+        # timm has an empty one where the norm is of what is pooled (its models that average), which no token sees
+        self.normed = norm is not None and not own and not isinstance(norm, nn.Identity)
+        self.final_norm = pvr.final_norm and (self.normed or (own and norm is not None))
         if self.pooling == "pooled" and (self.layer, len(self.blocks)) != ("last", depth):
             raise InvalidValueError(
                 "--pool pooled is the network's own output; choose another --pool with a layer"
@@ -125,9 +127,11 @@ class TokenNetwork(Network):
     def _tokens(self, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         if hasattr(self.trunk, "tokens"):
             return self.trunk.tokens(x, self.places, self.final_norm)  # type: ignore[operator]
-        options = {"stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
+        options: dict[str, Any] = {"stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
+        if self.trunk.num_prefix_tokens:  # some of timm's fail where they have none to return
+            options["return_prefix_tokens"] = True
         outputs = self.trunk.forward_intermediates(  # type: ignore[operator]
-            x, indices=self.places, return_prefix_tokens=True, norm=self.final_norm, **options
+            x, indices=self.places, norm=self.final_norm, **options
         )
         return [y if isinstance(y, tuple) else (y, y[:, :0]) for y in outputs]
 
@@ -142,7 +146,8 @@ class TokenNetwork(Network):
             case "mean":
                 return patches.mean(dim=1)
             case "map":
-                return self.trunk.attn_pool(torch.cat([prefix, patches], dim=1))  # type: ignore[operator]
+                seen = [prefix, patches] if getattr(self.trunk, "pool_include_prefix", True) else [patches]
+                return self.trunk.attn_pool(torch.cat(seen, dim=1))  # type: ignore[operator]
             case "projected":
                 return self.trunk.head(prefix[:, 0])  # type: ignore[operator]
             case _:
@@ -157,9 +162,11 @@ def _patch_of(trunk: nn.Module) -> int | None:
 def _token_poolings(trunk: nn.Module) -> tuple[str, ...]:
     """What the tokens of a trunk can be pooled to."""
     prefix = int(trunk.num_prefix_tokens)  # type: ignore[arg-type]
+    # timm's with registers alone have None for it; a network of one's own need not call it so
+    classed = prefix > 0 and getattr(getattr(trunk, "embeds", trunk), "cls_token", True) is not None
     has = {
-        "cls": prefix > 0,
-        "cls+registers": prefix > 1,
+        "cls": classed,
+        "cls+registers": classed and prefix > 1,
         "mean": True,
         "map": isinstance(getattr(trunk, "attn_pool", None), nn.Module),
         "projected": isinstance(getattr(trunk, "head", None), nn.Linear),
@@ -338,7 +345,7 @@ def build_network(pvr: Pvr, seed: int) -> Network:
         torch.manual_seed(seed)
         try:
             return build(pvr)
-        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"{pvr.name}: architecture '{pvr.architecture}' with {pvr.overrides} cannot be built "
                 f"({one_line(error)[:120]}); mend its specification"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, refuse_norm
 from pvrpipe.pipeline.networks import MapNetwork, Network, StagedNetwork, TokenNetwork
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.readout import Readout
@@ -57,6 +57,17 @@ class TunedEncoder(nn.Module):
         gradients = torch.autograd.grad(self(frame).sum(), chosen, allow_unused=True)
         for parameter, gradient in zip(chosen, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
+
+
+def tuned_as_asked(tuning: Tuning, frame: tuple[int, int], asked: Readout, device: str) -> TunedEncoder:
+    """A :class:`TunedEncoder` by the readout that a user gives; one that a run records says more than he chose.
+
+    Raises:
+        InvalidValueError: also where a final norm is chosen that the encoder has not.
+    """
+    encoder = TunedEncoder(tuning, frame, asked, device)
+    refuse_norm(encoder.network, encoder.identity, asked)
+    return encoder
 
 
 def tuning_of(pvr: str, weights: str, unfreeze: str) -> Tuning:

@@ -22,7 +22,7 @@ from pvrpipe.pipeline.checkpoints import tensors_of
 from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.pvrs import Positions, Pvr
 from pvrpipe.schemas.addresses import there_is
-from pvrpipe.schemas.errors import WeightsError
+from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.specifications import WeightsIdentity
 from pvrpipe.store.cache import cache_errors
 from pvrpipe.store.files import sha256_of
@@ -89,6 +89,11 @@ def _published(pvr: Pvr) -> Path:
         raise WeightsError(
             f"the weights of {pvr.name} are not cached and {origin} cannot be reached{note}; "
             "give them with --weights FILE_OR_FOLDER, or try the pipeline with --weights random:0"
+        ) from error
+    except ValueError as error:  # of a name that the Hub does not allow, of an address that is none
+        raise WeightsError(
+            f"the source of {pvr.name} is no place ({one_line(error)[:120]}); mend its specification, or give the "
+            "weights with --weights FILE_OR_FOLDER"
         ) from error
 
 

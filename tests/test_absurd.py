@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from pvrpipe import cli
 from pvrpipe.cli import app
 from pvrpipe.commands.terminal import watching
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.weights import find_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr
@@ -61,6 +62,23 @@ def test_values(work: Callable[[], Any], kind: type[PvrpipeError], says: str) ->
     with pytest.raises(kind, match=says) as caught:
         work()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pvr", "weights", "refusal"),
+    [
+        ("a" * 300, "auto", "unknown PVR"),
+        ("resnet18", "a" * 300, "there is no file a.* --weights FILE_OR_FOLDER"),
+        (f"hf:{'a' * 300}", "auto", f"hf:{'a' * 300}"),
+        ("", "auto", "unknown PVR ''"),
+        ("hf:", "auto", "unknown PVR 'hf:'"),
+        ("resnet18", "", "--weights is empty"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(pvr: str, weights: str, refusal: str) -> None:
+    """Nor is nothing the name of the folder that one is in."""
+    with pytest.raises(PvrpipeError, match=refusal):
+        Encoder(EncoderRequest(pvr, weights, device="cpu").anywhere())
 
 
 def test_places_to_push_to(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pvrpipe.cli import app
 from pvrpipe.pipeline import own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
-from pvrpipe.schemas.errors import InvalidValueError, PvrpipeError, UnknownNameError, WeightsError
+from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
 
 from .test_zoo_vit import in_dinov2_layout
 from .upstream import FRAMES, VIT_TO_HUB, encoder_with, noise, published, randomised, relative_error
@@ -309,6 +309,13 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         ({"keys": {"drop": ["["]}}, r"'\['.*regular expression"),
         ({"keys": {"rename": [["(a)", r"\3"]]}}, "regular expression"),
         ({"positions": "rope-bf16"}, "cannot be built"),
+        ({"overrides": {"depth": 0}}, "cannot be built"),
+        ({"overrides": {"act_layer": "swoosh"}}, "cannot be built"),
+        (
+            {"source": {"file": "w", "repo": "a b/c"}},
+            r"no place \(Repo id must use.*; mend its specification",
+        ),
+        ({"source": {"file": "w", "url": "https://[a/w"}}, "no place .*; mend its specification"),
         ({"recipe": {"resize": 100}}, "cuts 224 pixels out of frames of 100"),
         ({"source": {"file": "w", "sha256": "AB"}}, "sha256"),
     ],
@@ -324,19 +331,6 @@ def test_what_a_specification_cannot_mean_is_one_line(
     safetensors.torch.save_file({"a": noise(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=refusal):
         Encoder(EncoderRequest(str(tmp_path), "random:0" if "width" in changes else "auto", device="cpu"))
-
-
-@pytest.mark.parametrize(
-    ("pvr", "weights", "refusal"),
-    [
-        ("a" * 300, "auto", "unknown PVR"),
-        ("resnet18", "a" * 300, "there is no file a.* --weights FILE_OR_FOLDER"),
-        (f"hf:{'a' * 300}", "auto", f"hf:{'a' * 300}"),
-    ],
-)
-def test_a_name_that_no_file_can_have_is_one_line(pvr: str, weights: str, refusal: str) -> None:
-    with pytest.raises(PvrpipeError, match=refusal):
-        Encoder(EncoderRequest(pvr, weights, device="cpu").anywhere())
 
 
 def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, frozen
 from pvrpipe.pipeline.golden import check_golden
 from pvrpipe.pipeline.networks import build_network
 from pvrpipe.pipeline.readout import Readout, block_list, read_out
+from pvrpipe.pipeline.tuning import TunedEncoder, tuned_as_asked, tuning_of
 from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import EncodingError, InvalidValueError, UnknownNameError, WeightsError
 from pvrpipe.store.reading import Store
@@ -177,7 +179,14 @@ def test_patches_and_maps_go_through_the_store_and_are_verified(
     assert "weights.tensors_sha256" in other.differs
 
 
-@pytest.mark.parametrize(("name", "pooling"), [("resnet18", None), ("timm:vit_tiny_patch16_224", "pooled")])
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("resnet18", None),
+        ("timm:vit_tiny_patch16_224", "pooled"),
+        ("timm:vit_relpos_small_patch16_224", "mean"),
+    ],
+)
 @pytest.mark.parametrize("final_norm", [True, False])
 def test_a_final_norm_that_is_not_there_is_no_choice(
     name: str, pooling: str | None, final_norm: bool, write_rollouts: WriteStore, tmp_path: Path
@@ -187,6 +196,53 @@ def test_a_final_norm_that_is_not_there_is_no_choice(
     with pytest.raises(InvalidValueError, match=r"--no-norm.*no final norm"):
         embed(write_rollouts((2,), size=24), [(request, tmp_path / "e")], EmbedConfig(engine="inline"))
     assert not (tmp_path / "e").exists()
+    tuning = tuning_of(name, "random:0", "0")
+    with pytest.raises(InvalidValueError, match=r"--no-norm.*no final norm"):
+        tuned_as_asked(tuning, (24, 24), request.readout, "cpu")
+    encoder = Encoder(replace(request, readout=Readout(pooling=pooling)))
+    TunedEncoder(tuning, (24, 24), Readout.of(encoder.identity), "cpu")  # as a run records it
+
+
+SMALL: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 16,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "poolings", "normed"),
+    [
+        ("vit_so150m_patch16_reg4_map_256", ("mean", "map", "patches", "pooled"), True),
+        ("vit_betwixt_patch16_reg4_gap_256", ("mean", "patches", "pooled"), False),
+        ("vit_relpos_small_patch16_224", ("mean", "patches", "pooled"), False),
+        ("deit_tiny_distilled_patch16_224", ("cls", "cls+registers", "mean", "patches", "pooled"), True),
+        ("beit_base_patch16_224", ("cls", "mean", "patches", "pooled"), False),
+    ],
+)
+def test_tokens_of_timms_own_are_those_that_it_has(
+    architecture: str, poolings: tuple[str, ...], normed: bool
+) -> None:
+    """Registers are no class token, an attention pool sees what timm shows it, and no norm is none."""
+    pvr = PVRS["vc1"].model_copy(update={"architecture": architecture, "overrides": SMALL, "name": "own"})
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    network = build_network(read_out(pvr, Readout(pooling="pooled")), 0)
+    assert network.poolings == poolings
+    trunk: Any = randomised(network.trunk)
+    with torch.no_grad():
+        tokens = trunk.forward_features(x)
+    prefix, patches = tokens.tensor_split([trunk.num_prefix_tokens], dim=1)
+    expected = {"cls": tokens[:, 0], "cls+registers": prefix.flatten(1), "mean": patches.mean(1)}
+    expected |= {"patches": patches, "map": trunk(x), "pooled": trunk(x)}
+    for pooling in poolings:
+        made = build_network(read_out(pvr, Readout(pooling=pooling)), 0)
+        made.trunk.load_state_dict(trunk.state_dict())
+        made.eval()
+        assert relative_error(made(x).detach().numpy(), expected[pooling]) < 1e-5, pooling
+        assert made.final_norm is (normed or pooling == "pooled"), pooling
 
 
 def test_frames_that_a_fixed_network_cannot_take_are_refused(tmp_path: Path) -> None:
