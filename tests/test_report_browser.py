@@ -93,12 +93,7 @@ def test_every_chart_is_drawn_without_a_word_or_a_request(opened: Chrome, page: 
 def test_what_is_drawn_is_where_the_numbers_are(opened: Chrome) -> None:
     """Marks lie along the axis as their values do, which the table behind the chart has."""
     figure = drawn(opened)[1].find_element(By.CSS_SELECTOR, "figure")
-    figure.find_element(By.TAG_NAME, "summary").click()
-    rows = WebDriverWait(opened, 5).until(lambda _: figure.find_elements(By.CSS_SELECTOR, "tbody tr"))
-    values = {
-        row.find_element(By.TAG_NAME, "th").text: float(row.find_elements(By.TAG_NAME, "td")[0].text)
-        for row in rows
-    }
+    values = {row[0]: float(row[1]) for row in tabled(opened, figure)[1:]}
     assert list(values) == ["vc1", "from scratch", "autoencoder", "random (random weights)"]
     places = [
         mark.rect["x"] + mark.rect["width"] / 2
@@ -284,7 +279,7 @@ def test_charts_are_filtered_and_walked_by_keyboard_alone(opened: Chrome) -> Non
     svg = opened.switch_to.active_element
     assert svg.tag_name == "svg"
     assert "4 values" in str(svg.get_attribute("aria-label"))
-    tip, said = opened.find_element(By.ID, "tip"), opened.find_element(By.ID, "said")
+    tip, said = (opened.find_element(By.ID, name) for name in ("tip", "said"))
     assert not tip.is_displayed()
     svg.send_keys(Keys.ARROW_DOWN)
     assert tip.is_displayed()
@@ -315,7 +310,13 @@ def test_a_phone_scrolls_only_downwards_and_texts_stand_out(opened: Chrome, sche
     try:
         opened.refresh()
         drawn(opened)
+        named = "option, h1, h3, .legend li, .findings li, header p"
+        opened.execute_script(
+            f"for (const e of document.querySelectorAll('{named}')) e.append('x'.repeat(60))"
+        )
         assert opened.execute_script("return document.documentElement.scrollWidth") <= 360
+        lines = opened.execute_script("return lined('vc1-l blocks 0-11 (mlp)', 18)")
+        assert lines == ["vc1-l blocks", "0-11 (mlp)"]
         for selector in ("p", "svg text.label", ".about", ".alarm", "a", "summary"):
             assert contrast(opened, selector) >= 4.5, selector
     finally:
@@ -357,12 +358,10 @@ def test_every_chart_and_table_has_a_name_for_a_screen_reader(opened: Chrome) ->
 
 
 def test_it_prints_with_all_charts_and_no_controls(opened: Chrome) -> None:
-    content = opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"]
-    pdf = base64.b64decode(content)
+    pdf = base64.b64decode(opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"])
     assert pdf.startswith(b"%PDF")
     assert len(pdf) > 50_000
-    left = opened.find_elements(By.CSS_SELECTOR, "section.chart:not([data-drawn])")
-    assert left == []
+    assert opened.find_elements(By.CSS_SELECTOR, "section.chart:not([data-drawn])") == []
     assert opened.find_elements(By.CSS_SELECTOR, "details[open]") == []  # folded again
 
 
