@@ -61,7 +61,7 @@ class Studying:
         """Whether a store is finished, verified and can be built on."""
         return self.of(folder).state == "finished"
 
-    def took_elsewhere(self, folder: Path, store: str) -> dict[str, Any]:
+    def took_elsewhere(self, folder: Path, store: str | None) -> dict[str, Any]:
         """What a store took where another study made it: its id is the same, and nothing in it says so.
 
         Args:

@@ -187,6 +187,8 @@ def test_lines_lie_where_their_axes_say_with_their_bands(opened: Chrome, page: P
     points = [(line, v, i) for line in panel["lines"] for i, v in enumerate(line["x"])]
     assert len({mark[2] for mark in parts["marks"]}) == len(panel["lines"])
     assert [mark[0] for mark in parts["marks"]] == pytest.approx(x([v for _, v, _ in points]), abs=1)
+    legend = figure.find_element(By.XPATH, "../..//ul").text.splitlines()
+    assert legend == [line["label"] for line in panel["lines"]]
     heights = [line["y"][i] for line, _, i in points]
     assert [mark[1] for mark in parts["marks"]] == pytest.approx(y(heights), abs=2)
     for line, band in zip(panel["lines"], parts["bands"], strict=True):
@@ -294,8 +296,7 @@ def test_charts_are_filtered_and_walked_by_keyboard_alone(opened: Chrome) -> Non
 
 
 def test_a_point_of_a_map_shows_its_frame(opened: Chrome) -> None:
-    svg = drawn(opened)[3].find_element(By.CSS_SELECTOR, "svg[role=img]")
-    svg.send_keys(Keys.HOME)
+    drawn(opened)[3].find_element(By.CSS_SELECTOR, "svg[role=img]").send_keys(Keys.HOME)
     picture = opened.find_element(By.CSS_SELECTOR, "#tip img")
     assert opened.execute_script("return arguments[0].naturalWidth", picture) == 48
     assert "reward" in opened.find_element(By.ID, "tip").text
