@@ -28,12 +28,13 @@ from pvrpipe.commands.study_options import StudyOptions
 from pvrpipe.commands.terminal import duration, mean_sem, note, tell
 from pvrpipe.schemas.errors import InvalidValueError, NotAStudyError
 from pvrpipe.schemas.progress import counted
+from pvrpipe.schemas.study_record import STUDIES
 
 if TYPE_CHECKING:
     from pvrpipe.commands.study_plan import Plan
     from pvrpipe.schemas.study_record import StudyRecord
 
-STUDIES, REPORT = "studies", "report"  # folders of a workspace, and of a study
+REPORT = "report"  # folder of a study
 
 
 @sharing

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pvrpipe.commands.study_plan import Encoded, Plan, config_of
+from pvrpipe.commands.study_plan import FRAMELESS, Encoded, Plan, config_of
 from pvrpipe.pipeline.cached import cached_weights
 from pvrpipe.pipeline.networks import build_network
 from pvrpipe.pipeline.pvrs import Pvr
@@ -53,6 +53,10 @@ def mistakes_of(study: Study) -> list[str]:
         for size in trained.sizes:
             with _noted(found, f"models: {trained.model} {size}"):
                 check_names(trained.model, size)
+                if trained.model == FRAMELESS and {wanted.pvr for wanted in study.pvrs} == {SCRATCH}:
+                    raise InvalidValueError(
+                        "it learns from embeddings, and scratch has none; name another of pvrs"
+                    )
                 for windows in (trained, trained.scratch or trained):
                     config_of(trained, windows, size, "auto", 0)
     return list(dict.fromkeys(found))
@@ -83,6 +87,8 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
         fetch: also fetch what weights are not on this machine, to be sure of them.
     """
     found = [*_one_as_another(plan), *_longer_than_episodes(plan)]
+    if plan.study.collect.episodes == 1 and "val" in plan.study.probe.splits:
+        found.append("collect.episodes: of one episode none is held out to be probed on; give 2 or more")
     looks = [look for look in plan.looks if sealed(look.folder) is None]
     sound: set[str] = set()
     for environment, config in {look.environment: look.config for look in looks}.items():
@@ -170,11 +176,15 @@ def sealed(folder: Path) -> Manifest | None:
 
 
 def _weights_of(plan: Plan) -> set[tuple[str, str]]:
-    """Name and weights of every encoder that is not trained by the study."""
-    requests = [
-        each.request for each in plan.embeddings if each.request is not None and each.pretrained is None
-    ]
-    return {(request.pvr, request.weights) for request in requests}
+    """Name and weights of every encoder that is to embed something and is not trained by the study.
+
+    What is embedded needs none: a workspace may go to a machine that cannot have them.
+    """
+    return {
+        (each.request.pvr, each.request.weights)
+        for each in plan.embeddings
+        if each.request is not None and each.pretrained is None and sealed(each.folder) is None
+    }
 
 
 def _check(wanted: Representation) -> None:

@@ -42,6 +42,7 @@ from pvrpipe.worldmodel.sweep import Job
 from pvrpipe.worldmodel.training import TrainConfig
 
 MAPS = {"dreamerv3": ("linear", "mlp"), "tdmpc2": ("mlp",)}  # that a model can be given for one embedding
+FRAMELESS = "dinowm"  # predicts embeddings, and has nothing to predict from frames
 LONGEST = 100  # letters of what a folder is of, in its name
 #: Options of training that came after runs had their names: off, they decide nothing, and those keep their names.
 LATER = ("joined",)
@@ -231,8 +232,8 @@ def _jobs(
     for place, encoded in enumerate(own):
         elsewhere = [(slug(fitting(part[place].look.variation)), part[place]) for part in shifted]
         for trained in study.models:
-            if trained.model == "dinowm" and encoded.request is None:
-                continue  # it predicts embeddings, and has nothing to predict from frames
+            if trained.model == FRAMELESS and encoded.request is None:
+                continue
             for size in trained.sizes:
                 for through in maps_of(study, trained, encoded):
                     for seed in study.seeds:

@@ -84,6 +84,7 @@ def _take(studying: Studying, folder: Path) -> None:
         note(f"{folder} does not verify: {told}; remove it, and the study makes it anew")
         return studying.update(folder, state="damaged", failure=told, checked=None)
     changes: dict[str, Any] = {"id": manifest.id, "rows": manifest.rows, "bytes": manifest.bytes}
+    changes |= studying.took_elsewhere(folder, manifest.id)
     if manifest.embeddings is not None:
         weights = manifest.embeddings.encoder.weights
         changes |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pvrpipe.commands.study_plan import Encoded, Look, Plan
 from pvrpipe.commands.terminal import note
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.errors import PvrpipeError, one_line
-from pvrpipe.schemas.study_record import RECORD, StoreRecord, StudyRecord, read_record
+from pvrpipe.schemas.study_record import RECORD, STUDIES, StoreRecord, StudyRecord, read_record
 from pvrpipe.store.files import write_whole
 
 
@@ -24,6 +25,8 @@ class Studying:
         self.plan, self.out = plan, out
         known = _earlier(out)
         self.stores = {record.folder: record for record in _stores_of(plan, known)}
+        unasked = [record for record in known.values() if record.folder not in self.stores]
+        self.others = tuple(record for record in unasked if record.frames_per_second)
         self.jobs = {record.run: record for _, record in plan.jobs}
         self.command = command
 
@@ -42,6 +45,7 @@ class Studying:
                 "state": state,
                 "stores": tuple(self.stores.values()),
                 "jobs": tuple(self.jobs.values()),
+                "others": self.others,
                 "command": self.command,
                 "versions": {"pvrpipe": pvrpipe.__version__},
             }
@@ -56,6 +60,24 @@ class Studying:
     def holds(self, folder: Path) -> bool:
         """Whether a store is finished, verified and can be built on."""
         return self.of(folder).state == "finished"
+
+    def took_elsewhere(self, folder: Path, store: str | None) -> dict[str, Any]:
+        """What a store took where another study made it: its id is the same, and nothing in it says so.
+
+        Args:
+            folder: of the store.
+            store: its id.
+        """
+        record = self.of(folder)
+        made = None if record.frames_per_second else self._elsewhere.get((record.folder, store))
+        return {name: getattr(made, name) for name in ("frames_per_second", "memory_bytes")} if made else {}
+
+    @cached_property
+    def _elsewhere(self) -> dict[tuple[str, str | None], StoreRecord]:
+        """Stores that other studies of this workspace made, by folder and id."""
+        homes = {path.parent for path in (self.plan.root / STUDIES).glob(f"*/{RECORD}")} - {self.out}
+        records = [record for home in sorted(homes) for record in _earlier(home).values()]
+        return {(record.folder, record.id): record for record in records if record.frames_per_second}
 
     @property
     def done(self) -> bool:
@@ -78,9 +100,10 @@ class Studying:
 
 
 def _earlier(out: Path) -> dict[str, StoreRecord]:
-    """What an earlier call knew of its stores, if there was one."""
+    """What earlier calls knew of their stores, if there were any."""
     try:
-        return {record.folder: record for record in read_record(out).stores}
+        found = read_record(out)
+        return {record.folder: record for record in (*found.others, *found.stores)}
     except PvrpipeError:
         return {}
 

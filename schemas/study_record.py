@@ -11,6 +11,7 @@ from pvrpipe.schemas.errors import NotAStudyError
 from pvrpipe.schemas.study import Part, Study
 
 RECORD = "study.json"
+STUDIES = "studies"  # folder of a workspace that theirs are in
 PAGE = "index.html"  # of its report
 State = Literal["waiting", "finished", "failed", "diverged", "damaged"]
 #: What a page says of each state that is no result.
@@ -83,6 +84,8 @@ class StudyRecord(Part):
     state: Literal["unfinished", "finished"] = "unfinished"
     stores: tuple[StoreRecord, ...] = ()
     jobs: tuple[JobRecord, ...] = ()
+    others: tuple[StoreRecord, ...] = ()
+    """stores that an earlier call asked for and this one does not; what making them took is known from nowhere else"""
     command: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 

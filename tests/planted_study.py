@@ -49,7 +49,8 @@ class Planted:
     """What is true of a study."""
 
     factors: Mapping[str, float]
-    """representation → its errors, as multiples of one and the same; ``NAME blocks WHICH`` is cut down to these"""
+    """representation → its errors, as multiples of one and the same; ``NAME blocks WHICH`` is cut down to
+    these; weights may be named behind them"""
     tasks: Sequence[str] = ("dmc:one", "dmc:other")
     models: Sequence[str] = ("dreamerv3", "tdmpc2")
     seeds: int = 6
@@ -156,7 +157,7 @@ def _write_run(
         variation="none",
         pvr=pvr,
         encoder=encoder,
-        blocks=pvr.partition(" blocks ")[2] or "all",
+        blocks=pvr.partition(" blocks ")[2].partition(" ")[0] or "all",
         model=model,
         size="1m",
         seed=seed,

@@ -215,8 +215,25 @@ def test_an_error_whose_trivial_prediction_is_never_wrong_is_said_to_have_no_sta
     assert "state error over 33 rows is compared with nothing" not in page
 
 
-def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Path) -> None:
-    factors = {"vc1": 1.0, "vc1 blocks 0-5": 1.4, "vc1 blocks 0-2": 2.0}
+def test_a_task_whose_trivial_prediction_is_never_wrong_is_said_to_be_in_no_standing(tmp_path: Path) -> None:
+    """No reward was received in one of two tasks, and the standings looked like those of both."""
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, models=("tdmpc2",), seeds=2))
+    for path in (tmp_path / "runs").glob("other-*/probe*.parquet"):
+        trivial = (pl.col("measure") == "reward_error") & (pl.col("control") != "model")
+        level = pl.when(trivial).then(0.0).otherwise(pl.col("accumulated"))
+        pl.read_parquet(path).with_columns(accumulated=level).write_parquet(path)
+    page = build_report([study], tmp_path / "report", figures=False).page.read_text()
+    assert (
+        "tdmpc2 1m, reward error over 33 rows is compared in 1 of 2 tasks only: "
+        "the error of always predicting the mean reward is 0 in other."
+    ) in page
+    assert "state error over 33 rows is compared" not in page
+
+
+@pytest.mark.parametrize("weights", ["", " mine"])
+def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Path, weights: str) -> None:
+    grown = {"vc1": 1.0, "vc1 blocks 0-5": 1.4, "vc1 blocks 0-2": 2.0}
+    factors = {pvr + weights: factor for pvr, factor in grown.items()}
     planted = Planted(
         factors,
         tasks=("dmc:one",),
@@ -241,10 +258,10 @@ def test_severities_maps_and_blocks_are_charts_of_what_was_planted(tmp_path: Pat
     for panel in blocks:
         values = {dot["label"]: dot["value"] for dot in panel["dots"]}
         for through, factor in planted.maps.items():
-            for pvr, grown in factors.items():
-                known = values["vc1 (linear)"] * factor * grown
+            for pvr, larger in factors.items():
+                known = values[f"vc1{weights} (linear)"] * factor * larger
                 assert values[f"{pvr} ({through})"] == pytest.approx(known, rel=0.15)
-    assert {panel["keys"]["representation"] for panel in blocks} == {"vc1"}
+    assert {panel["keys"]["representation"] for panel in blocks} == {f"vc1{weights}"}
     assert [len(panel["dots"]) for panel in encoders] == [2 * 3]
     units = [panel["keys"]["cost"] for panel in charts["cost"]]
     assert units == ["seconds for 1,000 frames", "bytes of a frame", "MB of memory while embedding"]

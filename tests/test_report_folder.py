@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import re
+import resource
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import polars as pl
 import pytest
 
 from pvrpipe.commands.studies import reported
-from pvrpipe.schemas.errors import InvalidValueError
+from pvrpipe.schemas.errors import InvalidValueError, StoreError
 from pvrpipe.schemas.study_record import read_record
 from pvrpipe.worldmodel import report_figures
 from pvrpipe.worldmodel.pictures import read_map
@@ -25,7 +26,7 @@ from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_panels import task_of
 from pvrpipe.worldmodel.report_sources import OWN
 from pvrpipe.worldmodel.report_stamp import stamp_of
-from pvrpipe.worldmodel.report_tables import severities_of
+from pvrpipe.worldmodel.report_tables import severities_of, write_tables
 
 from .planted_study import Planted, data_of, write_study
 
@@ -312,3 +313,22 @@ def test_a_return_that_stands_beside_no_error_is_named(tmp_path: Path) -> None:
         ("r3m", -0.7),
         ("dinov2", -0.6),
     ]
+
+
+def test_a_disk_that_takes_no_more_of_tables_and_figures_is_one_line(tmp_path: Path) -> None:
+    """Both were tracebacks, behind all the work of a study."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    table = pl.DataFrame({"number": range(10_000)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(StoreError, match="cannot write"):
+            write_tables({"numbers": table}, tmp_path)
+        with (
+            pytest.raises(StoreError, match="cannot write"),
+            report_figures._figure(tmp_path / "figure", 1, 1, (1, 1)),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    write_tables({"numbers": table}, tmp_path)
+    assert pl.read_parquet(tmp_path / "numbers.parquet").equals(pl.read_csv(tmp_path / "numbers.csv"))

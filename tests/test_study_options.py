@@ -107,6 +107,30 @@ def test_windows_and_contexts_that_no_episode_holds_are_refused_before_anything_
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"pvr": ["scratch"], "model": ["dinowm"]},
+            "models: dinowm 1m: it learns from embeddings, and scratch has none; name another of pvrs",
+        ),
+        (
+            {"pvr": ["random"], "episodes": 1},
+            "collect.episodes: of one episode none is held out to be probed on; give 2 or more",
+        ),
+    ],
+)
+def test_what_no_run_could_come_of_is_refused_before_anything_is_collected(
+    tmp_path: Path, given: dict[str, Any], told: str
+) -> None:
+    """All was collected, and the study then said of no run that it was waiting, or of every run that it failed."""
+    wanted, mistakes = study_of(StudyOptions(environment=["dmc:pendulum-swingup"], **given).within(None))
+    assert wanted is not None
+    assert mistakes == []
+    found = mistakes_of(wanted) + mistakes_of_plan(plan_of(wanted, tmp_path, "cpu"), fetch=False)
+    assert found == [told]
+
+
 def test_a_study_by_options_is_planned_like_any_other(tmp_path: Path) -> None:
     given = [part for name, values in OPTIONS.items() for v in values for part in (f"--{name}", str(v))]
     done = run("study", *given, "--dry-run", "--json", cwd=tmp_path)

@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from pvrpipe.cli import app
-from pvrpipe.commands import study_stages
-from pvrpipe.commands.study_checks import unfetched
+from pvrpipe.commands import study_checks, study_stages
+from pvrpipe.commands.study_checks import mistakes_of_plan, unfetched
 from pvrpipe.commands.study_plan import Plan, plan_of
 from pvrpipe.commands.study_stages import How
 from pvrpipe.pipeline.zoo import find_pvr
@@ -221,3 +221,19 @@ def test_the_names_of_runs_outlive_new_options(tmp_path: Path) -> None:
     """
     runs = [job.run.name for job, _ in planned(tmp_path, variations=["none"]).jobs]
     assert [runs[0], runs[-1]] == NAMES
+
+
+def test_weights_are_asked_for_only_where_something_is_to_be_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A workspace goes to a machine without network, and the study goes on there."""
+    plan = planned(tmp_path / "data", variations=["none"], shifts=[], pvrs=["scratch", "vc1-l"])
+    monkeypatch.setattr(study_checks, "find_weights", lambda _pvr, _weights, name: asked.append(name))
+    there, asked = {look.folder for look in plan.looks}, list[str]()
+    monkeypatch.setattr(study_checks, "sealed", lambda folder: folder if folder in there else None)
+    assert mistakes_of_plan(plan, fetch=True) == []
+    assert (asked, unfetched(plan)) == (["vc1-l"], ["vc1-l"])
+    there |= {each.folder for each in plan.embeddings}
+    asked.clear()
+    assert mistakes_of_plan(plan, fetch=True) == []
+    assert (asked, unfetched(plan)) == ([], [])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pvrpipe.commands import study_stages
-from pvrpipe.commands.study_plan import Encoded, Look
+from pvrpipe.commands.study_plan import Encoded, Look, Plan
 from pvrpipe.commands.study_stages import How
 from pvrpipe.commands.study_state import Studying
 from pvrpipe.rollouts.collect import Engine
@@ -164,3 +164,33 @@ def test_what_an_encoder_costs_is_of_one_worker_that_only_computes() -> None:
     assert study_stages._cost(result) == {"seconds": 6.0, "frames_per_second": 50.0, "memory_bytes": 11}
     result.model_seconds = 0.0  # nothing was left to be computed
     assert study_stages._cost(result) == {"seconds": None, "frames_per_second": None, "memory_bytes": 11}
+
+
+def test_what_a_store_cost_is_known_where_another_study_or_call_made_it(
+    studying: Studying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in a store says how long it took, and the page of a study that took it as it was had no cost of it."""
+    monkeypatch.setattr(study_stages, "sealed", lambda _: manifest())
+    monkeypatch.setattr(study_stages, "_failures", lambda _: [])
+    plan, cost = studying.plan, {"frames_per_second": 9.0, "memory_bytes": 5}
+    folder = encoded(studying, "random").folder
+    folder.mkdir(parents=True)
+
+    def taken(home: Path, plan: Plan = plan, **known: Any) -> list[float | int | None]:
+        home.mkdir(parents=True, exist_ok=True)
+        study = Studying(plan, home, "pvrpipe study")
+        if known:
+            study.update(folder, **known)
+        study_stages._take(study, folder)
+        return [getattr(study.of(folder), name) for name in cost]
+
+    assert taken(plan.root / "studies" / "other", id="i", **cost) == [9.0, 5]
+    assert taken(plan.root / "studies" / "third") == [9.0, 5]
+    monkeypatch.setattr(study_stages, "sealed", lambda _: SimpleNamespace(**{**vars(manifest()), "id": "j"}))
+    assert taken(plan.root / "studies" / "fourth") == [None, None]
+    part = planned(plan.root, variations=["none"], pvrs=["scratch"])  # of the same study, by an option
+    assert taken(studying.out, **cost) == [9.0, 5]
+    for once in (part, part, plan):
+        Studying(once, studying.out, "pvrpipe study").save()
+    assert studying.out.joinpath("study.json").read_text().count('"frames_per_second": 9.0') == 1
+    assert taken(studying.out) == [9.0, 5]

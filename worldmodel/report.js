@@ -24,6 +24,13 @@ function html(name, attributes = {}, parent = null, text = null) {
 const number = (v) => v === null || v === undefined ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
 /* Names differ at their ends: what does not fit is left out in the middle. */
 const shortened = (label, room) => label.length <= room ? label : `${label.slice(0, Math.ceil(room / 2) - 1)}…${label.slice(-Math.floor(room / 2))}`;
+/* Of two lines where one has no room, broken at the blank that leaves the shorter longest line. */
+function lined(label, room) {
+  if (label.length <= room) return [label];
+  const longest = (at) => Math.max(at, label.length - at - 1);
+  const at = [...label.matchAll(/ /g)].map((blank) => blank.index).sort((a, b) => longest(a) - longest(b))[0];
+  return (at === undefined ? [label] : [label.slice(0, at), label.slice(at + 1)]).map((part) => shortened(part, room));
+}
 const give = (sem) => sem ? ` ± ${number(sem)}` : "";
 /* What is known by its representation alone looks as its first map from the embedding does. */
 const place = (label) => DATA.arms.includes(label) ? DATA.arms.indexOf(label) : DATA.arms.findIndex((arm) => arm.startsWith(`${label} (`));
@@ -117,7 +124,8 @@ function axisY(root, panel, y, low, high, left, right) {
 const DRAW = {
   dots(panel, width, label) {
     const longest = Math.max(...panel.dots.map((d) => d.label.length)), room = Math.floor((width * 0.45 - 16) / LETTER);
-    const left = 16 + Math.min(room, longest) * LETTER, bottom = PAD + panel.dots.length * ROW;
+    const names = panel.dots.map((d) => lined(d.label, room)), row = names.some((name) => name[1]) ? ROW + 8 : ROW;
+    const left = 16 + Math.min(room, longest) * LETTER, bottom = PAD + panel.dots.length * row;
     const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 38}` }), marks = [];
     let [low, high] = extent(panel.dots.flatMap((d) => [d.value, d.low, d.high, ...(d.runs || [])]).concat(panel.mark ?? []));
     low = Math.min(low, 0);
@@ -125,8 +133,8 @@ const DRAW = {
     axisX(root, panel, x, low, high, bottom);
     if (panel.mark !== undefined) svg("line", { x1: x(panel.mark), x2: x(panel.mark), y1: PAD, y2: bottom, class: "mark" }, root);
     panel.dots.forEach((d, i) => {
-      const y = PAD + (i + 0.5) * ROW, c = colour(d.label);
-      svg("text", { x: left - 8, y: y + 4, "text-anchor": "end", class: d.random ? "label random" : "label" }, root, shortened(d.label, room));
+      const y = PAD + (i + 0.5) * row, c = colour(d.label);
+      names[i].forEach((part, n) => svg("text", { x: left - 8, y: y + 4 + (n - (names[i].length - 1) / 2) * 13, "text-anchor": "end", class: d.random ? "label random" : "label" }, root, part));
       if (d.low !== null && d.low !== undefined) svg("line", { x1: x(d.low), x2: x(d.high), y1: y, y2: y, stroke: c, "stroke-width": 2 }, root);
       for (const run of d.runs || []) svg("line", { x1: x(run), x2: x(run), y1: y + 5, y2: y + 10, stroke: c, "stroke-opacity": 0.6 }, root);
       const node = marker(shape(d.label), x(d.value), y, 5, { fill: c }, root);

@@ -137,7 +137,7 @@ def plain_of(evidence: Evidence, findings: Findings, tables: dict[str, pl.DataFr
             if name in tables
         },
         "unfinished": tables["unfinished"].to_dicts(),
-        "studies": [record.model_dump(mode="json") for _, record in evidence.studies],
+        "studies": [record.model_dump(mode="json", exclude={"others"}) for _, record in evidence.studies],
     }
     return _finite(content)
 

@@ -113,6 +113,6 @@ COST = chart_of(
     "Cost of a representation",
     "dots",
     "Seconds that 1,000 frames take on one worker, bytes of a frame, and memory for weights and a batch meanwhile, as "
-    "measured when they were embedded; means over tasks and looks.",
+    "measured when a study embedded them (of what none did, bytes alone are known); means over tasks and looks.",
     "cost",
 )

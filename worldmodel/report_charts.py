@@ -209,7 +209,9 @@ def _by(table: pl.DataFrame, key: str) -> Iterator[tuple[str, pl.DataFrame]]:
 
 def _ablation(table: pl.DataFrame, key: str) -> Iterator[dict[str, Any]]:
     """A representation at each value of ``key``, where it has several."""
-    stem = table.with_columns(stem=pl.col("pvr").str.replace(r" blocks .*$", ""))
+    cut = zip(table["pvr"], table["blocks"], strict=True)
+    stems = [pvr.replace(f" blocks {blocks}", "") for pvr, blocks in cut]  # weights may stand behind them
+    stem = table.with_columns(stem=pl.Series(stems, dtype=pl.String))
     varied = stem.filter(pl.col(key).n_unique().over("stem", "environment", "model") > 1)
     for keys, rows in panels_of(varied, "horizon"):
         for name, part in _by(rows, "stem"):

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import polars as pl
 
-from pvrpipe.store.files import make_folder
+from pvrpipe.store.files import disk_errors, make_folder
 from pvrpipe.store.workspace import slug
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.pictures import read_map
@@ -182,5 +182,6 @@ def _figure(path: Path, rows: int, columns: int, inches: tuple[float, float]) ->
     figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure.subplots(rows, columns, squeeze=False)
-    figure.savefig(f"{path}.svg", metadata={"Date": None})  # a name may have dots of its own
-    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None}, dpi=300)
+    with disk_errors(path):
+        figure.savefig(f"{path}.svg", metadata={"Date": None})  # a name may have dots of its own
+        figure.savefig(f"{path}.pdf", metadata={"CreationDate": None}, dpi=300)

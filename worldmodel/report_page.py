@@ -14,8 +14,9 @@ import polars as pl
 from pvrpipe.schemas.progress import counted
 from pvrpipe.schemas.study_record import STATES
 from pvrpipe.worldmodel.report_charts import Charts
-from pvrpipe.worldmodel.report_findings import ALPHA, Findings
-from pvrpipe.worldmodel.report_sources import OWN, Evidence
+from pvrpipe.worldmodel.report_findings import ALPHA, Findings, relative_errors
+from pvrpipe.worldmodel.report_panels import task_of
+from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
 from pvrpipe.worldmodel.report_stamp import stamp_of
 from pvrpipe.worldmodel.report_tables import ends_of, short
 from pvrpipe.worldmodel.report_words import (
@@ -50,7 +51,7 @@ def page_of(evidence: Evidence, findings: Findings, charts: Charts, tables: dict
         "SCRIPT": _file("js"),
         "DATA": json.dumps(_drawn(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "LEAD": _lead(evidence, tables["unfinished"]),
-        "FOUND": _found(findings, tables["errors"]),
+        "FOUND": _found(evidence, findings, tables["errors"]),
         "COMPARISONS": _comparisons(findings),
         "ABSENT": _absent(charts.absent if findings.standings else ()),
         "PROVENANCE": _provenance(evidence, tables["unfinished"]),
@@ -106,7 +107,7 @@ def _lacking(unfinished: pl.DataFrame) -> str:
     return f'<p class="alarm">Without numbers, and averaged into nothing: {escape(states)} ({which}).</p>'
 
 
-def _found(findings: Findings, errors: pl.DataFrame) -> str:
+def _found(evidence: Evidence, findings: Findings, errors: pl.DataFrame) -> str:
     if not findings.standings:
         return "<p><strong>Nothing: there are no errors to be compared.</strong></p>"
     claims = sum(c.verdict in ("better", "worse") for c in findings.comparisons)
@@ -135,7 +136,7 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
         f" Episodes end before {horizon} rows: what is said of that horizon is said of {steps:.0f} rows on average."
         for horizon, steps in ends_of(errors, horizons).items()
     )
-    sure += "".join(f" {sentence}" for sentence in _uncompared(findings, errors))
+    sure += "".join(f" {sentence}" for sentence in _uncompared(evidence, horizons))
     return (
         f'<p><strong>{escape(head)}</strong></p><ul class="findings">{items}</ul>{_standings(findings)}'
         f'{_folded("In sentences", f"""<ul class="findings">{sentences}</ul>""")}'
@@ -143,17 +144,32 @@ def _found(findings: Findings, errors: pl.DataFrame) -> str:
     )
 
 
-def _uncompared(findings: Findings, errors: pl.DataFrame) -> list[str]:
-    """What has no standing, since its trivial prediction is never wrong."""
-    stood = {about_of(s) for s in findings.standings}
-    horizons = sorted({s.horizon for s in findings.standings})
-    known = errors.filter(pl.col("horizon").is_in(horizons), look=OWN)
-    rows = known.select("model", "size", "measure", "horizon").unique(maintain_order=True).rows()
-    return [
-        f"{model} {size}, {NAMES[error]} over {horizon} rows is compared with nothing: {TRIVIAL[error]} is 0."
-        for model, size, error, horizon in rows
-        if (model, size, error, horizon) not in stood
-    ]
+def _uncompared(evidence: Evidence, horizons: Sequence[int]) -> list[str]:
+    """What has no standing, or not in every task, since its trivial prediction is never wrong."""
+    at = pl.col("horizon").is_in(list(horizons)) & pl.col("measure").is_in(ERRORS)
+    stood = _tasks_of(relative_errors(evidence).filter(at))
+    told = []
+    for about, tasks in _tasks_of(evidence.errors(look=OWN).filter(at)).items():
+        model, size, error, horizon = about
+        never = ", ".join(task_of(*task) for task in tasks if task not in stood.get(about, ()))
+        compared = (
+            "with nothing" if about not in stood else f"in {len(stood[about])} of {len(tasks)} tasks only"
+        )
+        if never:
+            told.append(
+                f"{model} {size}, {NAMES[error]} over {horizon} rows is compared {compared}: {TRIVIAL[error]} is 0"
+                + (f" in {never}." if about in stood else ".")
+            )
+    return told
+
+
+def _tasks_of(errors: pl.DataFrame) -> dict[tuple[Any, ...], list[tuple[str, str]]]:
+    """The tasks in which there is an error, by model, size, error and horizon."""
+    found: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    keys = ("model", "size", "measure", "horizon", "environment", "variation")
+    for *about, environment, variation in errors.select(keys).unique(maintain_order=True).rows():
+        found.setdefault(tuple(about), []).append((environment, variation))
+    return found
 
 
 def _standings(findings: Findings) -> str:

@@ -15,7 +15,7 @@ from pvrpipe.schemas.study_record import StudyRecord
 HEAD = 4096  # bytes of a page that have its stamp
 STAMP = re.compile(r'<meta name="pvrpipe-made-of" content="([0-9a-f]*)">')
 #: Of a record, what changes without the page: how it was called, and when files that are the same were written.
-BESIDE: Any = {"command": True, "versions": True, "stores": {"__all__": {"checked"}}}
+BESIDE: Any = {"command": True, "versions": True, "others": True, "stores": {"__all__": {"checked"}}}
 
 
 def stamp_of(records: Sequence[StudyRecord]) -> str:

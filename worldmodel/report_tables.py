@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import polars as pl
 
 from pvrpipe.schemas.errors import InvalidValueError, one_line
 from pvrpipe.schemas.study import AUTOENCODER
-from pvrpipe.store.files import make_folder
+from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.worldmodel.report_findings import Comparison, Findings, Standing, relative_errors
 from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
 from pvrpipe.worldmodel.statistics import aggregate, interquartile_mean, pearson, spearman
@@ -289,8 +290,10 @@ def write_tables(tables: Mapping[str, pl.DataFrame], folder: Path) -> None:
     """Each as ``NAME.csv`` and ``NAME.parquet``."""
     make_folder(folder)
     for name, table in tables.items():
-        table.write_parquet(folder / f"{name}.parquet")
-        table.with_columns(*map(_legible, table)).write_csv(folder / f"{name}.csv")
+        parquet = BytesIO()
+        table.write_parquet(parquet)
+        write_whole(folder / f"{name}.parquet", parquet.getvalue())
+        write_whole(folder / f"{name}.csv", table.with_columns(*map(_legible, table)).write_csv().encode())
 
 
 def _legible(column: pl.Series) -> pl.Series:
