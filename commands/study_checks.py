@@ -103,6 +103,7 @@ def mistakes_of_plan(plan: Plan, fetch: bool) -> list[str]:
         if fetch or weights != "auto" or not _is_published(find_pvr(name)):
             with _noted(found, f"pvrs: {name}"):
                 find_weights(find_pvr(name), weights, name)
+    found = [each.replace("--weights ", "weights: ") for each in found]  # a study's file has no options
     return list(dict.fromkeys(found))
 
 

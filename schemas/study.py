@@ -145,12 +145,15 @@ class Study(Part):
             "probe.horizons": list(self.probe.horizons),
             "probe.splits": list(self.probe.splits),
         }
-        return [
+        named = [
             f"{name}: {_told(value)} is named {count} times; name it once"
             for name, values in lists.items()
             for value, count in Counter(values).items()
             if count > 1
         ]
+        if len({"auto", *self.encoders}) == len(self.encoders) > 1:
+            named.append("encoders: auto is one of the others, whichever a model has first; leave it out")
+        return named
 
 
 def read_content(path: Path) -> dict[str, Any]:

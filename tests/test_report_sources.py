@@ -71,3 +71,13 @@ def test_a_probe_whose_table_was_changed_is_not_averaged(tmp_path: Path) -> None
     found = evidence_of([study]).runs
     assert found["state"].to_list() == ["damaged", "damaged", "finished"]
     assert found["failure"][0] == "probe-ood.parquet is not what its probe wrote; probe it again"
+
+
+def test_a_run_whose_probe_has_no_rows_is_damaged(tmp_path: Path) -> None:
+    """Of nothing, all is finite."""
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
+    probe = tmp_path / "runs" / "one-vc1-tdmpc2-s1" / runs.PROBE_TABLE
+    pl.read_parquet(probe).clear().write_parquet(probe)
+    found = evidence_of([study]).runs
+    assert found["state"].to_list() == ["finished", "damaged"]
+    assert found["failure"].to_list() == ["", "its probe has no rows; probe it again"]

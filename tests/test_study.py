@@ -109,6 +109,7 @@ def test_all_mistakes_of_a_study_are_told_at_once(tmp_path: Path) -> None:
     written(tmp_path, environments=["dmc:pendulum-swingdown", "nowhere:x"], pvrs=["vc1", "resnet50"])
     code, _, told = study(tmp_path)
     assert code == 1
+    assert "--weights" not in told  # it is what a study's file calls weights:
     for wanted in ("dmc:pendulum-swingdown", "nowhere:x", "the weights of vc1", "the weights of resnet50"):
         assert wanted in told
     assert not (tmp_path / "data").exists()

@@ -107,6 +107,14 @@ def test_windows_and_contexts_that_no_episode_holds_are_refused_before_anything_
     ]
 
 
+@pytest.mark.parametrize("others", [["linear"], ["linear", "mlp"]])
+def test_a_models_own_map_beside_others_is_a_mistake(others: list[str]) -> None:
+    """The same runs were trained twice, and the report compared them."""
+    asked = StudyOptions(environment=["dmc:pendulum-swingup"], pvr=["random"], encoder=["auto", *others])
+    _, mistakes = study_of(asked.within(None))
+    assert mistakes == ["encoders: auto is one of the others, whichever a model has first; leave it out"]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

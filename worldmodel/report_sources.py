@@ -330,7 +330,9 @@ def _unread(error: Exception) -> dict[str, str]:
 
 def _finite(table: pl.DataFrame) -> pl.DataFrame | dict[str, str]:
     """Means, if all of them are numbers."""
-    if table["accumulated"].is_finite().all() and len(table):
+    if table.is_empty():
+        return {"state": "damaged", "failure": "its probe has no rows; probe it again"}
+    if table["accumulated"].is_finite().all():
         return table
     return {"state": "diverged", "failure": "a prediction is not finite"}
 
