@@ -80,4 +80,4 @@ def test_a_run_whose_probe_has_no_rows_is_damaged(tmp_path: Path) -> None:
     pl.read_parquet(probe).clear().write_parquet(probe)
     found = evidence_of([study]).runs
     assert found["state"].to_list() == ["finished", "damaged"]
-    assert found["failure"].to_list() == ["", "its probe has no rows; probe it again"]
+    assert found["failure"].to_list() == ["", "a probe of it has no rows; probe it again"]

@@ -191,7 +191,7 @@ def _of_run(folder: Path) -> Part:
         table = pl.read_parquet(path)
         about = table.row(0, named=True)
         row |= {name: about[name] for name in ("environment", "variation")}
-        return _part(row, _finite(_means(table.lazy().filter(split=about["split"]), OWN)), trained)
+        return _part(row, _whole([_means(table.lazy().filter(split=about["split"]), OWN)]), trained)
     except pl.exceptions.PolarsError as error:
         return _part(row, _unread(error), trained)
 
@@ -301,7 +301,7 @@ def _scores_of(
             tables.append(_means(pl.scan_parquet(run / name).filter(split=asked.splits[0]), label or OWN))
     except (PvrpipeError, OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
         return _unread(error)
-    return _finite(pl.concat(tables))
+    return _whole(tables)
 
 
 def _as_asked(report: Path, job: JobRecord, asked: Probing, ids: Collection[str]) -> bool:
@@ -328,10 +328,11 @@ def _unread(error: Exception) -> dict[str, str]:
     return {"state": "failed", "failure": " ".join(str(error).split())[:300]}
 
 
-def _finite(table: pl.DataFrame) -> pl.DataFrame | dict[str, str]:
-    """Means, if all of them are numbers."""
-    if table.is_empty():
-        return {"state": "damaged", "failure": "its probe has no rows; probe it again"}
+def _whole(looks: Sequence[pl.DataFrame]) -> pl.DataFrame | dict[str, str]:
+    """Means in every look, if there are some in each and all of them are numbers."""
+    if any(table.is_empty() for table in looks):
+        return {"state": "damaged", "failure": "a probe of it has no rows; probe it again"}
+    table = pl.concat(looks)
     if table["accumulated"].is_finite().all():
         return table
     return {"state": "diverged", "failure": "a prediction is not finite"}
