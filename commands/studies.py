@@ -106,12 +106,14 @@ def study(
 
 
 def reported(out: Path, record: StudyRecord) -> Path:
-    """The page of a study, written unless the one that is there is of the same record, version and probes."""
+    """The page of a study, written unless the one that is there is of the same record, version, probes and pictures."""
     from pvrpipe.schemas.study_record import PAGE
+    from pvrpipe.worldmodel import runs
     from pvrpipe.worldmodel.report_stamp import is_current
 
     page = out / REPORT / PAGE
-    tables = [out / record.root / job.run / name for job in record.jobs for name in job.probes]
+    shown = (runs.MAP, runs.STRIP)  # drawn anew where they were cut, and the record is the same
+    tables = [out / record.root / job.run / name for job in record.jobs for name in (*job.probes, *shown)]
     if is_current(page, record, tables):
         return page
     from pvrpipe.worldmodel.report import build_report  # a second that a study without news need not pay
