@@ -81,3 +81,19 @@ def test_a_run_whose_probe_has_no_rows_is_damaged(tmp_path: Path) -> None:
     found = evidence_of([study]).runs
     assert found["state"].to_list() == ["finished", "damaged"]
     assert found["failure"].to_list() == ["", "a probe of it has no rows; probe it again"]
+
+
+def test_a_run_that_another_study_made_has_its_numbers_in_any_order(tmp_path: Path) -> None:
+    """Where the study that had not made it was named first, it was left out."""
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=4))
+    other = tmp_path / "studies" / "other"
+    other.mkdir()
+    record = json.loads((study / "study.json").read_bytes())
+    states = ("waiting", "failed", "damaged", "finished")
+    for job, state in zip(record["jobs"], states, strict=True):
+        job["state"] = state
+    (other / "study.json").write_text(json.dumps(record))
+    found = evidence_of([other, study])
+    assert found.runs["state"].to_list() == ["finished", "finished", "damaged", "finished"]
+    assert errors_of(found)["runs"].unique().to_list() == [3]
+    assert evidence_of([study, other]).runs["state"].unique().to_list() == ["finished"]
