@@ -106,12 +106,14 @@ def study(
 
 
 def reported(out: Path, record: StudyRecord) -> Path:
-    """The page of a study, written unless the one that is there is of the same record, version and probes."""
+    """The page of a study, written unless the one that is there is of the same record, version, probes and pictures."""
     from pvrpipe.schemas.study_record import PAGE
+    from pvrpipe.worldmodel import runs
     from pvrpipe.worldmodel.report_stamp import is_current
 
     page = out / REPORT / PAGE
-    tables = [out / record.root / job.run / name for job in record.jobs for name in job.probes]
+    shown = (runs.MAP, runs.STRIP)  # drawn anew where they were cut, and the record is the same
+    tables = [out / record.root / job.run / name for job in record.jobs for name in (*job.probes, *shown)]
     if is_current(page, record, tables):
         return page
     from pvrpipe.worldmodel.report import build_report  # a second that a study without news need not pay
@@ -234,19 +236,22 @@ def compare(
     """
     from pvrpipe.worldmodel.report_findings import findings_of
     from pvrpipe.worldmodel.report_sources import OWN, evidence_of_runs
-    from pvrpipe.worldmodel.report_tables import errors_of, unfinished_of
+    from pvrpipe.worldmodel.report_tables import errors_of, unfinished_of, unprobed_of
     from pvrpipe.worldmodel.report_words import sentences_of
 
     evidence = evidence_of_runs(runs)
-    silent = unfinished_of(evidence)
-    for what, state, why in silent.rows():
-        note(f"{what} is left out ({state}): {why or 'it has no numbers'}")
+    silent = unfinished_of(evidence).rows(named=True)
+    for each in silent:
+        note(f"{each['what']} is left out ({each['state']}): {each['why'] or 'it has no numbers'}")
     errors = errors_of(evidence)
     known = sorted(set(errors["horizon"].to_list()))
     if missing := [each for each in horizon if each not in known]:
         raise InvalidValueError(
             f"--horizon {missing[0]}: the runs were not probed there; they have {', '.join(map(str, known))}"
         )
+    partly = unprobed_of(evidence, horizon).rows(named=True)
+    for each in partly:
+        note(f"{each['what']} {each['why']}")
     findings = findings_of(evidence, horizon)
     rows = [
         {
@@ -271,7 +276,7 @@ def compare(
         "findings": sentences,
         "standings": findings.standings,
         "comparisons": findings.comparisons,
-        "left_out": silent.to_dicts(),
+        "left_out": [*silent, *partly],
     }
     columns = ("representation", "model", "environment", "look", "error", "horizon", "mean ± sem", "runs")
     tell(json_, found, [{**row, "mean ± sem": mean_sem(row)} for row in rows], columns)

@@ -93,3 +93,19 @@ def test_runs_in_training_are_left_out_and_those_probed_otherwise_are_no_repeats
     assert errors_of(found)["runs"].unique().to_list() == [1]
     assert found.finished["arm"].to_list() == ["vc1, context 1", "vc1, context 9"]
     assert found.runs["state"].to_list() == ["finished", "finished", "waiting"]
+
+
+def test_compare_names_runs_that_were_not_probed_at_a_horizon(tmp_path: Path) -> None:
+    """Beside runs that were, they were left out of its rows without a word."""
+    planted = Planted({"vc1": 1.0, "r3m": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1)
+    write_study(tmp_path, planted)
+    one, two = sorted((tmp_path / "runs").iterdir())
+    table = pl.read_parquet(two / "probe.parquet").filter(pl.col("horizon") != 33)
+    table.write_parquet(two / "probe.parquet")
+    told = run("compare", str(one), str(two), "--horizon", "33", "--horizon", "8", "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.splitlines()[-1])
+    assert {row["horizon"] for row in found["rows"] if row["representation"].startswith("vc1")} == {8}
+    (line,) = told.stderr.splitlines()
+    assert f"{two} was not probed over 33 rows" in line
+    assert [each["what"] for each in found["left_out"]] == [str(two)]

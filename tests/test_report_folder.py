@@ -20,7 +20,7 @@ import pytest
 from pvrpipe.commands.studies import reported
 from pvrpipe.schemas.errors import InvalidValueError, StoreError
 from pvrpipe.schemas.study_record import read_record
-from pvrpipe.worldmodel import report_figures
+from pvrpipe.worldmodel import report_figures, runs
 from pvrpipe.worldmodel.pictures import read_map
 from pvrpipe.worldmodel.report import build_report
 from pvrpipe.worldmodel.report_panels import task_of
@@ -91,6 +91,23 @@ def test_a_page_of_other_code_is_written_anew(tmp_path: Path, monkeypatch: pytes
         stamps.append(stamp_of([]))
     assert len(set(stamps[:3])) == 3
     assert stamps[3] == stamps[2], "what draws no page"
+
+
+def test_a_page_shows_a_map_that_was_drawn_anew(tmp_path: Path) -> None:
+    """Of a map that was cut the page says that the study draws it anew; it did, and kept the page without it."""
+    planted = Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1, pictures=True)
+    folder = write_study(tmp_path, planted)
+    page = reported(folder, read_record(folder))
+    shown = page.read_bytes()
+    for name in (runs.MAP, runs.STRIP):
+        (picture,) = (tmp_path / "runs").glob(f"*/{name}")
+        whole = picture.read_bytes()
+        picture.write_bytes(whole[:100])
+        build_report([folder], page.parent, figures=False)
+        assert page.read_bytes() != shown
+        picture.write_bytes(whole)
+        assert reported(folder, read_record(folder)) == page
+        assert page.read_bytes() == shown
 
 
 def test_names_of_any_letters_stay_within_page_and_figures(tmp_path: Path) -> None:

@@ -46,6 +46,18 @@ def test_a_run_that_was_probed_by_hand_on_something_else_is_not_averaged(tmp_pat
     assert "probes it again" in found["failure"][1]
 
 
+def test_a_shifted_look_is_not_taken_for_the_one_that_was_trained_on(tmp_path: Path) -> None:
+    """`pvrpipe probe RUN STORE` without a label, of the study's own shifted store, replaces the run's own table."""
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
+    record = json.loads((study / "study.json").read_bytes())
+    record["stores"].append({**record["stores"][0], "folder": "embeddings/one-ood/vc1", "id": "3" * 64})
+    (study / "study.json").write_text(json.dumps(record))
+    for seed, label in enumerate(("", "ood")):
+        report = tmp_path / "runs" / f"one-vc1-tdmpc2-s{seed}" / runs.labelled("metrics.json", label)
+        report.write_text(json.dumps(_probed(seed) | {"store_id": "3" * 64}))
+    assert evidence_of([study]).runs["state"].to_list() == ["waiting", "finished"]
+
+
 def test_a_run_that_was_begun_again_has_no_numbers_until_it_is_finished(tmp_path: Path) -> None:
     study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2))
     again, _ = sorted((tmp_path / "runs").iterdir())
@@ -81,3 +93,19 @@ def test_a_run_whose_probe_has_no_rows_is_damaged(tmp_path: Path) -> None:
     found = evidence_of([study]).runs
     assert found["state"].to_list() == ["finished", "damaged"]
     assert found["failure"].to_list() == ["", "a probe of it has no rows; probe it again"]
+
+
+def test_a_run_that_another_study_made_has_its_numbers_in_any_order(tmp_path: Path) -> None:
+    """Where the study that had not made it was named first, it was left out."""
+    study = write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=4))
+    other = tmp_path / "studies" / "other"
+    other.mkdir()
+    record = json.loads((study / "study.json").read_bytes())
+    states = ("waiting", "failed", "damaged", "finished")
+    for job, state in zip(record["jobs"], states, strict=True):
+        job["state"] = state
+    (other / "study.json").write_text(json.dumps(record))
+    found = evidence_of([other, study])
+    assert found.runs["state"].to_list() == ["finished", "finished", "damaged", "finished"]
+    assert errors_of(found)["runs"].unique().to_list() == [3]
+    assert evidence_of([study, other]).runs["state"].unique().to_list() == ["finished"]

@@ -31,6 +31,7 @@ REPEATED = (*TASK, "arm", "model", "size")  # what repeats of one another have i
 STORE = "store_id"
 #: Of a run's configuration, what is in :data:`RUN_KEYS` or changes no number.
 UNTOLD = ("model", "size", "seed", "encoder", "save_every", "log_every")
+UNMADE = ("waiting", "failed")  # states of a run that may be finished since
 #: What an episode's numbers are grouped by.
 ROW_KEYS = ("look", "prediction", "control", "measure", "horizon")
 
@@ -249,10 +250,11 @@ def _blocks(blocks: Iterable[int] | None) -> str:
 
 
 def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence:
-    """All runs, each once however often it was named."""
+    """All runs, each once however often it was named: what one study has not made, another may have."""
     kept: dict[Path, Part] = {}
     for part in parts:
-        kept.setdefault(part.place, part)
+        if kept.setdefault(part.place, part).row["state"] in UNMADE and part.scores is not None:
+            kept[part.place] = part
     scores = [
         part.scores.with_columns(pl.lit(part.row["run"]).alias("run"))
         for part in kept.values()

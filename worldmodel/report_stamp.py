@@ -33,13 +33,13 @@ def stamp_of(records: Sequence[StudyRecord]) -> str:
     return digest.hexdigest()[:16]
 
 
-def is_current(page: Path, record: StudyRecord, probes: Iterable[Path]) -> bool:
-    """Whether a page is there, of this record and this version, and written after the tables of all probes."""
+def is_current(page: Path, record: StudyRecord, tables: Iterable[Path]) -> bool:
+    """Whether a page is there, of this record and this version, and written after all tables of its runs."""
     if not page.is_file():
         return False
     with page.open("rb") as file:
         found = STAMP.search(file.read(HEAD).decode(errors="replace"))
-    written = [table.stat().st_mtime_ns for table in probes if table.is_file()]
+    written = [table.stat().st_mtime_ns for table in tables if table.is_file()]
     return (
         found is not None
         and found[1] == stamp_of([record])

@@ -158,6 +158,9 @@ COSTS = {
 }
 
 
+UNFINISHED = {"what": pl.String, "state": pl.String, "why": pl.String}
+
+
 def unfinished_of(evidence: Evidence) -> pl.DataFrame:
     """Runs and stores without numbers, and why."""
     stores = [
@@ -170,7 +173,19 @@ def unfinished_of(evidence: Evidence) -> pl.DataFrame:
         {"what": row["run"], "state": row["state"], "why": row["failure"]}
         for row in evidence.runs.filter(pl.col("state") != "finished").iter_rows(named=True)
     ]
-    return pl.DataFrame([*stores, *runs], schema={"what": pl.String, "state": pl.String, "why": pl.String})
+    return pl.DataFrame([*stores, *runs], schema=UNFINISHED)
+
+
+def unprobed_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
+    """Runs that have numbers, but not at all of these horizons, as :func:`unfinished_of` has those without any."""
+    probed = evidence.errors().select("run", "horizon").unique()
+    rows = []
+    for run in evidence.finished["run"]:
+        at = probed.filter(run=run)["horizon"].to_list()
+        if lacking := [str(horizon) for horizon in horizons if horizon not in at]:
+            why = f"was not probed over {' and '.join(lacking)} rows; probe it again with all horizons"
+            rows.append({"what": run, "state": "finished", "why": why})
+    return pl.DataFrame(rows, schema=UNFINISHED)
 
 
 def returns_of(path: Path, errors: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
