@@ -66,7 +66,7 @@ def test_returns_that_are_none_are_one_line(
 def test_returns_of_some_representations_are_correlated_for_these_alone(study: Path, tmp_path: Path) -> None:
     returns = tmp_path / "returns.csv"
     returns.write_text(
-        "pvr,model,return\nvc1,tdmpc2,2\nvc1,tdmpc2,4\nautoencoder,tdmpc2,2\nrandom,tdmpc2,1\n"
+        "pvr,model,return\nvc1,tdmpc2,2\nvc1,tdmpc2,4\nautoencoder,tdmpc2,2\nrandom,tdmpc2,1\n\n"
     )
     build_report([study], tmp_path / "report", returns=returns, figures=False)
     found = pl.read_parquet(tmp_path / "report" / "tables" / "correlations.parquet")

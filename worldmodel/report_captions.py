@@ -93,9 +93,9 @@ RETURNS = chart_of(
     "returns",
     "Errors and returns",
     "scatter",
-    "Mean error of a representation's models, and the return that agents got with it: a point for each return that was "
-    "given. Without tasks in that file, errors are means over all tasks; with them, tasks are not mixed. Brackets are "
-    "95 % intervals, p is two-sided.",
+    "Mean error of a representation's models, and the return that agents got with it: several that were given are "
+    "averaged. Without tasks in that file, errors are means over all tasks; with them, tasks are not mixed. Brackets "
+    "are 95 % intervals, p is two-sided.",
     "model",
     "error",
 )

@@ -189,7 +189,7 @@ def unprobed_of(evidence: Evidence, horizons: Sequence[int]) -> pl.DataFrame:
 
 
 def returns_of(path: Path, errors: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
-    """Errors on the look that was trained on beside the mean returns that agents got elsewhere, a row for each return.
+    """Errors on the look that was trained on beside what agents got elsewhere, a row for each mean return.
 
     Errors are means over all that a return is of: maps and looks, and tasks too where the file names none. What was not
     done on all of these is left out; a return that is left without any error has a row of nulls.
@@ -209,6 +209,7 @@ def returns_of(path: Path, errors: pl.DataFrame, runs: pl.DataFrame) -> pl.DataF
         raise InvalidValueError(f"{how}it cannot be read ({one_line(error)}); {COLUMNS}") from None
     if missing := [name for name in ("pvr", "model", "return") if name not in given.columns]:
         raise InvalidValueError(f"{how}it has no column {', '.join(missing)}; {COLUMNS}")
+    given = given.filter(~pl.all_horizontal(pl.all().is_null()))  # a blank line at its end
     if not len(given):
         raise InvalidValueError(f"{how}it has no rows; {COLUMNS}")
     given = given.with_columns(pl.col("return").cast(pl.Float64, strict=False))
