@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 2048  # states that are predicted from in one batch; more do not stay in a cache
+AT_ONCE = 2048  # rows that go through a network together; of more, what its layers make leaves the cache
 NUMBERS = 1 << 24  # in them, at most
 
 

@@ -22,7 +22,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError
 from pvrpipe.worldmodel.distributions import TwoHot
 from pvrpipe.worldmodel.inputs import Observation, Seen
 from pvrpipe.worldmodel.observations import AttentionPool
-from pvrpipe.worldmodel.predictions import Filtered, Imagined
+from pvrpipe.worldmodel.predictions import AT_ONCE, Filtered, Imagined
 from pvrpipe.worldmodel.ranks import own_part
 from pvrpipe.worldmodel.tdmpc2_encoders import (
     ENCODERS,
@@ -290,7 +290,9 @@ class TDMPC2(nn.Module):
     def filter(self, batch: Mapping[str, Tensor], random: torch.Generator) -> Filtered:
         """The encoded latents (N, T, n) of whole episodes, which are states and features too."""
         del random
-        z = self._encode(stacked(self.pool(self.seen(batch["observation"]))))
+        observation = batch["observation"]
+        episodes = observation.split(max(1, AT_ONCE // observation.shape[1]))
+        z = torch.cat([self._encode(stacked(self.pool(self.seen(part)))) for part in episodes])
         return Filtered(lambda t: z[:, t], z, z)
 
     def predict(self, state: Tensor, action: Tensor, random: torch.Generator) -> Imagined:
@@ -303,8 +305,9 @@ class TDMPC2(nn.Module):
         latents = [state]
         for t in range(action.shape[1]):
             latents.append(self.dynamics(torch.cat([latents[-1], action[:, t]], -1)))
-        before = torch.stack(latents[:-1], 1)
-        logits = self.reward(torch.cat([before, action], -1))
+        joint = torch.cat([torch.stack(latents[:-1], 1), action], -1)
+        rows = joint.flatten(0, 1).split(AT_ONCE)
+        logits = torch.cat([self.reward(part) for part in rows]).unflatten(0, joint.shape[:2])
         following = torch.stack(latents[1:], 1)
         return Imagined(following, self.two_hot.decode(logits), following, logits)
 
