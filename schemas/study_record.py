@@ -20,6 +20,7 @@ STATES = {
     "failed": "failed",
     "diverged": "diverged (a loss or a prediction that is not finite)",
     "damaged": "damaged (what does not verify)",
+    "repeated": "repeated (the same training as another run)",
 }
 
 

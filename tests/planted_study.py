@@ -54,6 +54,7 @@ class Planted:
     tasks: Sequence[str] = ("dmc:one", "dmc:other")
     models: Sequence[str] = ("dreamerv3", "tdmpc2")
     seeds: int = 6
+    first_seed: int = 0
     shifts: Mapping[str, float] = field(default_factory=lambda: {"ood": 1.5})
     """further look → by how much errors grow on it"""
     maps: Mapping[str, float] = field(default_factory=lambda: {"auto": 1.0})
@@ -78,7 +79,7 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
         for pvr in planted.factors
         for encoder in planted.maps
         for model in planted.models
-        for seed in range(planted.seeds)
+        for seed in range(planted.first_seed, planted.first_seed + planted.seeds)
     ]
     stores = [
         StoreRecord(
@@ -110,7 +111,7 @@ def write_study(root: Path, planted: Planted, **of_record: object) -> Path:
             "shifts": list(planted.shifts),
             "pvrs": ["scratch"],
             "models": [{"model": model} for model in planted.models],
-            "seeds": list(range(planted.seeds)),
+            "seeds": list(range(planted.first_seed, planted.first_seed + planted.seeds)),
         }
     )
     made = {"state": "finished", "stores": stores, "jobs": jobs, "command": "pvrpipe study planted.yaml"}

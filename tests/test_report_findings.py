@@ -243,9 +243,10 @@ def test_runs_of_studies_that_differ_are_no_repeats_and_those_of_studies_alike_a
         assert set(rows["pvr"]) == {"from scratch", "vc1"}
         return dict(rows.select("arm", "runs").rows())
 
-    first, again = written("first"), written("again")
+    first, again, further = written("first"), written("again"), written("further", first_seed=3)
     longer, other = written("longer", updates=2000), written("other", store="2" * 64)
-    assert arms(first, again) == {"from scratch": 6, "vc1": 6}
+    assert arms(first, further) == {"from scratch": 6, "vc1": 6}
+    assert arms(first, again) == {"from scratch": 3, "vc1": 3}  # the same trainings
     lengths = (1000, 2000)
     assert arms(first, longer) == {f"{p}, updates {n}": 3 for n in lengths for p in ("from scratch", "vc1")}
     assert arms(first, other) == {f"{p}, of {f}": 3 for f in (first, other) for p in ("from scratch", "vc1")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 
 from pvrpipe.worldmodel import runs
-from pvrpipe.worldmodel.report_sources import evidence_of
+from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
 from pvrpipe.worldmodel.report_tables import errors_of
 
 from .planted_study import Planted, write_study
@@ -109,3 +110,19 @@ def test_a_run_that_another_study_made_has_its_numbers_in_any_order(tmp_path: Pa
     assert found.runs["state"].to_list() == ["finished", "finished", "damaged", "finished"]
     assert errors_of(found)["runs"].unique().to_list() == [3]
     assert evidence_of([study, other]).runs["state"].unique().to_list() == ["finished"]
+
+
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path: Path) -> None:
+    """A study and its copy on another disk were 48 runs of 24, with smaller q and narrower intervals."""
+    study = write_study(
+        tmp_path / "here", Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=2)
+    )
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    copy = tmp_path / "there" / study.relative_to(tmp_path / "here")
+    alone, both = evidence_of([study]), evidence_of([study, copy])
+    assert both.runs["state"].to_list() == ["finished"] * 2 + ["repeated"] * 2
+    assert both.runs["failure"][2] == f"the same training as {alone.runs['run'][0]}, which would count twice"
+    assert errors_of(both).equals(errors_of(alone))
+    run = Path(alone.runs["run"][0])
+    named = evidence_of_runs([run, shutil.copytree(run, tmp_path / "copy")])
+    assert named.runs["state"].to_list() == ["finished", "repeated"]

@@ -255,12 +255,13 @@ def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence:
     for part in parts:
         if kept.setdefault(part.place, part).row["state"] in UNMADE and part.scores is not None:
             kept[part.place] = part
+    told_once = list(_once(kept.values()))
     scores = [
         part.scores.with_columns(pl.lit(part.row["run"]).alias("run"))
-        for part in kept.values()
+        for part in told_once
         if part.scores is not None
     ]
-    known = pl.DataFrame([part.row for part in kept.values()]).with_columns(_arm()).drop("told")
+    known = pl.DataFrame([part.row for part in told_once]).with_columns(_arm()).drop("told")
     about = known.select("run", *RUN_KEYS, "arm", "random_weights")
     return Evidence(
         studies,
@@ -269,6 +270,20 @@ def _evidence(studies: Any, parts: Sequence[Part]) -> Evidence:
             about, on="run", maintain_order="left"
         ),
     )
+
+
+def _once(parts: Iterable[Part]) -> Iterator[Part]:
+    """Without numbers, what is the training of a run before it: a copy of a run is no second seed."""
+    trainings: dict[str, Part] = {}
+    for part in parts:
+        if part.scores is None or STORE not in part.trained:
+            yield part
+            continue
+        about = [part.row[name] for name in RUN_KEYS], sorted(part.trained.items())
+        first = trainings.setdefault(repr(about), part)
+        why = f"the same training as {first.row['run']}, which would count twice"
+        copied = replace(part, scores=None, row={**part.row, "state": "repeated", "failure": why})
+        yield part if first is part else copied
 
 
 def _arm() -> pl.Expr:
