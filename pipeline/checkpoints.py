@@ -85,9 +85,8 @@ def read_tensors(path: Path) -> dict[str, object]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of pickles in another protocol, which may load or are refused below
+            # of pickles in another protocol, which may load or are refused below
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # bytes that are no pickle make its reader fail in any way
         if code := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
