@@ -169,8 +169,8 @@ def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
         )
     encoder = Encoder(request)
     refuse_norm(encoder.network, encoder.identity, request.readout)
-    rows = max(entry.rows for entry in store.manifest.shards)
-    return encoder, fit(encoder, frame.shape, rows, fixed=request.batch is not None)
+    shards = [entry.rows for entry in store.manifest.shards]
+    return encoder, fit(encoder, frame.shape, shards, fixed=request.batch is not None)
 
 
 def _compiled(encoder: Encoder, request: EncoderRequest, frame: tuple[int, ...]) -> Encoder:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 EAGER = 2  # batches before one is recorded, thrown away: libraries take their workspaces
+ROOM = 1.2  # of what they took that must be free, or none is recorded
 
 
 class Replayed:
     """A function of frames (B, H, W, 3) on a GPU, recorded once for each shape in turn, and replayed.
 
-    What cannot be recorded, such as a network that looks at numbers on its way, is computed as it would be without.
+    What cannot be recorded, such as a network that looks at numbers on its way, is computed as it would be without;
+    and so is what there is no room to record, which has memory of its own: PyTorch before 2.14 keeps the memory of a
+    recording that ran out of it for as long as the process lives (pytorch/pytorch#190348).
     After "CUDA semantics", whole-network capture, of PyTorch's documentation.
     """
 
@@ -41,11 +44,8 @@ class Replayed:
         self._graph, self._given, self._found = None, frames.clone(), torch.empty(0)
         graph = torch.cuda.CUDAGraph()
         try:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(EAGER):
-                    self.eager(self._given)
-            torch.cuda.synchronize()
+            if self._taken() * ROOM > _free():
+                return False
             # Other threads, such as those that read ahead, may use the device meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._found = self.eager(self._given)
@@ -56,3 +56,24 @@ class Replayed:
             return False
         self._graph = graph
         return True
+
+    def _taken(self) -> int:
+        """Bytes of the device that the batches before the recorded one took, and gave back."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(EAGER):
+                self.eager(self._given)
+        torch.cuda.synchronize()
+        taken = torch.cuda.max_memory_reserved() - before
+        torch.cuda.empty_cache()
+        return taken
+
+
+def _free() -> int:
+    """Bytes of the device that this process may still take."""
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
+    return min(free, allowed - torch.cuda.memory_reserved())

@@ -80,11 +80,22 @@ def test_an_automatic_batch_is_halved_before_the_store_is_begun(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch"),
-    [(1, 8), (8, 8), (200, 200), (256, 256), (257, 136), (401, 208), (501, 256), (4010, 256)],
+    ("shards", "batch"),
+    [
+        ([1], 8),
+        ([8], 8),
+        ([200], 200),
+        ([256], 256),
+        ([257], 136),
+        ([401], 208),
+        ([501], 256),
+        ([2005], 224),  # nine batches, where eight of 256 would be padded by 43 rows
+        ([1203] * 7 + [1604], 248),  # by the largest alone 232, with 189 empty rows in each of the others
+        ([0, 100], 104),
+    ],
 )
-def test_a_batch_is_chosen_that_leaves_little_of_the_last_one_empty(rows: int, batch: int) -> None:
-    assert even_batch(rows, 256) == batch
+def test_a_batch_is_chosen_that_leaves_little_of_the_last_ones_empty(shards: list[int], batch: int) -> None:
+    assert even_batch(shards, 256) == batch
 
 
 def test_one_frame_that_does_not_fit_is_one_line(rollouts: Path, tmp_path: Path) -> None:
@@ -361,7 +372,7 @@ def test_an_encoder_that_is_let_go_leaves_its_memory_at_once() -> None:
     frame = (24, 24, 3)
     encoder = Encoder(EncoderRequest("resnet18", "random:0", device="cpu", batch=1))
     network = weakref.ref(encoder.network)
-    fit(encoder, frame, 100, fixed=True)
+    fit(encoder, frame, [100], fixed=True)
     gc.disable()
     try:
         encoder(np.zeros((1, *frame), np.uint8))
