@@ -13,7 +13,7 @@ import pytest
 
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
-from pvrpipe.worldmodel.report_tables import errors_of
+from pvrpipe.worldmodel.report_tables import costs_of, errors_of
 
 from .planted_study import Planted, write_study
 
@@ -123,6 +123,8 @@ def test_a_copy_of_a_run_is_no_second_seed(tmp_path: Path) -> None:
     assert both.runs["state"].to_list() == ["finished"] * 2 + ["repeated"] * 2
     assert both.runs["failure"][2] == f"the same training as {alone.runs['run'][0]}, which would count twice"
     assert errors_of(both).equals(errors_of(alone))
+    assert costs_of(both).equals(costs_of(alone))
+    assert len(costs_of(alone)) == 1
     run = Path(alone.runs["run"][0])
     named = evidence_of_runs([run, shutil.copytree(run, tmp_path / "copy")])
     assert named.runs["state"].to_list() == ["finished", "repeated"]
