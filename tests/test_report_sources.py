@@ -13,7 +13,7 @@ import pytest
 
 from pvrpipe.worldmodel import runs
 from pvrpipe.worldmodel.report_sources import evidence_of, evidence_of_runs
-from pvrpipe.worldmodel.report_tables import errors_of
+from pvrpipe.worldmodel.report_tables import costs_of, errors_of
 
 from .planted_study import Planted, write_study
 
@@ -123,6 +123,28 @@ def test_a_copy_of_a_run_is_no_second_seed(tmp_path: Path) -> None:
     assert both.runs["state"].to_list() == ["finished"] * 2 + ["repeated"] * 2
     assert both.runs["failure"][2] == f"the same training as {alone.runs['run'][0]}, which would count twice"
     assert errors_of(both).equals(errors_of(alone))
+    assert costs_of(both).equals(costs_of(alone))
+    assert len(costs_of(alone)) == 1
     run = Path(alone.runs["run"][0])
     named = evidence_of_runs([run, shutil.copytree(run, tmp_path / "copy")])
     assert named.runs["state"].to_list() == ["finished", "repeated"]
+
+
+def test_models_that_look_through_other_weights_are_not_one_training(tmp_path: Path) -> None:
+    """Of one store of frames; the second was called a copy of the first, or another seed of it."""
+    write_study(tmp_path, Planted({"vc1": 1.0}, tasks=("dmc:one",), models=("tdmpc2",), seeds=1))
+    (run,) = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "run.json").read_bytes())
+    record["tuning"] = {"pvr": "vc1", "weights": "auto", "unfreeze": "all"}
+    record["encoder"]["weights"]["random_seed"] = None
+
+    def looking(name: str, **weights: Any) -> Path:
+        folder = shutil.copytree(run, tmp_path / name)
+        encoder = record["encoder"] | {"weights": record["encoder"]["weights"] | weights}
+        (folder / "run.json").write_text(json.dumps(record | {"encoder": encoder}))
+        return folder
+
+    ours, theirs = looking("ours", tensors_sha256="a" * 64), looking("theirs", tensors_sha256="b" * 64)
+    found = evidence_of_runs([ours, theirs, looking("copy", tensors_sha256="a" * 64)]).runs
+    assert found["state"].to_list() == ["finished", "finished", "repeated"]
+    assert found["arm"][:2].to_list() == [f"vc1, all unfrozen, weights {8 * letter}" for letter in "ab"]

@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from pvrpipe.schemas.errors import NotAStudyError, PvrpipeError
+from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.schemas.study import Probing
 from pvrpipe.schemas.study_record import RECORD, JobRecord, StudyRecord, read_record
 from pvrpipe.worldmodel import runs
@@ -155,9 +156,17 @@ def _trained(run: Path) -> dict[str, Any]:
     trained = {name: value for name, value in record.config.items() if name not in UNTOLD}
     if record.encoder:
         readout = {name: getattr(record.encoder, name) for name in ("layer", "pooling", "blocks")}
-        seed = record.encoder.weights.random_seed
-        trained |= {**readout, "weights": "its own" if seed is None else f"random:{seed}"}
+        trained |= {**readout, "weights": _weights(record.encoder, tuned=record.tuning is not None)}
+    if record.encoder and record.tuning:
+        trained["final_norm"] = record.encoder.final_norm
     return trained | {STORE: record.store_id}
+
+
+def _weights(encoder: EncoderIdentity, *, tuned: bool) -> str:
+    """Weights by name. Of embeddings the store tells one file from another; not of frames, which models look at."""
+    if (seed := encoder.weights.random_seed) is not None:
+        return f"random:{seed}"
+    return encoder.weights.tensors_sha256[:8] if tuned else "its own"
 
 
 def _of_run(folder: Path) -> Part:

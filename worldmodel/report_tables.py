@@ -13,6 +13,7 @@ import polars as pl
 
 from pvrpipe.schemas.errors import InvalidValueError, one_line
 from pvrpipe.schemas.study import AUTOENCODER
+from pvrpipe.schemas.study_record import StoreRecord
 from pvrpipe.store.files import make_folder, write_whole
 from pvrpipe.worldmodel.report_findings import Comparison, Findings, Standing, relative_errors
 from pvrpipe.worldmodel.report_sources import ERRORS, OWN, Evidence
@@ -125,7 +126,19 @@ def severities_of(errors: pl.DataFrame) -> pl.DataFrame:
 
 
 def costs_of(evidence: Evidence) -> pl.DataFrame:
-    """What each representation took: seconds for 1,000 frames on one worker, memory meanwhile, bytes for each."""
+    """What each representation took: seconds for 1,000 frames on one worker, memory meanwhile, bytes for each.
+
+    A store that several studies have, or a copy of it, is one row: two would weigh double in means over tasks.
+    """
+    stores: dict[tuple[str | None, ...], StoreRecord] = {}
+    for store in (store for _, record in evidence.studies for store in record.stores):
+        place = store.environment, store.variation, store.pvr, store.id
+        if (
+            store.kind == "embeddings"
+            and store.rows
+            and not (place in stores and stores[place].frames_per_second)
+        ):
+            stores[place] = store
     rows: list[dict[str, Any]] = [
         {
             "environment": store.environment,
@@ -138,9 +151,7 @@ def costs_of(evidence: Evidence) -> pl.DataFrame:
             "memory_bytes": store.memory_bytes,
             "random_weights": store.random_weights,
         }
-        for _, record in evidence.studies
-        for store in record.stores
-        if store.kind == "embeddings" and store.rows
+        for store in stores.values()
     ]
     return pl.DataFrame(rows, schema=COSTS)
 
