@@ -115,3 +115,23 @@ def test_the_network_sees_full_batches_only(tmp_path: Path) -> None:
     whole, some = encoder(frames), encoder(frames[:3])
     assert seen == [8, 8]
     np.testing.assert_array_equal(some, whole[:3])
+
+
+def test_on_a_cpu_shards_are_encoded_in_one_thread(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the manifest says: sums over several threads may have other last bits."""
+    encode, threads = embedding._encode, set[int]()
+
+    def counted(work: Work, frames: Tensor) -> Tensor:
+        threads.add(torch.get_num_threads())
+        return encode(work, frames)
+
+    monkeypatch.setattr(embedding, "_encode", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
