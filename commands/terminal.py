@@ -70,7 +70,10 @@ def watching(what: str, unit: str, *about: str) -> Iterator[Progress]:
         yield progress
     finally:
         if bar.live.is_started:
-            bar.stop()
+            try:
+                bar.stop()
+            except IndexError:  # Ctrl-C while it began: what it had not begun it cannot end
+                bar.console.show_cursor(True)
 
 
 def tell(as_json: bool, result: Any, rows: Iterable[Any], columns: Sequence[str]) -> None:

@@ -126,6 +126,7 @@ def chosen(content: dict[str, object], keys: KeyMap) -> dict[str, Tensor]:
 def rename(tensors: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
     """Upstream's tensors under our names, in our layout."""
     ours: dict[str, Tensor] = {}
+    idle = set(keys.transpose)
     for name, value in tensors.items():
         for pattern, replacement in keys.rename:
             name = re.sub(pattern, replacement, name)
@@ -133,7 +134,14 @@ def rename(tensors: dict[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
             raise WeightsError(
                 f"two of the checkpoint's tensors would be called '{name}'; mend the rename of the specification's keys"
             )
-        ours[name] = value.T if any(re.search(pattern, name) for pattern in keys.transpose) else value
+        turning = {pattern for pattern in keys.transpose if value.dim() == 2 and re.search(pattern, name)}
+        ours[name] = value.T if turning else value
+        idle -= turning
+    if idle:  # a square matrix would be loaded the other way, and nobody would know
+        raise WeightsError(
+            f"the specification's keys transpose {min(idle)!r}, and the checkpoint has no matrix called so; mend it, "
+            "or give the checkpoint of this very encoder with --weights"
+        )
     fitted = _split_q(_join_qkv(ours))
     return _fold_class_position(fitted) if keys.fold_class_position else fitted
 

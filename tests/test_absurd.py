@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pvrpipe import cli
@@ -163,6 +164,17 @@ def test_a_bar_whose_total_changes_keeps_its_rate(capsys: pytest.CaptureFixture[
             progress(done, total)
     (rate,) = re.findall(r"([0-9.,]+) MiB/s", capsys.readouterr().err)
     assert 5 < float(rate) < 500
+
+
+def test_a_bar_that_is_interrupted_as_it_begins_ends_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C where rich has hidden the cursor, and not yet begun all that it ends."""
+
+    def interrupted(console: Console, hook: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "push_render_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt), watching("pull", "MiB") as progress:
+        progress(0.0, 4.0)
 
 
 def test_an_empty_policy_is_not_the_usual_one(tmp_path: Path) -> None:

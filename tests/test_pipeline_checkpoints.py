@@ -135,3 +135,25 @@ def test_what_is_behind_a_form_says_so_and_works_from_a_file(
     safetensors.torch.save_file({"a": noise(1)}, tmp_path / "model.safetensors")
     found = find_weights(PVRS["dinov3-s"], str(tmp_path), "dinov3-s")
     assert found == WeightsFile(tmp_path / "model.safetensors", published=False, pinned=False)
+
+
+def test_another_entry_of_a_pickle_is_another_conversion(tmp_path: Path) -> None:
+    content = {"model": {"a": noise(2)}, "ema": {"a": noise(2) + 1}}
+    torch.save(content, tmp_path / "w.pth")
+    digest = sha256_of(tmp_path / "w.pth")
+    for under, tensors in content.items():
+        found = tensors_of(tmp_path / "w.pth", digest, KeyMap(under=under))
+        torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+
+
+def test_a_transpose_of_nothing_is_refused(tmp_path: Path) -> None:
+    """A square matrix fits either way, and its embeddings would be others."""
+    square = noise(3, 3)
+    safetensors.torch.save_file({"head.weight": square, "head.bias": noise(3)}, tmp_path / "w.safetensors")
+    turned = tensors_of(tmp_path / "w.safetensors", "", KeyMap(transpose=(r"^head[.]",)))
+    torch.testing.assert_close(turned["head.weight"], square.T, rtol=0, atol=0)
+    for pattern in ("^proj$", "bias$"):
+        with pytest.raises(
+            WeightsError, match=r"transpose '.*', and the checkpoint has no matrix .* mend it"
+        ):
+            tensors_of(tmp_path / "w.safetensors", "", KeyMap(transpose=(r"^head[.]", pattern)))

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pvrpipe.pipeline import encoders
+from pvrpipe.pipeline import embedding, encoders
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
-from pvrpipe.pipeline.embedding import ShardEmbedder, Target
+from pvrpipe.pipeline.embedding import OutOfRoomError, ShardEmbedder, Target, Work
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.memory import even_batch, fit, peak_of, tried_until_it_fits
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
@@ -68,6 +68,22 @@ def test_out_of_memory_halves_the_batch_and_the_store_says_so(rollouts: Path, tm
             Store.open(f).read_episode(episode, ["embedding"])["embedding"] for f in (folder, tmp_path / "f")
         ]
         np.testing.assert_array_equal(*rows)
+
+
+def test_what_a_shard_holds_does_not_depend_on_memory_that_was_short_before_it(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, short = embedding._encode, [True]
+
+    def short_once(work: Work, frames: torch.Tensor) -> torch.Tensor:
+        if short:
+            short.clear()
+            raise OutOfRoomError(work)
+        return encode(work, frames)
+
+    monkeypatch.setattr(embedding, "_encode", short_once)
+    embed(rollouts, [(brittle(tmp_path / "pvr", batch=16), tmp_path / "e")], INLINE)
+    assert [entry.batch for entry in Store.open(tmp_path / "e").manifest.shards] == [8, *[None] * 5]
 
 
 def test_an_automatic_batch_is_halved_before_the_store_is_begun(tmp_path: Path) -> None:
