@@ -18,7 +18,7 @@ class Replayed:
     """A function of frames (B, H, W, 3) on a GPU, recorded once for each shape in turn, and replayed.
 
     What cannot be recorded, such as a network that looks at numbers on its way, is computed as it would be without;
-    and so is what there is no room to record, which has memory of its own: PyTorch before 2.14 keeps the memory of a
+    and so is what there is no room to record, which has memory of its own: PyTorch 2.11 keeps the memory of a
     recording that ran out of it for as long as the process lives (pytorch/pytorch#190348).
     After "CUDA semantics", whole-network capture, of PyTorch's documentation.
     """
