@@ -54,17 +54,31 @@ class EncoderRequest:
 
     def resolved_device(self) -> torch.device:
         """The device to compute on; ``auto`` is a GPU where there is one."""
-        if self.device != "auto":
-            try:
-                wanted = torch.device(self.device)
-            except RuntimeError:
-                raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda")) from None
-            if wanted.type not in ("cpu", "cuda"):
-                raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda"))
-            if wanted.type == "cuda" and not torch.cuda.is_available():
-                raise InvalidValueError("--device cuda: no GPU is visible here; use --device cpu")
-            return wanted
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            wanted = torch.device(self.device)
+        except RuntimeError:
+            raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda")) from None
+        if wanted.type not in ("cpu", "cuda"):
+            raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda"))
+        if wanted.type == "cuda":
+            _settle_on(wanted)
+        return wanted
+
+
+def _settle_on(gpu: torch.device) -> None:
+    """Let streams, graphs and kernels of this thread that name no GPU be on this one, if it is there."""
+    if not torch.cuda.is_available():
+        raise InvalidValueError(f"--device {gpu}: no GPU is visible here; use --device cpu")
+    if gpu.index is None:
+        return
+    count = torch.cuda.device_count()
+    if gpu.index >= count:
+        raise InvalidValueError(
+            f"--device {gpu}: the GPUs visible here are 0 to {count - 1}; name one of them"
+        )
+    torch.cuda.set_device(gpu)
 
 
 def _absolute(name: str) -> str:

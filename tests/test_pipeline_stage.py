@@ -22,7 +22,13 @@ from pvrpipe.pipeline.embedding import OutOfRoomError, ShardEmbedder, Target, Wo
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.memory import even_batch, fit, peak_of, tried_until_it_fits
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
-from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, OutputExistsError, StoreError
+from pvrpipe.schemas.errors import (
+    CorruptStoreError,
+    EncodingError,
+    InvalidValueError,
+    OutputExistsError,
+    StoreError,
+)
 from pvrpipe.schemas.manifest import ShardCommit
 from pvrpipe.schemas.records import Episode
 from pvrpipe.store.building import PendingStore
@@ -112,6 +118,15 @@ def test_an_automatic_batch_is_halved_before_the_store_is_begun(tmp_path: Path) 
 )
 def test_a_batch_is_chosen_that_leaves_little_of_the_last_ones_empty(shards: list[int], batch: int) -> None:
     assert even_batch(shards, 256) == batch
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        InvalidValueError, match=r"--device cuda:2: the GPUs visible here are 0 to 1; name one"
+    ):
+        EncoderRequest("resnet18", device="cuda:2").resolved_device()
 
 
 def test_one_frame_that_does_not_fit_is_one_line(rollouts: Path, tmp_path: Path) -> None:

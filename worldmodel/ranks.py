@@ -45,6 +45,7 @@ def joined(device: torch.device | str) -> Iterator[torch.device]:
         return
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)  # streams and graphs that name no device are there too
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
