@@ -233,3 +233,25 @@ def test_two_episodes_of_different_looks_are_two_strata_and_not_an_empty_third()
     found = groups(table_of(Judged(values, np.ones(2, int)), episodes, [1]), [1], "mse")
     strata = [g for g in found if g["by"] == "factor_camera"]
     assert [g["reward_error"]["1"]["per_step"]["mean"] for g in strata] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0] * 9 + [-0.2, 0.3, 0.4, -0.5], [("0", 9), ("0.2 to 0.5", 4)]),  # a mixture of looks
+        ([0.0] * 3 + [1.0] * 7, [("0", 3), ("1", 7)]),
+        ([0.0] * 4 + [0.1] * 4 + [-0.8] * 4, [("0", 4), ("0.1", 4), ("0.8", 4)]),
+        ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [("0 to 0.2", 3), ("0.3 to 0.4", 2), ("0.5 to 0.6", 2)]),
+        ([0.5] * 6, []),
+    ],
+)
+def test_episodes_without_a_factor_are_no_stratum_with_those_that_have_it(
+    values: list[float], expected: list[tuple[str, int]]
+) -> None:
+    about = dict.fromkeys(("split", "distribution", "variation", "policy"), "one") | {"episode_return": 0.0}
+    episodes = pl.DataFrame({"episode": range(len(values)), "factor_camera": values}).with_columns(
+        **{name: pl.lit(value) for name, value in about.items()}
+    )
+    errors = {("open_loop", "model", n): np.ones((len(values), 1)) for n in ("dynamics_mse", "reward_error")}
+    found = groups(table_of(Judged(errors, np.ones(len(values), int)), episodes, [1]), [1], "mse")
+    assert [(g["value"], g["episodes"]) for g in found if g["by"] == "factor_camera"] == expected

@@ -5,13 +5,13 @@ Every number of ``metrics.json`` is computed from this table. Its columns are in
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from pvrpipe.worldmodel.probe_dynamics import CONTROLS, PREDICTIONS, Judged
 
@@ -116,7 +116,8 @@ def mean_sem(table: pl.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
 def groups(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> list[dict[str, Any]]:
     """Errors of the episodes of each split, and within the first of each distribution, variation and factor, open loop.
 
-    A factor that varies is cut into three strata of equally many episodes by its absolute value, none of them empty.
+    A factor that varies is cut into up to three strata by its absolute value, of as equally many episodes as can be
+    where those of one value stay together.
     """
     first = table["split"][0]
     cuts = [
@@ -133,8 +134,6 @@ def groups(table: pl.DataFrame, horizons: Sequence[int], divergence: str) -> lis
     found = []
     for by, value, condition in cuts:
         chosen_rows = table.filter(condition)
-        if chosen_rows.is_empty():  # the middle stratum of two episodes
-            continue
         errors = headline(entries(chosen_rows, horizons), divergence)
         found.append({"by": by, "value": value, "episodes": chosen_rows["episode"].n_unique(), **errors})
     return found
@@ -151,19 +150,22 @@ def headline(measures: Mapping[str, Any], divergence: str) -> dict[str, Any]:
 
 
 def _strata(table: pl.DataFrame, factor: str) -> list[tuple[str, pl.Expr]]:
-    """Conditions on a factor's absolute value, and what they are called; none where it does not vary."""
-    values = table.group_by("episode").agg(pl.col(factor).first().abs())[factor].to_numpy()
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, STRATA + 1)))
-    if len(edges) < 2:
+    """Conditions on a factor's absolute value, and what they are called; none where it does not vary.
+
+    Episodes of one value stay together, by their mean rank: at edges between values, the many that have none of a
+    factor would be one stratum with all that have some.
+    """
+    values = table.group_by("episode").agg(pl.col(factor).first().abs())[factor].drop_nulls().to_numpy()
+    if len(np.unique(values)) < 2:
         return []
-    size = pl.col(factor).abs()
-    return [
-        (
-            f"{low:.3g} to {high:.3g}",
-            size.is_between(low, high, closed="both" if low == edges[0] else "right"),
-        )
-        for low, high in itertools.pairwise(edges)
-    ]
+    thirds = np.ceil(STRATA * (rankdata(values) - 1) / (len(values) - 1)).clip(1)
+    found = []
+    for third in np.unique(thirds):
+        within = values[thirds == third]
+        low, high = float(within.min()), float(within.max())
+        label = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        found.append((label, pl.col(factor).abs().is_between(low, high)))
+    return found
 
 
 def action_sensitivity(measures: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
