@@ -116,6 +116,15 @@ def test_a_difference_is_claimed_at_five_per_cent_over_all_comparisons() -> None
         assert found["vc1"].verdict == verdict
 
 
+def test_small_models_are_listed_before_large_ones() -> None:
+    runs = [np.arange(4.0)]
+    raw = [
+        ({"model": "tdmpc2", "size": size, "error": "reward_error", "horizon": 33}, "vc1", runs, runs)
+        for size in ("19m", "317m", "1m", "5m")
+    ]
+    assert [c.size for c in _compared(raw, "from scratch")] == ["1m", "5m", "19m", "317m"]
+
+
 def test_the_reference_is_what_it_is_wherever_it_stands_and_has_its_own_tasks(tmp_path: Path) -> None:
     factors = {"vc1": 0.8, "from scratch": 1.0, "vip": 1.0}
     folder = write_study(tmp_path, Planted(factors, models=("tdmpc2",), seeds=6, noise=0.01))

@@ -119,9 +119,7 @@ def findings_of(evidence: Evidence, horizons: Sequence[int]) -> Findings:
             if pvr != reference and shared and error in JUDGED:
                 ours, theirs = [tasks[t] for t in shared], [by_pvr[reference][t] for t in shared]
                 raw.append((about, pvr, ours, theirs))
-    ordered = sorted(
-        standings, key=lambda s: (s.model, s.size, ERRORS.index(s.error), s.horizon, s.relative.value)
-    )
+    ordered = sorted(standings, key=lambda s: (*_place(s), s.relative.value))
     return Findings(reference, tuple(ordered), _compared(raw, reference))
 
 
@@ -151,8 +149,13 @@ def _compared(
                 **about, pvr=pvr, against=reference, improvement=improvement, p=p, q=float(q), verdict=verdict
             )
         )
-    order = {error: place for place, error in enumerate(ERRORS)}
-    return tuple(sorted(found, key=lambda c: (c.model, c.size, order[c.error], c.horizon)))
+    return tuple(sorted(found, key=_place))
+
+
+def _place(about: Standing | Comparison) -> tuple[str, int, int, int]:
+    """Where it is listed: by model, by size from small to large, by error, by horizon."""
+    millions = int(about.size.removesuffix("m"))
+    return about.model, millions, ERRORS.index(about.error), about.horizon
 
 
 def permutation_test(ours: Sequence[Floats], theirs: Sequence[Floats], seed: int = 0) -> tuple[float, float]:
