@@ -21,7 +21,7 @@ from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.errors import PvrpipeError
 from pvrpipe.schemas.study_record import RECORD, read_record
 from pvrpipe.worldmodel.runs import read_run
-from pvrpipe.worldmodel.sweep import Job, finished
+from pvrpipe.worldmodel.sweep import Job, finished, trained
 
 STEPS = 1000  # transitions of an episode, where a study leaves them to the task
 FRAME_BYTES = 3975 / 224**2  # of a pixel of pendulum-swingup, compressed
@@ -60,10 +60,11 @@ def costs_of(plan: Plan) -> list[Cost]:
     past = _past_rates(plan.root)
     looks = [look for look in plan.looks if sealed(look.folder) is None]
     encoders = {each.pretrained[0]: each for each in plan.embeddings if each.pretrained is not None}
-    untrained = [folder for folder in encoders if not (folder / SPEC_FILE).is_file()]
+    unmade = [folder for folder in encoders if not (folder / SPEC_FILE).is_file()]
     embeddings = [each for each in plan.embeddings if sealed(each.folder) is None]
     jobs = [job for job, _ in plan.jobs if finished(job) is None]
-    updates = plan.study.pretrain.updates * len(untrained)
+    untrained = [job for job in jobs if trained(job) is None]
+    updates = plan.study.pretrain.updates * len(unmade)
     return [
         _cost(
             "collect",
@@ -71,9 +72,7 @@ def costs_of(plan: Plan) -> list[Cost]:
             [_collecting(look, past) for look in looks],
             sum(int(frames_of(look) * FRAME_BYTES * look.config.size**2) for look in looks),
         ),
-        _cost(
-            "pretrain", len(encoders), [updates / PRETRAINED_PER_SECOND] * bool(untrained), 0, len(untrained)
-        ),
+        _cost("pretrain", len(encoders), [updates / PRETRAINED_PER_SECOND] * bool(unmade), 0, len(unmade)),
         _cost(
             "embed",
             len(plan.embeddings),
@@ -83,8 +82,10 @@ def costs_of(plan: Plan) -> list[Cost]:
         _cost(
             "train and probe",
             len(plan.jobs),
-            [_training(job, past) for job in jobs],
-            sum(int(float(job.config.size.rstrip("m")) * 12e6) for job in jobs),
+            # Of probes and maps no rate is known: where nothing else is left, neither are the hours.
+            [_training(job, past) for job in untrained] or [None] * len(jobs),
+            sum(int(float(job.config.size.rstrip("m")) * 12e6) for job in untrained),
+            len(jobs),
         ),
     ]
 

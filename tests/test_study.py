@@ -216,6 +216,8 @@ def test_a_study_goes_from_its_file_to_its_page_and_then_has_nothing_to_do(tmp_p
     code, found, told = study(tmp_path)
     assert (code, found["state"]) == (0, "finished")
     assert changed(before, files_of(tmp_path)) == {"data/studies/tiny/study.json"}
+    further = study(tmp_path, "--dry-run", "--horizon", "3")[1]["stages"][-1]
+    assert (further["left"], further["bytes"], further["hours"]) == (4, 0, None), "probed, not trained, again"
     assert [store.frames_per_second for store in record_in(tmp_path).stores] == [
         store.frames_per_second for store in record.stores
     ]

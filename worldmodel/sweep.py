@@ -113,6 +113,21 @@ def do(job: Job, progress: Progress = silent) -> Outcome:
 
 def finished(job: Job) -> Outcome | None:
     """The outcome of a job of which nothing is left to do, from its files alone; None of any other."""
+    record = trained(job)
+    if record is None or job.looking is not None or (job.frames and not drawn(job.run, job.context)):
+        return None
+    try:
+        metrics = [_found(job, label, store) for label, store in _probes(job)]
+    except (PvrpipeError, OSError, ValueError, KeyError):
+        return None
+    known = [found for found in metrics if found is not None]
+    if record.result is None or len(known) < len(metrics):
+        return None
+    return _finished(job, record.result["train"]["loss"], record.result["val"]["loss"], known)
+
+
+def trained(job: Job) -> runs.RunRecord | None:
+    """The run of a job if it is trained to its end as the job asks, whatever else is left to do; else None."""
     try:
         record = runs.read_run(job.run)
         store = Store.open(job.store).manifest
@@ -121,21 +136,9 @@ def finished(job: Job) -> Outcome | None:
             and record.store_id == store.id
             and record.setting.bounds == bounds_of(store.rollouts)
         )
-        metrics = [_found(job, label, store) for label, store in _probes(job)]
     except (PvrpipeError, OSError, ValueError, KeyError):
         return None
-    if (
-        job.overwrite
-        or job.looking is not None
-        or not same
-        or record.result is None
-        or (job.frames and not drawn(job.run, job.context))
-    ):
-        return None
-    known = [found for found in metrics if found is not None]
-    if len(known) < len(metrics):
-        return None
-    return _finished(job, record.result["train"]["loss"], record.result["val"]["loss"], known)
+    return None if job.overwrite or not same or record.result is None else record
 
 
 def _finished(job: Job, loss: float, val_loss: float, metrics: Sequence[dict[str, Any]]) -> Outcome:
