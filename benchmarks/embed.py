@@ -15,8 +15,9 @@ ray data    map_batches over the same PNGs, one actor that preprocesses a batch 
             only from its first batch to its last, without Ray's start and end
 On a CPU, bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak``
 is the share of the rate of a large matrix product on the same device in the same precision; a pass is the whole store,
-from nothing to its last commit. For a GPU, give a store of many frames with ``--rollouts``; ``--compile`` is what the
-stage does by itself where there are a million of them.
+from nothing to its last commit. Of a store of four shards or more, ``on its way`` is pvrpipe without that beginning and
+end: from the commit of the first shard to the last commit but one. For a GPU, give a store of many frames with
+``--rollouts``; ``--compile`` is what the stage does by itself where there are a million of them.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ def measure(
         memory, work = peak_per_frame(encoder), operations(encoder, size)
         for way in ways.values():
             way()
+        one.on_its_way.clear()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, way in ways.items():
@@ -131,6 +133,7 @@ def measure(
     count = options.frames
     done = {"pvrpipe 3": 3 * count, "bare": -(-count // encoder.batch) * encoder.batch}
     rates = {name: [done.get(name, count) / s for s in taken] for name, taken in seconds.items()}
+    rates |= {"on its way": one.on_its_way} if one.on_its_way else {}
     rows = []
     for name, rate in rates.items():
         ratio = statistics.median(r / b for r, b in zip(rate, rates["bare"], strict=True))
@@ -178,8 +181,8 @@ def specification(network: str, size: int, folder: Path) -> Path:
 
 def stage(
     own: Path, folder: Path, options: argparse.Namespace, seeds: tuple[int, ...], stack: ExitStack
-) -> tuple[Encoder, Callable[[], object]]:
-    """Embedding the one shard with an encoder of each seed, its workers' state already there."""
+) -> tuple[Encoder, Pass]:
+    """Embedding the store with an encoder of each seed, its workers' state already there."""
     store, targets = Store.open(options.rollouts), []
     shards = range(len(store.manifest.shards))
     drafting.COMPILED_FROM = 0 if options.compile else 1 << 60
@@ -191,7 +194,24 @@ def stage(
         stack.enter_context(PendingStore.begin(target, made.manifest))
         targets.append(Target(made.request, target, made.manifest, made_by(made.manifest), frozenset(shards)))
     embedder = ShardEmbedder(options.rollouts, targets)
-    return embedder.encoders[0], lambda: list(embedder.each(shards))
+    return embedder.encoders[0], Pass(embedder)
+
+
+class Pass:
+    """The stage over all shards of a store, from nothing to the last commit."""
+
+    def __init__(self, embedder: ShardEmbedder) -> None:
+        self.embedder = embedder
+        self.shards = [shard.rows for shard in embedder.store.manifest.shards]
+        self.on_its_way: list[float] = []
+        """frames/s of each pass while neither the first shard nor the end of the last is in it"""
+
+    def __call__(self) -> None:
+        """One pass."""
+        # A shard's outcome comes when the shard after it is encoded and it is committed itself.
+        told = [time.perf_counter() for _ in self.embedder.each(range(len(self.shards)))]
+        if len(told) > 3:
+            self.on_its_way.append(sum(self.shards[2:]) / (told[-2] - told[0]))
 
 
 def bare(encoder: Encoder, options: argparse.Namespace) -> Callable[[], None]:

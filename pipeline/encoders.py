@@ -28,7 +28,7 @@ from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsE
 from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe
 
 Precision = Literal["fp32", "bf16"]
-BATCH = {"cpu": 32, "cuda": 256}  # on a GPU the most; how much memory there is decides (memory.py)
+BATCH = {"cpu": 32, "cuda": 256}  # at most; the shards, and memory where it is short, decide (memory.py)
 NATIVE = 224  # pixels of the frames whose embeddings' shape is told where a recipe takes frames of any size
 #: On a CPU every worker computes in one thread: rates add up over workers, and the number of threads,
 #: which can change the last bits of a sum, is the same everywhere.

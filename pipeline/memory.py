@@ -17,7 +17,10 @@ from pvrpipe.schemas.specifications import EncoderIdentity
 from pvrpipe.store.paging import available_memory
 
 SHARE = 0.8  # of the free memory that is planned with; allocators need room to round up
-ROWS_OF_A_LAUNCH = 16  # that a batch takes beside its own on a GPU (ResNet-50 and ViT-S at 224 px, H200)
+#: Rows that a batch takes beside its own: ResNet-50 and ViT-S at 224 px on an H200; on a CPU none of these, five of
+#: ResNet-18 at 64 px.
+ROWS_OF_A_LAUNCH = {"cpu": 2, "cuda": 16}
+STEP = {"cpu": 1, "cuda": 8}  # between batches to choose from; eights can be halved, and are what a GPU's kernels like
 TRIED = (4, 8)  # frames of the two batches by which the memory of one frame is measured
 
 
@@ -66,9 +69,9 @@ def free_memory(device: torch.device) -> int:
 def fit(encoder: Encoder, frame: tuple[int, ...], shards: Sequence[int], fixed: bool) -> Need:
     """Set the batch of an encoder to what its device has room for, and say what it takes.
 
-    On a GPU that is at most 256, so that a shard is cut into batches that are nearly full, and halved until it fits by
-    the memory that two small batches took; it is tried, and halved where it does not fit after all. On a CPU it stays
-    what it is: larger batches gain nothing.
+    That is at most 256 on a GPU and 32 on a CPU, where larger batches gain nothing, so that shards are cut into batches
+    that are nearly full. On a GPU it is halved until it fits by the memory that two small batches took; it is tried,
+    and halved where it does not fit after all.
 
     Args:
         encoder: on its device.
@@ -80,6 +83,8 @@ def fit(encoder: Encoder, frame: tuple[int, ...], shards: Sequence[int], fixed: 
         EncodingError: a batch that was asked for, or one frame, does not fit; or the recipe refuses such frames.
     """
     weights = sum(t.numel() * t.element_size() for t in encoder.network.state_dict().values())
+    if not fixed:
+        encoder.batch = even_batch(shards, encoder.device.type)
     if encoder.device.type == "cpu":
         if encoder.batch * math.prod(frame) > free_memory(encoder.device):
             raise _too_large(encoder)
@@ -92,7 +97,6 @@ def fit(encoder: Encoder, frame: tuple[int, ...], shards: Sequence[int], fixed: 
         few, more = (_tried(encoder, frame, size) for size in TRIED)
         each = max(1, (more - few) // (TRIED[1] - TRIED[0]))
         most = int(SHARE * free_memory(encoder.device)) // each
-        encoder.batch = even_batch(shards, BATCH["cuda"])
         while encoder.batch > max(1, most):
             encoder.batch = smaller(encoder.batch)
     return Need(weights, tried_until_it_fits(encoder, frame, fixed))
@@ -151,16 +155,15 @@ def _too_large(encoder: Encoder) -> EncodingError:
     )
 
 
-def even_batch(shards: Sequence[int], most: int) -> int:
-    """The batch up to ``most`` that shards of so many rows take least time in; in eights, so that it can be halved.
+def even_batch(shards: Sequence[int], device: str) -> int:
+    """The batch that shards of so many rows take least time in, on a ``cpu`` or ``cuda``.
 
     The last of a shard is padded, so every batch of it takes as long as a full one: as its rows, and as
     ``ROWS_OF_A_LAUNCH`` more.
     """
-    sizes = range(8, min(most, 8 * -(-max(shards) // 8)) + 1, 8)
-    return min(
-        reversed(sizes), key=lambda size: sum(-(-rows // size) for rows in shards) * (size + ROWS_OF_A_LAUNCH)
-    )
+    step, launch = STEP[device], ROWS_OF_A_LAUNCH[device]
+    sizes = range(step, min(BATCH[device], step * -(-max(shards) // step)) + 1, step)
+    return min(reversed(sizes), key=lambda size: sum(-(-rows // size) for rows in shards) * (size + launch))
 
 
 def smaller(batch: int) -> int:

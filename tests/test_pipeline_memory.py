@@ -98,7 +98,22 @@ def test_an_automatic_batch_is_halved_before_the_store_is_begun(tmp_path: Path) 
     ],
 )
 def test_a_batch_is_chosen_that_leaves_little_of_the_last_ones_empty(shards: list[int], batch: int) -> None:
-    assert even_batch(shards, 256) == batch
+    assert even_batch(shards, "cuda") == batch
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch"),
+    [
+        ([1], 1),
+        ([33], 17),
+        ([101], 26),  # where four batches of 32 would be padded by 27 rows
+        ([1001], 28),
+        ([2005], 32),
+        ([601] * 9 + [602], 32),
+    ],
+)
+def test_on_a_cpu_too(shards: list[int], batch: int) -> None:
+    assert even_batch(shards, "cpu") == batch
 
 
 def test_one_frame_that_does_not_fit_is_one_line(rollouts: Path, tmp_path: Path) -> None:
@@ -119,7 +134,7 @@ def test_a_store_keeps_the_batch_it_was_begun_with(rollouts: Path, tmp_path: Pat
     with pytest.raises(OutputExistsError, match=r"computation\.batch: 8, now 16"):
         embed(rollouts, [(other, tmp_path / "e")], INLINE)
     anew = EmbedConfig(engine="inline", overwrite=True)
-    assert estimate(rollouts, [(again, tmp_path / "e")], anew)[0].batch == 32
+    assert estimate(rollouts, [(again, tmp_path / "e")], anew)[0].batch == 17  # of shards of 33 rows and less
 
 
 @pytest.mark.parametrize("batch", [10**8, 10**20])
