@@ -33,6 +33,9 @@ def test_golden_frames_are_frames_of_the_store_with_their_embeddings(
     embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
     golden = safetensors.numpy.load_file(tmp_path / "e" / "golden.safetensors")
     assert len(golden["frame"]) == 8
+    assert golden["row"].tolist() == [0, 1, 2, 3, 5, 6, 7, 9]  # of 10: from the first to the last, evenly
+    frames = Store.open(rollouts).read_episode(0, ["frame"])["frame"]
+    np.testing.assert_array_equal(golden["frame"], frames[golden["row"]])
     np.testing.assert_array_equal(
         Encoder(autoencoder)(golden["frame"]).astype(np.float16), golden["embedding"]
     )
@@ -107,3 +110,5 @@ def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -
     cosine, agree = agreement(2 * ones, ones)  # a projection that was not normalised
     assert cosine == pytest.approx(1.0)
     assert not agree
+    among = np.vstack([np.ones((3, 4)), np.eye(4)[:1]])  # one of four is another
+    assert agreement(among, np.ones((4, 4))) == (pytest.approx(0.5), False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvrpipe.pipeline import embedding
+from pvrpipe.pipeline import embedding, memory
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import OutOfRoomError, Work
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
@@ -153,6 +153,16 @@ def test_memory_of_a_batch_is_measured() -> None:
     with peak_of(torch.device("cpu")) as peak:
         torch.ones(8 << 20)  # 32 MiB
     assert 30 << 20 < peak.bytes < 60 << 20
+
+
+def test_what_a_batch_takes_on_a_cpu_is_that_of_all_its_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One frame is measured; which encoders go together is decided by what a batch of them takes."""
+    encoder = Encoder(brittle(tmp_path / "pvr", batch=16))
+    monkeypatch.setattr(memory, "_tried", lambda encoder, _, frames: 1000 * frames)
+    assert fit(encoder, (24, 24, 3), [100], fixed=True).batch == 16_000
+    assert encoder.batch == 16
 
 
 def test_an_encoder_that_is_let_go_leaves_its_memory_at_once() -> None:

@@ -15,7 +15,14 @@ import torch
 from pvrpipe.pipeline import pretraining
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
-from pvrpipe.pipeline.pretrain_contrastive import Atc, Curl, info_nce, random_crops, random_shifts
+from pvrpipe.pipeline.pretrain_contrastive import (
+    Atc,
+    Contrastive,
+    Curl,
+    info_nce,
+    random_crops,
+    random_shifts,
+)
 from pvrpipe.pipeline.pretrain_frames import frames_of
 from pvrpipe.pipeline.pretrain_mae import MaskedAutoencoder, masked_loss, patches_of
 from pvrpipe.pipeline.pretraining import Method, PretrainConfig, kept_recipe, pretrain, recipe_of
@@ -164,7 +171,34 @@ def test_crops_and_shifts_are_windows_of_the_frame() -> None:
         corners.add((y, x))
     assert len(corners) > 10  # of 16
     assert {c for pair in corners for c in pair} <= {0, 1, 2, 3}
-    assert random_shifts(images, draw).shape == images.shape
+    shifted, moves = random_shifts(images, draw), set()
+    assert shifted.shape == images.shape
+    for image, other in zip(images, shifted, strict=True):
+        at = int((other[0, 4, 4] - image[0, 0, 0]).item())
+        down, right = at // 12 - 4, at % 12 - 4
+        moves.add((down, right))
+        y, x = ((torch.arange(12) + move).clamp(0, 11) for move in (down, right))
+        torch.testing.assert_close(other, image[:, y][:, :, x], rtol=0, atol=0)  # its border repeated
+    assert len(moves) > 30  # of 81
+
+
+def test_what_is_told_apart_are_two_crops_of_a_frame_or_a_frame_and_what_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equal views are found too easily: the loss falls, and nothing is learned."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(Contrastive, "logits", lambda _, *views: (seen.extend(views), torch.zeros(8, 8))[1])
+    images = torch.rand(8, 3, SIZE, SIZE)
+    draw = torch.Generator().manual_seed(0)
+    Curl(SIZE - 5, 4, 8).objective(images, images, draw)
+    same = [torch.equal(a, b) for a, b in zip(*seen, strict=True)]
+    assert sum(same) < 4  # one of 36 places may be drawn twice
+    seen.clear()
+    Atc(SIZE, 4, 8).objective(torch.zeros(8, 3, SIZE, SIZE), images, draw)
+    anchors, partners = seen
+    assert (anchors == 0).all()
+    assert (partners > 0).all()
+    assert not torch.equal(partners, images)
 
 
 def test_partners_are_steps_later_in_the_same_episode(write_rollouts: WriteStore) -> None:
