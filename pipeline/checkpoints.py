@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import re
 import warnings
 from pathlib import Path
@@ -22,7 +21,14 @@ from pvrpipe.pipeline.pvrs import KeyMap
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.manifest import canonical_json
 from pvrpipe.store.cache import cache_errors, cache_folder
-from pvrpipe.store.files import sha256_of, tensors_to, write_whole
+from pvrpipe.store.files import (
+    locked,
+    remove_temporaries,
+    replacing,
+    sha256_of,
+    tensors_to,
+    write_whole,
+)
 
 
 def tensors_of(path: Path, digest: str, keys: KeyMap) -> dict[str, Tensor]:
@@ -51,7 +57,7 @@ def _tensors_of(path: Path, digest: str, keys: KeyMap) -> dict[str, Tensor]:
     name = f"{digest}-{hashlib.sha256(taken.encode()).hexdigest()[:8]}"
     converted = cache_folder() / "converted" / f"{name}.safetensors"
     if not _holds(converted):
-        _convert(chosen(read_tensors(path), keys), converted)
+        _convert(path, keys, converted)
     return rename(safetensors.torch.load_file(converted), keys)
 
 
@@ -61,16 +67,20 @@ def _holds(converted: Path) -> bool:
     return converted.is_file() and seal.is_file() and seal.read_text() == sha256_of(converted)
 
 
-def _convert(tensors: dict[str, Tensor], target: Path) -> None:
-    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    beside = target.with_suffix(f".tmp-{os.getpid()}")
+def _convert(path: Path, keys: KeyMap, target: Path) -> None:
+    """Keep what is taken of a pickle as safetensors, one process at a time; another may have done it meanwhile."""
     with cache_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tensors_to(beside):
-            safetensors.torch.save_file(own, beside)
-        seal = sha256_of(beside)
-        beside.replace(target)
-        write_whole(target.with_suffix(".sha256"), seal.encode())
+        with locked(target.parent, wait=True):
+            if _holds(target):
+                return
+            remove_temporaries(target.parent)
+            own = {name: t.contiguous().clone() for name, t in chosen(read_tensors(path), keys).items()}
+            with replacing(target) as beside:
+                with tensors_to(beside):
+                    safetensors.torch.save_file(own, beside)
+                seal = sha256_of(beside)
+            write_whole(target.with_suffix(".sha256"), seal.encode())
 
 
 def read_tensors(path: Path) -> dict[str, object]:

@@ -98,11 +98,19 @@ def remove_temporaries(folder: Path, name: str = "*") -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers; the lock dies with the process and leaves no file."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the folder against other writers; the lock dies with the process and leaves no file.
+
+    Args:
+        folder: that is there.
+        wait: for another process to end, where it is refused otherwise.
+
+    Raises:
+        StoreBusyError: another process holds it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise StoreBusyError(

@@ -18,6 +18,7 @@ from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import StoreError, WeightsError
 from pvrpipe.store.files import sha256_of
 
+from .killing import run_killed
 from .upstream import noise
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -48,6 +49,27 @@ def test_a_pickle_is_converted_once_and_again_if_the_copy_is_damaged(
     assert len(reads) == 2
     tensors_of(tmp_path / "w.pth", digest, keys.model_copy(update={"drop": ("^decoder", "^epoch$", "b$")}))
     assert len(reads) == 3  # something else is taken from it
+
+
+def test_a_conversion_killed_at_every_write_leaves_nothing_to_the_next_one(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Checkpoints are of gigabytes, and what nobody removes stays."""
+    torch.save({"a": noise(64, 64)}, tmp_path / "w.pth")
+    stop, left = 1, set[str]()
+    while run_killed(_convert, tmp_path / "w.pth", stop=stop):
+        left |= {path.name.split(".tmp-")[0][-7:] for path in (cache / "converted").glob("*.tmp-*")}
+        assert _convert(tmp_path / "w.pth").keys() == {"a"}
+        kept = sorted((cache / "converted").iterdir())
+        assert [path.suffix for path in kept] == [".safetensors", ".sha256"]
+        for path in kept:
+            path.unlink()
+        stop += 1
+    assert left == {"tensors", ".sha256"}, "of both files a temporary was left"
+
+
+def _convert(path: Path) -> dict[str, torch.Tensor]:
+    return tensors_of(path, "0" * 64, KeyMap())
 
 
 @pytest.mark.parametrize("refused", ["No space left on device (os error 28)", None])
