@@ -116,6 +116,19 @@ def test_on_a_cpu_too(shards: list[int], batch: int) -> None:
     assert even_batch(shards, "cpu") == batch
 
 
+def test_embeddings_of_another_shape_than_was_told_are_refused_before_a_store_is_begun(
+    tmp_path: Path,
+) -> None:
+    """A network that looks at numbers may give data another shape than it gives pixels without."""
+    encoder = Encoder(brittle(tmp_path / "pvr"))
+    compute = encoder._compute
+    encoder._compute = lambda pixels: compute(pixels)[:, 1:]
+    with pytest.raises(
+        EncodingError, match=r"gives embeddings of \[\d+\], but its specification says \[\d+\]"
+    ):
+        tried_until_it_fits(encoder, (24, 24, 3), fixed=True)
+
+
 def test_one_frame_that_does_not_fit_is_one_line(rollouts: Path, tmp_path: Path) -> None:
     request = brittle(tmp_path / "pvr", most=0)
     with pytest.raises(EncodingError, match=r"one frame does not fit into the memory of cpu; .* fewer --pvr"):

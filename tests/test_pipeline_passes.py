@@ -41,6 +41,9 @@ def test_encoders_share_a_pass_where_memory_and_batches_allow_it(rollouts: Path,
     assert passes([(need, 32)] * 3, 140) == [[0, 1, 2]]
     assert passes([(need, 32)] * 3, 139) == [[0, 1], [2]]
     assert passes([(need, 32)] * 3, 1) == [[0], [1], [2]]
+    larger = Need(weights=40, batch=60)
+    assert passes([(larger, 32), (need, 32)], 140) == [[0, 1]]
+    assert passes([(larger, 32), (need, 32)], 139) == [[0], [1]]
     assert passes([(need, 32), (need, 48), (need, 96)], 1000) == [[0], [1, 2]]
     assert [smaller(b) for b in (256, 50, 25, 7, 2, 1)] == [128, 25, 5, 1, 1, 1]
     outputs = [
