@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 
-from pvrpipe.pipeline import pretraining
+from pvrpipe.pipeline import pretrain_mae, pretraining
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretrain_contrastive import (
@@ -212,6 +212,76 @@ def test_partners_are_steps_later_in_the_same_episode(write_rollouts: WriteStore
     first = store.episodes.filter(split="train").row(0, named=True)["episode"]
     frames = store.read_episode(first, ["frame"])["frame"]
     np.testing.assert_array_equal(every.pixels[: len(frames)], frames)
+
+
+def test_a_masked_autoencoder_sees_a_quarter_of_each_frame_and_is_asked_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = MaskedAutoencoder(SIZE, SIZE // 8, 64, 1)
+    encode, asked = MaskedAutoencoder.encode, list[torch.Tensor]()
+
+    def encoding(self: MaskedAutoencoder, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        asked.append(visible)
+        return encode(self, images, visible)
+
+    def loss(predicted: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        asked.append(hidden)
+        return masked_loss(predicted, target, hidden)
+
+    monkeypatch.setattr(MaskedAutoencoder, "encode", encoding)
+    monkeypatch.setattr(pretrain_mae, "masked_loss", loss)
+    images = torch.rand(6, 3, SIZE, SIZE)
+    model.objective(images, images, torch.Generator().manual_seed(0))
+    visible, hidden = asked
+    assert (visible.shape, hidden.shape) == ((6, 16), (6, 48))
+    for seen, left in zip(visible, hidden, strict=True):
+        assert sorted([*seen.tolist(), *left.tolist()]) == list(range(64))
+    assert len({tuple(seen.sort().values.tolist()) for seen in visible}) == 6, "each frame has its own mask"
+
+
+def test_what_is_reported_of_held_out_frames_is_of_them(rollouts: Path, tmp_path: Path) -> None:
+    config = small("autoencoder")
+    made = pretrain(rollouts, tmp_path / "ae", config)
+    model = pretraining.objective_of(config)
+    weights = {
+        f"encoder.{name}": tensor
+        for name, tensor in safetensors.torch.load_file(made.pvr / pretraining.WEIGHTS_FILE).items()
+    }
+    model.load_state_dict(weights | safetensors.torch.load_file(made.pvr / pretraining.REST_FILE))
+    recipe, store = kept_recipe(config), Store.open(rollouts)
+    losses = {
+        split: pretraining._held_out(
+            model, frames_of(store, split, config.frames, recipe), recipe, torch.device("cpu")
+        )["val_loss"]
+        for split in ("train", "val")
+    }
+    assert made.val_loss == pytest.approx(losses["val"], rel=1e-6)
+    assert losses["train"] != pytest.approx(losses["val"], rel=1e-4)
+
+
+def test_each_update_and_each_seed_draws_frames_and_places_of_its_own(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of what is drawn, the later frame is what the later view holds."""
+    views, drawn = pretraining._views, list[tuple[bytes, int]]()
+    objective = Atc.objective
+
+    def viewed(frames: Any, chosen: Any, *rest: Any) -> Any:
+        images, later = views(frames, chosen, *rest)
+        assert not torch.equal(images, later)
+        return iter((images, later))
+
+    def taking(self: Atc, images: torch.Tensor, later: torch.Tensor, draw: torch.Generator) -> Any:
+        drawn.append((images.numpy().tobytes(), draw.initial_seed()))
+        return objective(self, images, later, draw)
+
+    monkeypatch.setattr(pretraining, "_views", viewed)
+    monkeypatch.setattr(Atc, "objective", taking)
+    monkeypatch.setattr(pretraining, "_held_out", lambda *_: {"val_loss": None, "val_accuracy": None})
+    for seed in (0, 1):
+        pretrain(rollouts, tmp_path / str(seed), small("atc", seed=seed))
+    assert len(drawn) == 6
+    assert [len(set(values)) for values in zip(*drawn, strict=True)] == [6, 6]
 
 
 @pytest.mark.parametrize("method", METHODS)
