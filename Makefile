@@ -46,8 +46,10 @@ demo: setup  ## the whole way on a real environment, in minutes
 study: setup  ## studies/quick.yaml, and what it found as a page: data/studies/quick/report/index.html
 	@$(BIN)/pvrpipe study studies/quick.yaml
 
-test: setup  ## everything that is not marked slow, a file at a time on each of two processors
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+# Three at a time where there are two processors: a third of the time is waiting, for Ray and for disks. Files that
+# have few tests are the long ones, and would be begun last.
+test: setup  ## everything that is not marked slow, three files at a time
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
