@@ -81,7 +81,9 @@ def test_a_shard_at_which_workers_die_is_found_and_given_up_alone(rollouts: Path
     reason = {shard: failures for shard, _, failures in fourth}
     assert list(reason) == shards
     (said,) = reason.pop(deadly)
-    assert said.startswith(f"EncodingError: 3 workers died at shard {deadly} (episodes {plan.first_episode} to ")
+    assert said.startswith(
+        f"EncodingError: 3 workers died at shard {deadly} (episodes {plan.first_episode} to "
+    )
     assert not any(reason.values())
     rows = {shard: rows for shard, rows, _ in fourth if shard != deadly}
     assert rows == {s: store.manifest.shards[s].rows for s in shards if s != deadly}
