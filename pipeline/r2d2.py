@@ -47,12 +47,17 @@ class R2D2(nn.Module):
         self.sal = nn.Conv2d(WIDTH, 1, 1)
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Descriptors (B, 128, H, W) of length one; reliability and repeatability (B, 1, H, W) in [0, 1]."""
+        """Descriptors (B, 128, H, W) of length one; reliability and repeatability (B, 1, H, W) in [0, 1].
+
+        The confidences are computed in float32 always: in bfloat16 neighbours tie, and others become peaks.
+        """
         for op in self.ops:
             x = op(x)
-        reliability = self.clf(x**2).softmax(dim=1)[:, 1:]
-        repeatability = F.softplus(self.sal(x**2))
-        return F.normalize(x, dim=1), reliability, repeatability / (1 + repeatability)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            reliability = self.clf(x**2).softmax(dim=1)[:, 1:]
+            repeatability = F.softplus(self.sal(x**2))
+            return F.normalize(x, dim=1), reliability, repeatability / (1 + repeatability)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode a batch."""

@@ -12,9 +12,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
+from pvrpipe.pipeline.readout import Readout
 
 from .upstream import FRAMES, embed_with, encoder_with, noise, pixels_for, randomised, relative_error
+
+PRECISIONS: tuple[Precision, Precision] = ("fp32", "bf16")
 
 
 def resnet(depth: int) -> nn.Module:
@@ -188,15 +191,21 @@ def reference_r2d2(state: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Te
     return torch.stack([d for _, d in found]), torch.tensor([s for s, _ in found])
 
 
-def test_r2d2_keeps_the_descriptors_of_the_best_keypoints(tmp_path: Path) -> None:
+def confident_r2d2(file: Path) -> nn.Module:
+    """The network in the authors' layout; with random weights alone it would find no keypoint."""
     from pvrpipe.pipeline.r2d2 import R2D2
 
     network = randomised(R2D2(8))
-    nn.init.constant_(network.sal.bias, 3.0)  # with random weights nothing would be confident
+    nn.init.constant_(network.sal.bias, 3.0)
     nn.init.constant_(network.clf.bias, 0.0)
     network.clf.bias.data[1] = 1.0
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"net": "Quad_L2Net_ConfCFS()", "state_dict": state}, tmp_path / "w.pt")
+    torch.save({"net": "Quad_L2Net_ConfCFS()", "state_dict": state}, file)
+    return network
+
+
+def test_r2d2_keeps_the_descriptors_of_the_best_keypoints(tmp_path: Path) -> None:
+    network = confident_r2d2(tmp_path / "w.pt")
     rows = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), np.uint8)
     encoder = encoder_with("r2d2", tmp_path / "w.pt", size=64)
     theirs, scores = reference_r2d2(network.state_dict(), pixels_of(encoder, rows)[0])
@@ -206,6 +215,20 @@ def test_r2d2_keeps_the_descriptors_of_the_best_keypoints(tmp_path: Path) -> Non
     assert encoder.identity.shape == (8, 128)
     assert relative_error(ours[0], theirs[:8]) < 1e-5
     np.testing.assert_allclose(np.linalg.norm(ours[0], axis=1), 1, rtol=1e-5)
+
+
+def test_r2d2_finds_the_same_keypoints_in_bfloat16(tmp_path: Path) -> None:
+    """Its confidences would tie there, and neighbours of a peak be peaks."""
+    confident_r2d2(tmp_path / "w.pt")
+    rows = np.random.default_rng(1).integers(0, 256, (4, 96, 96, 3), np.uint8)
+    exact, rounded = (
+        Encoder(
+            EncoderRequest("r2d2", str(tmp_path / "w.pt"), precision, "cpu", 4, readout=Readout(size=96))
+        )(rows)
+        for precision in PRECISIONS
+    )
+    alike = exact @ rounded.transpose(0, 2, 1)
+    assert (alike.max(axis=2) > 0.99).sum() >= 30  # of 32
 
 
 def pixels_of(encoder: Encoder, frames: np.ndarray) -> Tensor:
