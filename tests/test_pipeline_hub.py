@@ -145,6 +145,8 @@ def test_a_hub_folder_says_its_activation_and_leaves_the_rest_to_transformers(
     [
         ({"do_resize": False}, {}, "resizes"),
         ({"do_rescale": False}, {}, "rescale_factor"),
+        ({"rescale_factor": 1 / 127.5}, {}, "rescale_factor 0.0078"),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 56}}, {}, "a ConvNext"),
         ({"resample": 0}, {}, "filter 0"),
         ({"size": {"height": 56, "width": 64}}, {}, "56.*64"),
         ({"size": 48}, {}, "48 pixels"),
