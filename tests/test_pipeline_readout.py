@@ -217,6 +217,8 @@ SMALL: dict[str, Any] = {
     ("architecture", "poolings", "normed"),
     [
         ("vit_so150m_patch16_reg4_map_256", ("mean", "map", "patches", "pooled"), True),
+        ("test_vit3", ("mean", "map", "patches", "pooled"), True),
+        ("vit_pe_core_tiny_patch16_384", ("cls", "mean", "map", "patches", "pooled"), True),
         ("vit_betwixt_patch16_reg4_gap_256", ("mean", "patches", "pooled"), False),
         ("vit_relpos_small_patch16_224", ("mean", "patches", "pooled"), False),
         ("deit_tiny_distilled_patch16_224", ("cls", "cls+registers", "mean", "patches", "pooled"), True),
