@@ -134,6 +134,8 @@ def test_all_learns_but_what_the_embedding_does_not_depend_on() -> None:
     assert not any(name.startswith("network.trunk.fc") for name in learned)
     last_two = {name for name, p in looking("resnet18", "2").named_parameters() if p.requires_grad}
     assert {name.split(".")[2] for name in last_two} == {"layer3", "layer4"}
+    with_its_map = {name for name, p in looking("vip", "1").named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in with_its_map} == {"layer4", "fc"}
 
 
 def test_batch_norms_keep_their_statistics(rollouts: Path, tmp_path: Path) -> None:
