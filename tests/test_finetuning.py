@@ -138,6 +138,10 @@ def test_all_learns_but_what_the_embedding_does_not_depend_on() -> None:
     assert {name.split(".")[2] for name in with_its_map} == {"layer4", "fc"}
 
 
+def test_a_number_of_blocks_is_the_same_run_however_it_is_written() -> None:
+    assert tuning_of("resnet18", "random:0", "02") == tuning_of("resnet18", "random:0", "2")
+
+
 def test_batch_norms_keep_their_statistics(rollouts: Path, tmp_path: Path) -> None:
     backbone = looking("resnet18", "1")
     before = {name: value.clone() for name, value in backbone.named_buffers()}

@@ -278,6 +278,8 @@ def test_unknown_pvr_names_the_nearest() -> None:
 def test_the_table_of_the_documentation_is_that_of_the_specifications() -> None:
     text = DOCUMENT.read_text()
     assert with_table(text) == text, "run `python -m tests.zoo_table`"
+    measured = re.findall(r"^\| `(\S+)` \| 0\.9", text.partition("## bfloat16")[2], re.MULTILINE)
+    assert [*measured, "r2d2"] == list(PVRS), "run benchmarks/precision.py for what is new"
     assert set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) >= set(PVRS)
 
 
