@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pvrpipe.pipeline.full_precision import in_full
+
 DEPTHS = (1, 2, 3, 4)  # channels of the four stages, as multiples of `channels`
 
 
@@ -29,7 +31,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode a batch."""
-        return self.latent(self.stages(x).flatten(1))
+        return in_full(self.latent, self.stages(x).flatten(1))
 
 
 class ConvDecoder(nn.Module):

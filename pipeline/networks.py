@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrpipe.pipeline.autoencoder import ConvEncoder
+from pvrpipe.pipeline.full_precision import in_full
 from pvrpipe.pipeline.own import PACKAGE, package_trunk
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.schemas.errors import InvalidValueError, WeightsError, one_line
@@ -144,14 +145,20 @@ class TokenNetwork(Network):
             case "summary":
                 return prefix[:, self.summaries].flatten(1)
             case "mean":
-                return patches.mean(dim=1)
+                return patches.float().mean(dim=1)
             case "map":
                 seen = [prefix, patches] if getattr(self.trunk, "pool_include_prefix", True) else [patches]
-                return self.trunk.attn_pool(torch.cat(seen, dim=1))  # type: ignore[operator]
+                return _attended(self.trunk.attn_pool, torch.cat(seen, dim=1))  # type: ignore[arg-type]
             case "projected":
-                return self.trunk.head(prefix[:, 0])  # type: ignore[operator]
+                return in_full(self.trunk.head, prefix[:, 0])  # type: ignore[arg-type]
             case _:
                 return patches
+
+
+def _attended(pool: nn.Module, x: Tensor) -> Tensor:
+    from pvrpipe.pipeline.attention_pools import attention_pooled  # it needs timm, which the others do not
+
+    return attention_pooled(pool, x)
 
 
 def _patch_of(trunk: nn.Module) -> int | None:
@@ -209,15 +216,20 @@ class MapNetwork(Network):
         x = self._map(x)
         match self.pooling:
             case "average":
-                return F.adaptive_avg_pool2d(x, 1).flatten(1)
+                return _averaged(x)
             case "flat":
                 return x.flatten(1)
             case "map":
-                return self.trunk.head(x)  # type: ignore[operator]
+                return _attended(self.trunk.head, x)  # type: ignore[arg-type]
             case "projected":
-                return self.trunk.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[operator]
+                return in_full(self.trunk.fc, _averaged(x))  # type: ignore[arg-type]
             case _:
                 return x
+
+
+def _averaged(x: Tensor) -> Tensor:
+    """Maps (B, C, h, w) to (B, C), in float32 whatever they were computed in."""
+    return F.adaptive_avg_pool2d(x.float(), 1).flatten(1)
 
 
 class StagedNetwork(MapNetwork):

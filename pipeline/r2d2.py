@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pvrpipe.pipeline.full_precision import full_precision
+
 WIDTH = 128
 THRESHOLD = 0.7  # of both confidences, extract.py
 #: channels, kernel, stride (spent as dilation of what follows), batch norm, ReLU
@@ -53,7 +55,7 @@ class R2D2(nn.Module):
         """
         for op in self.ops:
             x = op(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             x = x.float()
             reliability = self.clf(x**2).softmax(dim=1)[:, 1:]
             repeatability = F.softplus(self.sal(x**2))
