@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pvrpipe.pipeline.autoencoder import ConvEncoder
 from pvrpipe.pipeline.full_precision import in_full
@@ -145,7 +144,7 @@ class TokenNetwork(Network):
             case "summary":
                 return prefix[:, self.summaries].flatten(1)
             case "mean":
-                return patches.float().mean(dim=1)
+                return patches.mean(dim=1, dtype=torch.float32)
             case "map":
                 seen = [prefix, patches] if getattr(self.trunk, "pool_include_prefix", True) else [patches]
                 return _attended(self.trunk.attn_pool, torch.cat(seen, dim=1))  # type: ignore[arg-type]
@@ -229,7 +228,7 @@ class MapNetwork(Network):
 
 def _averaged(x: Tensor) -> Tensor:
     """Maps (B, C, h, w) to (B, C), in float32 whatever they were computed in."""
-    return F.adaptive_avg_pool2d(x.float(), 1).flatten(1)
+    return x.mean(dim=(2, 3), dtype=torch.float32)
 
 
 class StagedNetwork(MapNetwork):
