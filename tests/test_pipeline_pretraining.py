@@ -108,6 +108,12 @@ def test_partners_are_steps_later_in_the_same_episode(write_rollouts: WriteStore
     np.testing.assert_array_equal(every.pixels[: len(frames)], frames)
 
 
+def test_curl_crops_from_whole_frames_and_its_encoder_sees_their_middle() -> None:
+    trained, used = kept_recipe(small("curl", size=64)), recipe_of(small("curl", size=64))
+    assert (trained.resize, trained.crop) == (76, 76)
+    assert (used.resize, used.crop) == (76, 64)
+
+
 def test_a_masked_autoencoder_sees_a_quarter_of_each_frame_and_is_asked_for_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -218,7 +224,6 @@ def test_maes_encoder_is_a_timm_vit(rollouts: Path, tmp_path: Path) -> None:
         "vit_tiny_patch16_224", num_classes=0, img_size=SIZE, patch_size=4, embed_dim=64, depth=2, num_heads=1
     )
     vit.load_state_dict(safetensors.torch.load_file(made.pvr / "encoder.safetensors"), strict=True)
-    assert recipe_of(small("curl", size=64)).resize == 76
 
 
 def trained_in_pieces(rollouts: Path, method: Method, place: str) -> None:
