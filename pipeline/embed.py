@@ -33,6 +33,8 @@ from pvrpipe.store.reading import Store
 
 __all__ = ["EmbedConfig", "EmbedEstimate", "EmbedResult", "embed", "estimate"]
 
+TOLD = 4  # failures beside the first that are told in full
+
 
 @dataclass(frozen=True)
 class EmbedResult:
@@ -220,11 +222,13 @@ def _run(
 
 
 def _raise_first(failures: Sequence[PvrpipeError]) -> None:
-    """Say what went wrong first, and how much more did."""
+    """Say what went wrong first, and what else did: who mends only that would meet the next hours later."""
     if failures:
-        others = len(failures) - 1
-        more = f" (and {others} more {'failure' if others == 1 else 'failures'})" if others else ""
-        raise type(failures[0])(f"{failures[0]}{more}")
+        first, *others = failures
+        kind = "failure" if len(others) == 1 else "failures"
+        told = "; ".join([*map(str, others[:TOLD]), *["…"] * (len(others) > TOLD)])
+        more = f" (and {len(others)} more {kind}: {told})" if others else ""
+        raise type(first)(f"{first}{more}")
 
 
 def _sealed(store: Store, pending: PendingStore) -> Manifest:

@@ -77,13 +77,14 @@ def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
     assert not list(tmp_path.rglob("*.tmp-*"))
 
 
-def test_failures_of_two_stores_are_counted_one_by_one(rollouts: Path, tmp_path: Path) -> None:
+def test_failures_of_two_stores_are_told_one_by_one(rollouts: Path, tmp_path: Path) -> None:
     frames = Store.open(rollouts).read_episode(2)["frame"]
     outputs = [
         (brittle(tmp_path / f"pvr{n}", name=f"pvr{n}", nan_at=number_of(frames[step])), tmp_path / f"e{n}")
         for n, step in enumerate((20, 3))
     ]
-    with pytest.raises(EncodingError, match=r"pvr1 .* episode 2, step 3; .* \(and 1 more failure\)"):
+    told = r"pvr1 .* episode 2, step 3; .* \(and 1 more failure: pvr0 .* episode 2, step 20; .*\)"
+    with pytest.raises(EncodingError, match=told):
         embed(rollouts, outputs, INLINE)
 
 
