@@ -68,6 +68,14 @@ class OwnOutput(Network):
 
     poolings = ("pooled",)
 
+    def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
+        from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
+
+        super().__init__(trunk, pvr)
+        for module in trunk.modules():
+            if isinstance(module, SelectAdaptivePool2d):  # an average of bfloat16 would be rounded to it
+                module.register_forward_pre_hook(_widened)
+
     def _choose(self, pvr: Pvr) -> None:
         if pvr.layer != "last" and (names := _stage_names(self.trunk)):
             raise InvalidValueError(
@@ -75,6 +83,10 @@ class OwnOutput(Network):
                 f"--pool conv-map with one of {', '.join(names)}"
             )
         super()._choose(pvr)
+
+
+def _widened(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in given)
 
 
 class TokenNetwork(Network):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pvrpipe.pipeline.attention_pools import attention_pooled
 from pvrpipe.pipeline.autoencoder import ConvEncoder
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.vjepa2 import VJepa2
 
 from .upstream import FRAMES, randomised, shrink
@@ -49,6 +50,16 @@ def test_neither_are_those_of_an_autoencoder() -> None:
         embedding = encoder(torch.ones(1, 3, 64, 64))
     assert embedding.dtype == torch.float32
     assert (embedding.bfloat16() == embedding).float().mean() < 0.1
+
+
+def test_the_average_that_timm_takes_is_not_rounded_either() -> None:
+    own, averaged = (
+        Encoder(EncoderRequest("timm:resnet18", "random:0", "bf16", "cpu", len(FRAMES), readout=readout))(
+            FRAMES
+        )
+        for readout in (Readout(), Readout(pooling="average"))
+    )
+    np.testing.assert_array_equal(own, averaged)
 
 
 @pytest.mark.parametrize("name", [*SHALLOW, "r2d2"])
