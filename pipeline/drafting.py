@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pvrpipe.pipeline.decoding import ShardReader
+from pvrpipe.pipeline.decoding import Decoded, ShardReader
 from pvrpipe.pipeline.embedding import CARRIED
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, refuse_norm, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
@@ -277,11 +277,10 @@ def _with_splits_of(store: Store, draft: Manifest) -> Manifest:
 
 
 def _rate(store: Store, encoder: Encoder) -> float:
-    """Frames per second of one worker: the median over a few batches of the first shard, read and all."""
+    """Frames per second of one worker: the median over a few batches behind the first, read and all."""
     encoder.replay(store.column("frame").shape)
     began = [time.perf_counter()]
-    batches = iter(ShardReader(store, encoder.device).batches(0, encoder.batch))
-    with suitable_threads(encoder.device), contextlib.closing(batches):
+    with suitable_threads(encoder.device), contextlib.closing(_batches(store, encoder)) as batches:
         for decoded in itertools.islice(batches, 1 + MEASURED_BATCHES):
             download(encoder.encode(decoded.frames()))()
             began.append(time.perf_counter())
@@ -289,6 +288,14 @@ def _rate(store: Store, encoder: Encoder) -> float:
                 break
     times = np.diff(began)
     return encoder.batch / float(np.median(times[1:] if len(times) > 1 else times))  # batches are padded
+
+
+def _batches(store: Store, encoder: Encoder) -> Generator[Decoded, None, None]:
+    """One shard's after the other's: a shard may have one batch, and the first of all is slow."""
+    reader = ShardReader(store, encoder.device)
+    for shard in range(len(store.manifest.shards)):
+        with contextlib.closing(reader.batches(shard, encoder.batch)) as batches:
+            yield from batches
 
 
 def _existing_parent(folder: Path) -> Path:

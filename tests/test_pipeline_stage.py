@@ -6,13 +6,15 @@ import shutil
 import threading
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
-from pvrpipe.pipeline import encoders
+from pvrpipe.pipeline import drafting, encoders
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
@@ -131,6 +133,23 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tm
     assert asked.bytes < made.bytes < asked.bytes + 6 * 4096  # the footers of the shards
     (left,) = estimate(rollouts, [(request, tmp_path / "e")], INLINE)
     assert (left.shards, left.rows, left.bytes, left.hours) == (0, 0, 0, 0)
+
+
+def test_the_rate_of_a_dry_run_is_not_that_of_the_first_batch(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though every shard may be of one: the first is slow, and hours of a large store would be twice what they are."""
+    request = brittle(tmp_path / "pvr", batch=64)
+    clock, encode = [0.0], Encoder.encode
+    first = torch.from_numpy(Store.open(rollouts).read_episode(0)["frame"][0])
+
+    def timed(encoder: Encoder, pixels: Tensor) -> Tensor:
+        clock[0] += 10 if torch.equal(pixels[0], first) else 2
+        return encode(encoder, pixels)
+
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Encoder, "encode", timed)
+    assert estimate(rollouts, [(request, tmp_path / "e")], INLINE)[0].frames_per_second == 64 / 2
 
 
 def test_what_the_disk_has_no_room_for_is_refused_with_both_sizes(
