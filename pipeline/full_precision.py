@@ -1,7 +1,7 @@
-"""What stays in float32 under ``--precision bf16`` because it costs nothing there: all that is done once a frame.
+"""What stays in float32 under ``--precision bf16`` because it is little: all that is done once a frame.
 
 bfloat16 rounds at 2^-9 of a value, which is coarser than float16 stores. Between the frames of one episode embeddings
-differ by little, and of that half was lost in the last step (tests/test_zoo_precision.py).
+differ by little, and of that about half was lost in the last step (docs/LOG.md).
 """
 
 from __future__ import annotations

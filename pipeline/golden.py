@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.differences import differences
@@ -21,9 +21,8 @@ from pvrpipe.store.shards import Rows
 
 GOLDEN_FRAMES = 8
 #: Another processor sums in another order, and float16 rounds at 2^-11 of a value; a wrong resize filter or
-#: layer gives 0.94 to 0.99 (reference: jina-ai/clip-as-service#904). In bfloat16 another kind of device is as far
-#: from this one as float32 is (docs/pvrs.md): up to 1.8 % of a vector's length, which is a cosine of 0.9998.
-COSINES: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.999}
+#: layer gives 0.94 to 0.99 (reference: jina-ai/clip-as-service#904).
+COSINE = 0.9999
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,12 @@ def check_golden(
         )
     differ = differences(_meaning(made.encoder.model_dump()), _meaning(identity.model_dump()), "here")
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (computed, stored))
-    smallest, agree = agreement(a, b, COSINES[made.computation.precision])
+    smallest, agree = agreement(a, b)
     return GoldenCheck(agree and not differ, len(a), float(np.abs(a - b).max()), smallest, differ)
 
 
-def agreement(a: NDArray[np.float64], b: NDArray[np.float64], bound: float) -> tuple[float, bool]:
-    """The smallest cosine of two sets of vectors (N, D), and whether they are as near as a bound on it allows.
+def agreement(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, bool]:
+    """The smallest cosine of two sets of vectors (N, D), and whether they are as near as :data:`COSINE` allows.
 
     A vector as long again has a cosine of 1, and is another embedding; so what is held to the bound is the
     distance, at which vectors of one length have that cosine. Two vectors of zeros agree: R2D2 gives them where it
@@ -131,7 +130,7 @@ def agreement(a: NDArray[np.float64], b: NDArray[np.float64], bound: float) -> t
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     product, longer = lengths[0] * lengths[1], np.maximum(*lengths)
     cosine = np.where(longer == 0, 1.0, (a * b).sum(axis=1) / np.where(product == 0, 1.0, product))
-    near = np.linalg.norm(a - b, axis=1) <= np.sqrt(2 * (1 - bound)) * longer
+    near = np.linalg.norm(a - b, axis=1) <= np.sqrt(2 * (1 - COSINE)) * longer
     return float(cosine.min()), bool(near.all())
 
 

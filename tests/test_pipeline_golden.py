@@ -81,19 +81,6 @@ def test_golden_frames_are_computed_in_the_precision_of_the_store(rollouts: Path
     assert found.largest_difference < apart / 10
 
 
-def test_another_device_may_be_as_far_off_as_the_precision_is_coarse(
-    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two kernels of one processor were 1.1 % apart in a bfloat16 Taskonomy network."""
-    outputs = [(replace(autoencoder, precision=p), tmp_path / p) for p in ("fp32", "bf16")]
-    embed(rollouts, outputs, INLINE)
-    here = Encoder.__call__
-    for off, agreed in ((1.005, [True, True]), (1.02, [False, True]), (1.06, [False, False])):
-        monkeypatch.setattr(Encoder, "__call__", lambda self, frames, off=off: off * here(self, frames))
-        found = [check_golden(Store.open(folder), pvr=autoencoder.pvr) for _, folder in outputs]
-        assert [check.ok for check in found] == agreed
-
-
 def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "e"
     embed(rollouts, [(EncoderRequest("resnet18", "random:0", batch=8), folder)], EmbedConfig(engine="inline"))
@@ -117,10 +104,10 @@ def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_pa
 
 def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -> None:
     zeros, ones = np.zeros((1, 4)), np.ones((1, 4))
-    assert agreement(zeros, zeros, 0.9999) == (1.0, True)  # R2D2 finds nothing
-    assert agreement(zeros, ones, 0.9999) == (0.0, False)
-    cosine, agree = agreement(2 * ones, ones, 0.999)  # a projection that was not normalised
+    assert agreement(zeros, zeros) == (1.0, True)  # R2D2 finds nothing
+    assert agreement(zeros, ones) == (0.0, False)
+    cosine, agree = agreement(2 * ones, ones)  # a projection that was not normalised
     assert cosine == pytest.approx(1.0)
     assert not agree
     among = np.vstack([np.ones((3, 4)), np.eye(4)[:1]])  # one of four is another
-    assert agreement(among, np.ones((4, 4)), 0.999) == (pytest.approx(0.5), False)
+    assert agreement(among, np.ones((4, 4))) == (pytest.approx(0.5), False)

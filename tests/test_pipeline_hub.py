@@ -15,12 +15,11 @@ import transformers
 from timm.layers import resample_abs_pos_embed
 
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.errors import WeightsError
 
 from .test_zoo_vit import in_dinov2_layout
-from .upstream import FRAMES, VIT_TO_HUB, noise, published, randomised, relative_error
+from .upstream import FRAMES, VIT_TO_HUB, noise, pixels_of, published, randomised, relative_error
 
 PROCESSOR = {
     "do_center_crop": True,
@@ -42,10 +41,6 @@ CLIP_VISION = {**SMALL, "intermediate_size": 100, "projection_dim": 32}
 OLD_CLIP = {**IMAGES, "feature_extractor_type": "CLIPFeatureExtractor", "size": 56, "crop_size": 56}
 
 
-def _pixels(encoder: Encoder) -> torch.Tensor:
-    return preprocess(torch.from_numpy(FRAMES), encoder.pvr.recipe).contiguous()
-
-
 def hub_folder(folder: Path, model: Any, tensors: dict[str, torch.Tensor], processor: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -61,7 +56,7 @@ def test_a_hub_folder_of_dinov2_is_built_by_its_configuration(tmp_path: Path, ga
     hub_folder(tmp_path, reference, in_dinov2_layout(reference), PROCESSOR)
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
     with torch.no_grad():
-        theirs = reference(_pixels(encoder)).last_hidden_state[:, 0]
+        theirs = reference(pixels_of(encoder)).last_hidden_state[:, 0]
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
     assert (encoder.pvr.recipe.resize, encoder.pvr.recipe.crop) == (64, 56)
     assert encoder.identity.weights.source == "file"
@@ -77,7 +72,7 @@ def test_a_hub_folder_of_a_plain_vit_drops_its_classifier(tmp_path: Path) -> Non
     hub_folder(tmp_path, reference, tensors, squash)
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
     with torch.no_grad():
-        theirs = reference(_pixels(encoder)).last_hidden_state[:, 0]
+        theirs = reference(pixels_of(encoder)).last_hidden_state[:, 0]
     assert encoder.pvr.recipe.squash
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
 
@@ -96,7 +91,7 @@ def test_a_hub_folder_whose_frames_are_larger_than_its_positions_resamples_them_
     state, positions = reference.state_dict(), "embeddings.position_embeddings"
     larger.load_state_dict(state | {positions: resample_abs_pos_embed(state[positions], [6, 6])})
     with torch.no_grad():
-        theirs = larger(_pixels(encoder)).last_hidden_state[:, 0]
+        theirs = larger(pixels_of(encoder)).last_hidden_state[:, 0]
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
     assert encoder.identity.positions == "bicubic-antialias"
 
@@ -134,7 +129,7 @@ def test_a_hub_folder_says_its_activation_and_leaves_the_rest_to_transformers(
     reference = clip_folder(tmp_path, OLD_CLIP, ("layer_norm_eps",), hidden_act=act)
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
     with torch.no_grad():
-        theirs = reference(_pixels(encoder)).image_embeds
+        theirs = reference(pixels_of(encoder)).image_embeds
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
     assert not encoder.pvr.recipe.squash  # a lone number is CLIP's shortest side, and others' both sides
     assert encoder.pvr.recipe.interpolation == "bicubic"  # not said: CLIP's own
@@ -182,7 +177,7 @@ def test_a_hub_folder_of_a_tower_alone_gives_its_class_token(tmp_path: Path) -> 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(OLD_CLIP))
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
     with torch.no_grad():
-        theirs = reference(_pixels(encoder)).pooler_output
+        theirs = reference(pixels_of(encoder)).pooler_output
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
 
 
@@ -205,7 +200,7 @@ def test_a_hub_folder_of_dinov3_has_its_registers_periods_and_gates(tmp_path: Pa
     hub_folder(tmp_path, reference, tensors, {"size": {"height": 64, "width": 64}})
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
     with torch.no_grad():
-        theirs = reference(_pixels(encoder)).last_hidden_state[:, 0]
+        theirs = reference(pixels_of(encoder)).last_hidden_state[:, 0]
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
     assert not encoder.pvr.recipe.rounded  # transformers resizes for it in floating point
 
@@ -219,7 +214,7 @@ def test_a_hub_folder_of_timm_is_built_with_its_arguments(tmp_path: Path) -> Non
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
     with torch.no_grad():
-        assert relative_error(encoder(FRAMES), reference(_pixels(encoder))) < 1e-5
+        assert relative_error(encoder(FRAMES), reference(pixels_of(encoder))) < 1e-5
     for odd, refusal in (({"nothing": 1}, "cannot be built"), ({"img_size": [64, 64]}, r"\[64, 64\]")):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": odd}))
         with pytest.raises(WeightsError, match=refusal):

@@ -21,7 +21,7 @@ from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
 
-from .upstream import FRAMES, encoder_with, noise, randomised, relative_error
+from .upstream import FRAMES, encoder_with, noise, pixels_of, randomised, relative_error
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pvrpipe-gray"
 
@@ -33,7 +33,7 @@ def test_a_timm_name_is_the_models_own_output(tmp_path: Path, name: str) -> None
     reference = randomised(timm.create_model(name))
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
     encoder = encoder_with(f"timm:{name}", tmp_path)
-    pixels = _pixels(encoder)
+    pixels = pixels_of(encoder)
     with torch.no_grad():
         theirs = reference.forward_head(reference.forward_features(pixels), pre_logits=True)
     assert relative_error(encoder(FRAMES), theirs) < 1e-5
@@ -50,7 +50,7 @@ def test_a_timm_network_has_the_maps_of_its_stages(tmp_path: Path, name: str) ->
     for stage, layer in ((1, "stage1"), (-1, "last")):
         encoder = encoder_with(f"timm:{name}", tmp_path, layer=layer, pooling="conv-map")
         with torch.no_grad():
-            maps = reference.forward_intermediates(_pixels(encoder), intermediates_only=True)[stage]
+            maps = reference.forward_intermediates(pixels_of(encoder), intermediates_only=True)[stage]
         assert relative_error(encoder(FRAMES), maps) < 1e-5
         assert (encoder.identity.layer, encoder.identity.shape) == (layer, tuple(maps.shape[1:]))
         average = encoder_with(f"timm:{name}", tmp_path, layer=layer, pooling="average")
@@ -72,12 +72,6 @@ def test_a_timm_vit_has_layers_and_sizes(tmp_path: Path) -> None:
     assert encoder.identity.blocks == (0, 1, 2, 3)
     with pytest.raises(UnknownNameError, match="vit_tiny_patch16_224"):
         find_pvr("timm:vit_tiny_patch17_224")
-
-
-def _pixels(encoder: Encoder) -> torch.Tensor:
-    from pvrpipe.pipeline.preprocessing import preprocess
-
-    return preprocess(torch.from_numpy(FRAMES), encoder.pvr.recipe).contiguous()
 
 
 def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:

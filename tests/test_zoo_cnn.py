@@ -15,7 +15,16 @@ from torch.nn import functional as F
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
 from pvrpipe.pipeline.readout import Readout
 
-from .upstream import FRAMES, embed_with, encoder_with, noise, pixels_for, randomised, relative_error
+from .upstream import (
+    FRAMES,
+    embed_with,
+    encoder_with,
+    noise,
+    pixels_for,
+    pixels_of,
+    randomised,
+    relative_error,
+)
 
 PRECISIONS: tuple[Precision, Precision] = ("fp32", "bf16")
 
@@ -229,12 +238,6 @@ def test_r2d2_finds_the_same_keypoints_in_bfloat16(tmp_path: Path) -> None:
     )
     alike = exact @ rounded.transpose(0, 2, 1)
     assert (alike.max(axis=2) > 0.99).sum() >= 30  # of 32
-
-
-def pixels_of(encoder: Encoder, frames: np.ndarray) -> Tensor:
-    from pvrpipe.pipeline.preprocessing import preprocess
-
-    return preprocess(torch.from_numpy(frames), encoder.pvr.recipe)
 
 
 def test_a_frame_without_keypoints_has_zeros(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from .test_zoo_language import clip_resnet, of_openai
 from .test_zoo_vit import mocov3_checkpoint, plain_vit
 from .upstream import noise, pixels_for, published, randomised, relative_error
 
-TOGETHER = 600e6  # parameters of the encoders of one pass; the largest, of 1.1e9, go alone and take 10 GB
+TOGETHER = 600e6  # parameters of the encoders of one pass; the largest, of 1.1e9, go alone
 PIECES = 8  # of the zoo, so that `-k` can choose
 
 

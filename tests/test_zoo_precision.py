@@ -1,4 +1,4 @@
-"""What ``--precision bf16`` computes in float32: all that costs nothing there."""
+"""What ``--precision bf16`` computes in float32: all that is done once a frame."""
 
 from __future__ import annotations
 

@@ -69,6 +69,11 @@ def pixels_for(name: str, frames: np.ndarray = FRAMES) -> Tensor:
     return preprocess(torch.from_numpy(frames), PVRS[name].recipe).contiguous()
 
 
+def pixels_of(encoder: Encoder, frames: np.ndarray = FRAMES) -> Tensor:
+    """What an encoder's network sees of frames."""
+    return preprocess(torch.from_numpy(frames), encoder.pvr.recipe).contiguous()
+
+
 def published(
     tensors: Mapping[str, Tensor], renames: Sequence[tuple[str, str]], prefix: str = ""
 ) -> dict[str, Tensor]:
