@@ -18,6 +18,7 @@ from pvrpipe.store.golden import read_golden
 from pvrpipe.store.layout import GOLDEN
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
+from pvrpipe.store.verifying import Failure
 
 GOLDEN_FRAMES = 8
 #: Another processor sums in another order, and float16 rounds at 2^-11 of a value; a wrong resize filter or
@@ -37,6 +38,19 @@ class GoldenCheck:
     """over the frames; 1 where both are zeros"""
     differs: str
     """fields of the encoder that are not those of the store's; empty if none"""
+
+    @property
+    def measured(self) -> str:
+        """How far, in words."""
+        return f"largest difference {self.largest_difference:.3g}, smallest cosine {self.smallest_cosine:.6f}"
+
+    @property
+    def failures(self) -> list[Failure]:
+        """What is wrong, as :func:`~pvrpipe.store.verifying.verify` says it; empty where the encoder is the same."""
+        if self.ok:
+            return []
+        another = f"another encoder here ({self.differs}): " if self.differs else "other embeddings here: "
+        return [Failure(GOLDEN, another + self.measured)]
 
 
 def golden_frames(store: Store, pending: PendingStore) -> dict[str, Rows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
+from pvrpipe.cli import app
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.golden import agreement, check_golden
@@ -87,12 +90,18 @@ def test_golden_frames_tell_the_same_encoder_from_another(rollouts: Path, tmp_pa
     store = Store.open(folder)
     same = check_golden(store)
     assert same.ok
+    assert same.failures == []
     assert same.frames == len(safetensors.numpy.load_file(folder / "golden.safetensors")["row"])
     assert same.smallest_cosine > 0.99999
     other = check_golden(store, weights="random:1")
     assert not other.ok
     assert "weights.tensors_sha256" in other.differs
     assert other.smallest_cosine < 0.999
+    (failure,) = other.failures
+    assert failure.where == "golden.safetensors"
+    assert re.match(
+        r"another encoder here \(.*tensors_sha256.*\): largest difference .*, smallest", failure.what
+    )
     with pytest.raises(EncodingError, match="give the store's own encoder"):
         check_golden(store, pvr="resnet50", weights="random:0")
     with pytest.raises(NotAStoreError, match="only embedding stores"):
@@ -111,3 +120,26 @@ def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -
     assert not agree
     among = np.vstack([np.ones((3, 4)), np.eye(4)[:1]])  # one of four is another
     assert agreement(among, np.ones((4, 4))) == (pytest.approx(0.5), False)
+
+
+def test_a_bit_of_the_weights_changed_is_a_failure_as_any_other(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path
+) -> None:
+    embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
+    asked = ["verify", str(tmp_path / "e"), "--golden", "--pvr", str(tmp_path / "ae")]
+    same = CliRunner().invoke(app, [*asked, "--json"])
+    assert same.exit_code == 0
+    assert json.loads(same.stdout)["failures"] == []
+    assert json.loads(same.stdout)["golden"]["ok"]
+    content = bytearray((tmp_path / "ae" / "encoder.safetensors").read_bytes())
+    content[-4] ^= 1
+    (tmp_path / "changed.safetensors").write_bytes(content)
+    asked += ["--weights", str(tmp_path / "changed.safetensors")]
+    found = CliRunner().invoke(app, [*asked, "--json"])
+    assert found.exit_code == 1
+    (failure,) = json.loads(found.stdout)["failures"]
+    assert failure["where"] == "golden.safetensors"
+    assert "tensors_sha256" in failure["what"]
+    told = CliRunner().invoke(app, asked)
+    assert told.exit_code == 1
+    assert "another encoder here" in told.stdout
