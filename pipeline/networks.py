@@ -95,7 +95,6 @@ class TokenNetwork(Network):
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         self.poolings = _token_poolings(trunk)
         self.patch = _patch_of(trunk)
-        self.summaries = [int(n) for n in str(pvr.overrides.get("summaries", "")).split(",") if n]
         super().__init__(trunk, pvr)
 
     def _choose(self, pvr: Pvr) -> None:
@@ -154,7 +153,7 @@ class TokenNetwork(Network):
             case "cls+registers":
                 return prefix.flatten(1)
             case "summary":
-                return prefix[:, self.summaries].flatten(1)
+                return prefix[:, self.trunk.summaries].flatten(1)  # type: ignore[index]
             case "mean":
                 return patches.mean(dim=1, dtype=torch.float32)
             case "map":
@@ -189,7 +188,7 @@ def _token_poolings(trunk: nn.Module) -> tuple[str, ...]:
         "map": isinstance(getattr(trunk, "attn_pool", None), nn.Module),
         "projected": isinstance(getattr(trunk, "head", None), nn.Linear),
         "patches": True,
-        "summary": prefix > 1 and not hasattr(trunk, "forward_intermediates"),
+        "summary": bool(getattr(trunk, "summaries", ())),
         "pooled": hasattr(trunk, "forward_intermediates"),
     }
     return tuple(name for name, there in has.items() if there)
@@ -297,8 +296,7 @@ def _r2d2(pvr: Pvr) -> Network:
 def _radio(pvr: Pvr) -> Network:
     from pvrpipe.pipeline.radio import Radio
 
-    sizes = {name: value for name, value in pvr.overrides.items() if name != "summaries"}
-    return TokenNetwork(Radio(**sizes), pvr)  # type: ignore[arg-type]
+    return TokenNetwork(Radio(**pvr.overrides), pvr)  # type: ignore[arg-type]
 
 
 def _vjepa2(pvr: Pvr) -> Network:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pvrpipe.cli import app
-from pvrpipe.pipeline import own
+from pvrpipe.pipeline import networks, own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
@@ -155,6 +157,29 @@ def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, t
     np.testing.assert_allclose(encoder(dim), 0.2, rtol=1e-6)
     assert encoder.identity.shape == (64,)
     sys.modules.pop("pvrpipe_gray")
+
+
+def test_tokens_of_a_package_have_no_summary_unless_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of none of its tokens it would be an embedding without numbers."""
+
+    class Tokens(nn.Module):
+        num_prefix_tokens = 2
+
+        def __init__(self, summaries: tuple[int, ...] = ()) -> None:
+            super().__init__()
+            self.summaries, self.blocks, self.rise = summaries, nn.Sequential(nn.Identity()), nn.Linear(3, 4)
+
+        def tokens(self, x: Tensor, places: Sequence[int], norm: bool) -> list[tuple[Tensor, Tensor]]:
+            tokens = self.rise(x.flatten(2).transpose(1, 2))
+            return [(tokens[:, 2:], tokens[:, :2])]
+
+    own_tokens = PVRS["vc1"].model_copy(update={"architecture": "package:tokens", "overrides": {}})
+    monkeypatch.setitem(PVRS, "tokens", own_tokens)
+    monkeypatch.setattr(networks, "package_trunk", lambda _: Tokens())
+    with pytest.raises(InvalidValueError, match=r"--pool summary: .* has cls, .*mean, patches;"):
+        encoder_with("tokens", Path("random:0"), pooling="summary")
+    monkeypatch.setattr(networks, "package_trunk", lambda _: Tokens(summaries=(1,)))
+    assert encoder_with("tokens", Path("random:0"), pooling="summary").identity.shape == (4,)
 
 
 def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
