@@ -164,8 +164,17 @@ class Encoder:
         return self.encode(torch.from_numpy(frames).to(self.device)).float().cpu().numpy()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device; what it gives holds until the next."""
+        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device; what it gives holds until the next.
+
+        Raises:
+            InvalidValueError: they are more; padding by less than nothing would leave the last of them out.
+        """
         lacking = self.batch - len(pixels)
+        if lacking < 0:
+            raise InvalidValueError(
+                f"{self.pvr.name} was given {len(pixels)} frames at once and has batches of {self.batch}; give as many "
+                "at most"
+            )
         full = F.pad(pixels, (0, 0) * 3 + (0, lacking)) if lacking else pixels
         return self.forward(full)[: len(pixels)]
 

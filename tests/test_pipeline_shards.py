@@ -16,7 +16,7 @@ from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import OutOfRoomError, Work
 from pvrpipe.pipeline.encoders import Encoder
-from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, StoreError
+from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, InvalidValueError, StoreError
 from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.layout import read_commit
 from pvrpipe.store.reading import Store
@@ -115,6 +115,8 @@ def test_the_network_sees_full_batches_only(tmp_path: Path) -> None:
     whole, some = encoder(frames), encoder(frames[:3])
     assert seen == [8, 8]
     np.testing.assert_array_equal(some, whole[:3])
+    with pytest.raises(InvalidValueError, match="given 9 frames at once and has batches of 8"):
+        encoder(np.concatenate([frames, frames[:1]]))  # whose last embedding would not be there
 
 
 def test_on_a_cpu_shards_are_encoded_in_one_thread(
