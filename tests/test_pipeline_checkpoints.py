@@ -134,7 +134,8 @@ def test_a_published_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, 
 def test_the_commit_of_the_hubs_cache_is_recorded_where_none_is_pinned(
     tmp_path: Path, pinned: str | None
 ) -> None:
-    file = tmp_path / "snapshots" / ("a" * 40) / "vision" / "w.safetensors"
+    """Also of a cache on a disk whose own name is that of a folder of the cache."""
+    file = tmp_path / "snapshots" / "hub" / "snapshots" / ("a" * 40) / "vision" / "w.safetensors"
     file.parent.mkdir(parents=True)
     network = torch.nn.Linear(1, 1)
     safetensors.torch.save_file(network.state_dict(), file)
