@@ -22,7 +22,7 @@ from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.replaying import Replayed
 from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
-from pvrpipe.pipeline.zoo import PVRS, find_pvr
+from pvrpipe.pipeline.zoo import PVRS, find_pvr, specification_at
 from pvrpipe.schemas.addresses import there_is
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
 from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe
@@ -48,9 +48,14 @@ class EncoderRequest:
     readout: Readout = field(default_factory=Readout)
 
     def anywhere(self) -> EncoderRequest:
-        """The same request for a worker that runs in another folder."""
-        pvr = self.pvr if self.pvr in PVRS else _absolute(self.pvr)
-        return replace(self, pvr=pvr, weights=_absolute(self.weights))
+        """The same request for a worker that runs in another folder.
+
+        Only what is taken for a path becomes one: a folder here may have the name of a package's representation.
+        """
+        own = self.pvr not in PVRS and specification_at(self.pvr) is not None
+        pvr = _absolute(self.pvr) if own or self.pvr.startswith("hf:") else self.pvr
+        weights = self.weights if self.weights == "auto" else _absolute(self.weights)
+        return replace(self, pvr=pvr, weights=weights)
 
     def resolved_device(self) -> torch.device:
         """The device to compute on; ``auto`` is a GPU where there is one."""

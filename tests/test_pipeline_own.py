@@ -159,6 +159,29 @@ def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, t
     sys.modules.pop("pvrpipe_gray")
 
 
+def test_a_folder_here_takes_no_name_from_a_package_nor_from_an_option(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A package's folder may lie where its name is typed: it was taken for the path of a specification."""
+    monkeypatch.setattr(
+        own, "entry_points", lambda **_: [EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)]
+    )
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    monkeypatch.chdir(tmp_path)
+    for name in ("gray", "auto", "mine"):
+        Path(name).mkdir()
+    asked = EncoderRequest("gray").anywhere()
+    assert (asked.pvr, asked.weights) == ("gray", "auto")
+    assert find_pvr(asked.pvr).name == "gray"
+    sys.modules.pop("pvrpipe_gray")
+    Path("mine/pvr.json").write_text(PVRS["resnet18"].model_copy(update={"name": "own"}).model_dump_json())
+    for pvr, weights in (("mine", "mine"), ("mine/pvr.json", "mine/pvr.json"), ("hf:mine", "random:0")):
+        elsewhere = EncoderRequest(pvr, weights).anywhere()
+        assert elsewhere.pvr == pvr.replace("mine", str(tmp_path / "mine"))
+        assert elsewhere.weights == weights.replace("mine", str(tmp_path / "mine"))
+    assert find_pvr(EncoderRequest("mine").anywhere().pvr).name == "own"
+
+
 def test_tokens_of_a_package_have_no_summary_unless_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of none of its tokens it would be an embedding without numbers."""
 
