@@ -18,7 +18,7 @@ import torch
 
 from pvrpipe.pipeline.decoding import Decoded, ShardReader
 from pvrpipe.pipeline.embedding import CARRIED
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, refuse_norm, suitable_threads
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named, refuse_norm, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
@@ -95,7 +95,7 @@ def draft(
         WeightsError, EncodingError, OutputExistsError: it cannot be made.
     """
     batch = request.batch or (None if config.overwrite else _recorded_batch(folder))
-    device = request.resolved_device()
+    device = device_named(request.device)
     compiled = device.type == "cuda" and store.manifest.rows >= COMPILED_FROM
     encoder, need = _loaded(store, replace(request, batch=batch, compiled=False))
     if compiled:

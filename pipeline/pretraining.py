@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.pipeline.autoencoder import Autoencoder
-from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.encoders import device_named
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
 from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
@@ -145,10 +145,7 @@ def pretrain(
         OutputExistsError: ``out`` holds an encoder, or the checkpoint of one, of another configuration.
     """
     started = time.perf_counter()
-    store, computer = (
-        Store.open(rollouts, kind="rollouts"),
-        EncoderRequest("", device=device).resolved_device(),
-    )
+    store, computes_on = Store.open(rollouts, kind="rollouts"), device_named(device)
     refuse_inside_store(out)
     make_folder(out)
     with locked(out):
@@ -157,13 +154,13 @@ def pretrain(
             **asdict(config),
             "rollouts": store.manifest.id,
             "torch": version("torch"),
-            "device": computer.type,
+            "device": computes_on.type,
         }
         report, resumed = _finished(out, asked, overwrite), config.updates
         reused = report is not None
         if report is None:
             with every_thread():
-                report, resumed = _train(store, out, config, asked, progress, computer)
+                report, resumed = _train(store, out, config, asked, progress, computes_on)
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return PretrainResult(
         out,

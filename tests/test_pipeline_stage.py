@@ -18,7 +18,7 @@ from pvrpipe.pipeline import drafting, encoders
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
@@ -54,7 +54,7 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         InvalidValueError, match=r"--device cuda:2: the GPUs visible here are 0 to 1; name one"
     ):
-        EncoderRequest("resnet18", device="cuda:2").resolved_device()
+        device_named("cuda:2")
 
 
 def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
