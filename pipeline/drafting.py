@@ -16,8 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pvrpipe.pipeline.decoding import Decoded, ShardReader
-from pvrpipe.pipeline.embedding import CARRIED
+from pvrpipe.pipeline.decoding import Decoded, ShardReader, carried
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named, refuse_norm, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import download
@@ -25,7 +24,7 @@ from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
-from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.columns import column
 from pvrpipe.store.growing import grown, refuse_unlike
 from pvrpipe.store.layout import MANIFEST, read_manifest
 from pvrpipe.store.planning import split_in
@@ -194,8 +193,7 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
         versions={name: version(name) for name in VERSIONS},
     )
     parts = tuple(_part(specification, part) for part in store.manifest.all_parts)
-    carried = [c for c in store.manifest.columns if c.name in CARRIED]
-    columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
+    columns = (column("embedding", config.dtype, identity.shape), *carried(store))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
     if not _is_sealed(folder) or not (config.append or _has_grown_with(store, folder, config)):
         _refuse_outgrown(store, folder, config)

@@ -17,12 +17,15 @@ from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import OutOfRoomError, Work
 from pvrpipe.pipeline.encoders import Encoder
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, InvalidValueError, StoreError
+from pvrpipe.schemas.records import Episode
 from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.layout import read_commit
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.verifying import verify
 from pvrpipe.store.writing import ShardWriter
 
+from . import conftest
 from .brittle import brittle
 from .conftest import WriteStore
 
@@ -103,6 +106,25 @@ def test_of_embeddings_that_cannot_be_stored_the_first_is_named() -> None:
         EncodingError, match=r"gives 1000000 at episode 8, step 1, beyond float16; say float32"
     ):
         cast_embedding(values, "float16", rows, "it", "say float32")
+
+
+def test_a_column_that_embeddings_do_not_have_is_left_with_its_rollouts(
+    write_rollouts: WriteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The format lets a store have columns of its own."""
+    usual = conftest.random_episode
+
+    def episode(*numbers: int) -> Episode:
+        made = usual(*numbers)
+        return Episode(made.info, {**made.arrays, "discount": np.ones_like(made.arrays["reward"])})
+
+    monkeypatch.setattr(conftest, "random_episode", episode)
+    rollouts = write_rollouts((9, 6), size=24)
+    assert verify(rollouts) == []
+    embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
+    assert verify(tmp_path / "e") == []
+    kept = {"embedding", "action", "reward", "state", "episode", "step", "is_first", "is_last", "is_terminal"}
+    assert set(Store.open(tmp_path / "e").columns) == kept
 
 
 def test_the_network_sees_full_batches_only(tmp_path: Path) -> None:
