@@ -156,7 +156,11 @@ def pretrain(
             "torch": version("torch"),
             "device": computes_on.type,
         }
-        report, resumed = _finished(out, asked, overwrite), config.updates
+        _refuse_other_files(out)
+        if overwrite:
+            for name in (SPEC_FILE, CHECKPOINT_FILE):
+                (out / name).unlink(missing_ok=True)
+        report, resumed = _finished(out, asked), config.updates
         reused = report is not None
         if report is None:
             with every_thread():
@@ -330,14 +334,14 @@ def _undamaged(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _finished(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The report of an encoder already there with this configuration, or None."""
-    others = [p.name for p in out.iterdir() if p.name not in FILES]
+def _refuse_other_files(out: Path) -> None:
+    others = sorted(p.name for p in out.iterdir() if p.name not in FILES)
     if others:
         raise OutputExistsError(f"{out} holds other files ({others[0]}); choose another output folder")
-    if overwrite:
-        for name in (SPEC_FILE, CHECKPOINT_FILE):
-            (out / name).unlink(missing_ok=True)
+
+
+def _finished(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of an encoder already there with this configuration, or None."""
     if not (out / SPEC_FILE).is_file():
         return None
     with _undamaged(out / REPORT_FILE):
