@@ -123,10 +123,13 @@ class TokenNetwork(Network):
             )
 
     def narrow(self) -> None:
-        """Keep the blocks that compute."""
+        """Keep the blocks that compute, and of positions that each block has of its own, theirs."""
         assert self.blocks is not None
         blocks: Any = self.trunk.blocks
         self.trunk.blocks = nn.Sequential(*(blocks[n] for n in self.blocks))
+        by_block: Any = getattr(getattr(self.trunk, "rope", None), "freqs", None)  # (2, blocks, heads, D / 2)
+        if by_block is not None:
+            self.trunk.rope.freqs = nn.Parameter(by_block[:, list(self.blocks)])  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) to (B, D), or to tokens (B, K, D)."""
