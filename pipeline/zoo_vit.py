@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pvrpipe.pipeline.pvrs import (
     CLIP,
     IMAGENET,
@@ -59,26 +61,29 @@ DINOV3_KEYS = KeyMap(
     ),
 )
 
-EGO4D_AND_MORE = Properties(
-    trained_on="Ego4D, manipulation, navigation, ImageNet", sequential=False, diverse=True
-)
+EGO4D_AND_MORE = Properties(trained_on="Ego4D, manipulation, navigation, ImageNet", diverse=True)
 LVD = Properties(trained_on="LVD-142M, curated web images", diverse=True)
 
 
-def _vit(name: str, title: str, size: str, source: WeightsSource, width: int, **others: object) -> Pvr:
-    """A plain ViT of timm at 224 px, CLS after the final norm."""
-    patch = others.pop("patch", 16)
-    overrides = {"img_size": 224, **(others.pop("overrides", None) or {})}  # type: ignore[dict-item]
-    fields: dict[str, object] = {
+def _vit(
+    name: str,
+    title: str,
+    size: str,
+    source: WeightsSource,
+    width: int,
+    patch: int = 16,
+    overrides: Mapping[str, object] | None = None,
+    **others: object,
+) -> Pvr:
+    """A ViT of timm; where nothing else is said a plain one at 224 px, CLS after the final norm."""
+    usual = {
         "architecture": f"vit_{size}_patch{patch}_224",
         "recipe": VIT_RECIPE,
         "pooling": "cls",
         "licence": "CC-BY-NC-4.0",
-        **others,
     }
-    return Pvr.model_validate(
-        {"name": name, "title": title, "source": source, "overrides": overrides, "width": width, **fields}
-    )
+    own = {"name": name, "title": title, "source": source, "width": width}
+    return Pvr.model_validate({**own, **usual, "overrides": {"img_size": 224, **(overrides or {})}, **others})
 
 
 def _vc1(name: str, title: str, repo: str, revision: str | None, sha256: str | None, **others: object) -> Pvr:
