@@ -65,18 +65,28 @@ def test_a_hub_folder_of_dinov2_is_built_by_its_configuration(tmp_path: Path, ga
 @pytest.mark.parametrize(
     ("kind", "settings", "pooled"),
     [
-        ("ViT", {"intermediate_size": 128}, lambda tokens: tokens[:, 0]),
-        ("Dinov2", {}, lambda tokens: tokens[:, 0]),
-        ("Dinov2WithRegisters", {"num_register_tokens": 2}, lambda tokens: tokens[:, 0]),
-        ("IJepa", {"intermediate_size": 128}, lambda tokens: tokens.mean(1)),
+        ("ViTForImageClassification", {"intermediate_size": 128}, lambda tokens: tokens[:, 0]),
+        (
+            "ViTModel",
+            {"intermediate_size": 128},
+            lambda tokens: tokens[:, 0],
+        ),  # has a pooler, which is left out
+        ("Dinov2ForImageClassification", {}, lambda tokens: tokens[:, 0]),
+        (
+            "Dinov2WithRegistersForImageClassification",
+            {"num_register_tokens": 2},
+            lambda tokens: tokens[:, 0],
+        ),
+        ("IJepaForImageClassification", {"intermediate_size": 128}, lambda tokens: tokens.mean(1)),
     ],
 )
-def test_a_hub_folder_of_a_classifier_is_its_encoder(
+def test_a_hub_folder_of_a_model_with_a_head_is_its_encoder(
     tmp_path: Path, kind: str, settings: dict[str, Any], pooled: Any
 ) -> None:
     """As ``google/vit-base-patch16-224`` lies on the Hub: written by transformers, the encoder under its own name."""
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **settings, attn_implementation="eager")
-    reference = randomised(getattr(transformers, f"{kind}ForImageClassification")(config))
+    model = getattr(transformers, kind)
+    config = model.config_class(**SMALL, **settings, attn_implementation="eager")
+    reference = randomised(model(config))
     reference.save_pretrained(tmp_path)
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 56, "width": 56}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
