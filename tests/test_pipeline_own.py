@@ -237,11 +237,6 @@ def test_a_package_takes_no_name_that_another_has(monkeypatch: pytest.MonkeyPatc
     assert twice == "gray is registered by several packages (pvrpipe_gray and json); uninstall all but one"
 
 
-def test_a_timm_names_recipe_is_that_of_its_registry() -> None:
-    made = find_pvr("timm:resnet18.tv_in1k").recipe  # crop_pct 0.875
-    assert (made.resize, made.crop, made.interpolation) == (256, 224, "bilinear")
-
-
 def test_weights_that_timm_does_not_know_are_one_line() -> None:
     with pytest.raises(UnknownNameError, match=r"nearest: resnet10t\.c3_in1k"):
         find_pvr("timm:resnet10t.c3_in1")
