@@ -135,6 +135,17 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tm
     assert (left.shards, left.rows, left.bytes, left.hours) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize(("asked", "workers"), [(2, 2), (100, 6)])  # of six shards
+def test_the_hours_of_a_dry_run_are_those_of_all_workers_that_have_a_shard(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, workers: int
+) -> None:
+    monkeypatch.setattr(drafting, "_rate", lambda *_: 10.0)
+    config = EmbedConfig(engine="ray", workers=asked)
+    (told,) = estimate(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], config)
+    assert (told.workers, told.frames_per_second) == (workers, 10 * workers)
+    assert told.hours == pytest.approx(told.rows / (10 * workers) / 3600)
+
+
 def test_the_rate_of_a_dry_run_is_not_that_of_the_first_batch(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
