@@ -146,6 +146,40 @@ def test_the_commit_of_the_hubs_cache_is_recorded_where_none_is_pinned(
     assert load_weights(network, pvr, WeightsFile(file, published=False)).revision is None
 
 
+def test_of_the_hub_it_is_the_pinned_revision_that_is_found_or_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may be cached, for whoever asked for it, and be what its authors have there now."""
+    older, newer = "a" * 40, "b" * 40
+    repository = tmp_path / "models--org--net"
+    for commit in (older, newer):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "w.bin").touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(newer)
+    fetched: list[tuple[object, ...]] = []
+
+    def fetch(repo: str, file: str, revision: str | None) -> str:
+        fetched.append((repo, file, revision))
+        return str(tmp_path / "w.bin")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(weights, "_reach", lambda _: None)
+
+    def found(revision: str | None) -> Path:
+        source = WeightsSource(repo="org/net", revision=revision, file="w.bin")
+        made = find_weights(PVRS["resnet18"].model_copy(update={"source": source}), "auto", "mine")
+        assert isinstance(made, WeightsFile)
+        return made.path
+
+    assert found(older) == repository / "snapshots" / older / "w.bin"
+    assert found(None) == repository / "snapshots" / newer / "w.bin"
+    assert not fetched
+    assert found("c" * 40) == tmp_path / "w.bin"
+    assert fetched == [("org/net", "w.bin", "c" * 40)]
+
+
 def test_what_is_behind_a_form_says_so_and_works_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
