@@ -141,6 +141,26 @@ def test_the_network_sees_full_batches_only(tmp_path: Path) -> None:
         encoder(np.concatenate([frames, frames[:1]]))  # whose last embedding would not be there
 
 
+def test_float32_is_float32_while_an_encoder_computes_and_as_before_afterwards(tmp_path: Path) -> None:
+    """On a GPU convolutions go over ten bits where nothing is said, and take whichever algorithm is quickest."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def settings() -> tuple[bool, bool, bool]:
+        return matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic
+
+    encoder, seen = Encoder(brittle(tmp_path / "pvr", batch=1)), list[tuple[bool, bool, bool]]()
+    compute = encoder._compute
+    encoder._compute = lambda pixels: (seen.append(settings()), compute(pixels))[1]
+    before = settings()
+    try:
+        matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = others = True, True, False
+        encoder(np.zeros((1, 24, 24, 3), np.uint8))
+        assert settings() == others
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = before
+    assert seen == [(False, False, True)]
+
+
 def test_on_a_cpu_shards_are_encoded_in_one_thread(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
