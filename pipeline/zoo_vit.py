@@ -86,12 +86,19 @@ def _vit(
     return Pvr.model_validate({**own, **usual, "overrides": {"img_size": 224, **(overrides or {})}, **others})
 
 
-def _vc1(name: str, title: str, repo: str, revision: str | None, sha256: str | None, **others: object) -> Pvr:
+def _vc1(
+    name: str,
+    title: str,
+    repo: str,
+    revision: str | None = None,
+    sha256: str | None = None,
+    licence: str = "CC-BY-NC-4.0",
+) -> Pvr:
     size, width = ("base", 768) if name == "vc1" else ("large", 1024)
     source = WeightsSource(
         repo=f"facebook/{repo}", revision=revision, file="pytorch_model.bin", sha256=sha256
     )
-    return _vit(name, title, size, source, width, keys=MAE_KEYS, properties=EGO4D_AND_MORE, **others)
+    return _vit(name, title, size, source, width, keys=MAE_KEYS, properties=EGO4D_AND_MORE, licence=licence)
 
 
 def _mae(letter: str, size: str, patch: int, width: int, md5: str) -> Pvr:
@@ -317,14 +324,7 @@ VIT_PVRS = (
         "8a47f311ef3a8e0b3f58e4249700c9c5b36012c9",
         "89d59b6e0fe627ee13dd49011d9e3178fc5749237b3963608213ba210257d79a",
     ),
-    _vc1(
-        "vc1-l-permissive",
-        "VC-1 ViT-L/16, permissive data",
-        "vc1-large-permissive",
-        None,
-        None,
-        licence="MIT",
-    ),
+    _vc1("vc1-l-permissive", "VC-1 ViT-L/16, permissive data", "vc1-large-permissive", licence="MIT"),
     _dinov2(
         "s",
         "small",
