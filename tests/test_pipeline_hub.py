@@ -83,7 +83,7 @@ def test_a_hub_folder_of_dinov2_is_built_by_its_configuration(tmp_path: Path, ga
 def test_a_hub_folder_of_a_model_with_a_head_is_its_encoder(
     tmp_path: Path, kind: str, settings: dict[str, Any], pooled: Any
 ) -> None:
-    """As ``google/vit-base-patch16-224`` lies on the Hub: written by transformers, the encoder under its own name."""
+    """As transformers writes it: beside a head, the encoder is under a name of its own."""
     model = getattr(transformers, kind)
     config = model.config_class(**SMALL, **settings, attn_implementation="eager")
     reference = randomised(model(config))
