@@ -46,7 +46,7 @@ from torchvision import transforms
 from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
-from pvrpipe.pipeline.encoders import CPU_THREADS, Encoder, EncoderRequest, exact
+from pvrpipe.pipeline.encoders import CPU_THREADS, Encoder, EncoderRequest, device_named, exact
 from pvrpipe.pipeline.memory import peak_of
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr, WeightsSource
@@ -314,7 +314,7 @@ def ray_data(
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    on_gpu = EncoderRequest("", device=options.device).resolved_device().type == "cuda"
+    on_gpu = device_named(options.device).type == "cuda"
 
     def run() -> float:
         shutil.rmtree(folder / "ray-data", ignore_errors=True)
@@ -353,7 +353,7 @@ def operations(encoder: Encoder, size: int) -> int:
 
 def peak_rate(options: argparse.Namespace) -> float:
     """Operations a second of a large matrix product, the median of seven."""
-    device = EncoderRequest("", device=options.device).resolved_device()
+    device = device_named(options.device)
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn((2, side, side), device=device)
     if options.precision == "bf16":

@@ -50,7 +50,8 @@ def embed(
     *,
     part: ReadoutOptions,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Frames per batch; default: 32 on a CPU, on a GPU what fits.")
+        int | None,
+        typer.Option(min=1, help="Frames per batch; default: up to 32 on a CPU, on a GPU what fits."),
     ] = None,
     format_: Format = "parquet",
     append: Annotated[

@@ -134,6 +134,6 @@ def check_engine(engine: str, address: str | None, workers: int | None = None, d
 
 def pick_device(device: str) -> str:
     """Resolve ``auto``, and refuse a GPU that is not there."""
-    from pvrpipe.pipeline.encoders import EncoderRequest
+    from pvrpipe.pipeline.encoders import device_named
 
-    return str(EncoderRequest("", device=device).resolved_device())
+    return str(device_named(device))

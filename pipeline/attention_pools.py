@@ -17,7 +17,11 @@ from pvrpipe.pipeline.full_precision import full_precision, in_full
 
 def attention_pooled(pool: nn.Module, x: Tensor) -> Tensor:
     """A map (B, C, h, w) or tokens (B, K, D), pooled to (B, D); a pool of another kind does it in its own way."""
-    if isinstance(pool, AttentionPool2d) and pool.qkv is None and pool.pool_type == "token":
+    if isinstance(pool, AttentionPool2d) and (pool.qkv, pool.cls_token, pool.pool_type) == (
+        None,
+        None,
+        "token",
+    ):
         return _of_map(pool, x)
     if isinstance(pool, AttentionPoolLatent) and _plain(pool):
         return _of_tokens(pool, x)
@@ -29,11 +33,10 @@ def _of_map(pool: AttentionPool2d, x: Tensor) -> Tensor:
     """The query is the mean of the map. timm computes what each place would ask, too, and leaves it aside."""
     size = x.shape[2:]
     x = x.float().flatten(2).transpose(1, 2)
-    first = x.mean(dim=1, keepdim=True) if pool.cls_token is None else pool.cls_token.expand(len(x), -1, -1)
     places = resample_abs_pos_embed(
         pool.pos_embed[None], list(size), old_size=list(pool.feat_size), num_prefix_tokens=1
     )
-    x = torch.cat([first, x], dim=1) + places
+    x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + places
     assert pool.q is not None
     assert pool.k is not None
     assert pool.v is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from pvrpipe.pipeline.pvrs import Pvr
@@ -9,8 +10,9 @@ from pvrpipe.store.cache import cache_folder
 
 
 def download_target(pvr: Pvr) -> Path:
-    """Where a file from an address is kept."""
-    return cache_folder() / "weights" / pvr.name / pvr.source.file
+    """Where the file from an address is kept: by the address, as anyone's specification may have any name."""
+    address = hashlib.sha256((pvr.source.url or "").encode()).hexdigest()
+    return cache_folder() / "weights" / address[:16] / Path(pvr.source.file).name
 
 
 def cached_weights(pvr: Pvr) -> Path | None:

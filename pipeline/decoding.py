@@ -14,10 +14,17 @@ from torch import Tensor
 
 from pvrpipe.pipeline.transfers import ReadAhead, Upload, decoding_threads, in_order
 from pvrpipe.schemas.errors import PvrpipeError
+from pvrpipe.schemas.manifest import Column
+from pvrpipe.store.columns import with_bounds
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 
-APART = ("physics", "frame")  # of the columns: the first is not taken over, the second travels by itself
+CARRIED = ("action", "reward", "state")
+
+
+def carried(store: Store) -> tuple[Column, ...]:
+    """The columns of rollouts that their embeddings take over as they are."""
+    return with_bounds(c for c in store.manifest.columns if c.name in CARRIED)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class ShardReader:
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self._store = store
-        self._columns = [name for name in store.columns if name not in APART]
+        self._columns = [column.name for column in carried(store)]
         self._upload, self._threads = Upload(device), decoding_threads(device)
         self._begun: dict[tuple[int, int], ReadAhead[Decoded]] = {}
 

@@ -16,16 +16,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pvrpipe.pipeline.decoding import Decoded, ShardReader
-from pvrpipe.pipeline.embedding import CARRIED
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, refuse_norm, suitable_threads
+from pvrpipe.pipeline.decoding import Decoded, ShardReader, carried
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named, refuse_norm, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
 from pvrpipe.pipeline.transfers import download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
 from pvrpipe.schemas.specifications import EmbeddingSpecification
 from pvrpipe.store.building import PendingStore, new_manifest, read_draft
-from pvrpipe.store.columns import column, with_bounds
+from pvrpipe.store.columns import column
 from pvrpipe.store.growing import grown, refuse_unlike
 from pvrpipe.store.layout import MANIFEST, read_manifest
 from pvrpipe.store.planning import split_in
@@ -95,7 +94,7 @@ def draft(
         WeightsError, EncodingError, OutputExistsError: it cannot be made.
     """
     batch = request.batch or (None if config.overwrite else _recorded_batch(folder))
-    device = request.resolved_device()
+    device = device_named(request.device)
     compiled = device.type == "cuda" and store.manifest.rows >= COMPILED_FROM
     encoder, need = _loaded(store, replace(request, batch=batch, compiled=False))
     if compiled:
@@ -193,14 +192,27 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
         dtype=config.dtype,
         versions={name: version(name) for name in VERSIONS},
     )
-    parts = tuple(_part(specification, part) for part in store.manifest.all_parts)
-    carried = [c for c in store.manifest.columns if c.name in CARRIED]
-    columns = with_bounds((column("embedding", config.dtype, identity.shape), *carried))
+    if _is_sealed(folder) and (config.append or _has_grown_with(store, folder, config)):
+        return _grown(store, specification, folder, config)
+    _refuse_outgrown(store, folder, config)
+    return _whole(store, specification, folder, config)
+
+
+def _whole(
+    store: Store, specification: EmbeddingSpecification, folder: Path, config: EmbedConfig
+) -> Manifest:
+    """A store of all episodes that there are, begun now or before."""
+    columns = (column("embedding", config.dtype, specification.encoder.shape), *carried(store))
     fresh = new_manifest(specification, columns, store.manifest.plan, config.shard_format)
-    if not _is_sealed(folder) or not (config.append or _has_grown_with(store, folder, config)):
-        _refuse_outgrown(store, folder, config)
-        kept = () if not config.overwrite and _begun_as_one(folder, specification) else parts[1:]
-        return _with_splits_of(store, fresh.model_copy(update={"parts": kept}))
+    as_one = not config.overwrite and _begun_as_one(folder, specification)
+    parts = () if as_one else tuple(_part(specification, part) for part in store.manifest.parts)
+    return _with_splits_of(store, fresh.model_copy(update={"parts": parts}))
+
+
+def _grown(
+    store: Store, specification: EmbeddingSpecification, folder: Path, config: EmbedConfig
+) -> Manifest:
+    """A finished store as it is, or where its rollouts have grown, the revision that follows."""
     sealed = Store.open(folder, kind="embeddings").manifest
     known, now = made_by(sealed).rollouts_id, str(store.manifest.id)
     if known != now and known not in [revision.id for revision in store.manifest.earlier]:
@@ -213,9 +225,9 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
     refuse_unlike(sealed, specification)
     if known == now:
         return sealed
-    draft = grown(sealed, specification, store.manifest.plan[len(sealed.plan) :])
-    joined = (part for part in parts if part.first_episode >= sealed.episodes)
-    return _with_splits_of(store, draft.model_copy(update={"parts": (*sealed.parts, *joined)}))
+    following = grown(sealed, specification, store.manifest.plan[len(sealed.plan) :])
+    joined = [_part(specification, p) for p in store.manifest.parts if p.first_episode >= sealed.episodes]
+    return _with_splits_of(store, following.model_copy(update={"parts": (*sealed.parts, *joined)}))
 
 
 def _is_sealed(folder: Path) -> bool:

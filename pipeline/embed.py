@@ -20,7 +20,7 @@ from pvrpipe.pipeline.drafting import (
     workers_of,
 )
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
-from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.encoders import EncoderRequest, device_named
 from pvrpipe.pipeline.golden import golden_frames
 from pvrpipe.pipeline.memory import SHARE, free_memory, passes
 from pvrpipe.schemas.addresses import refuse_url
@@ -137,7 +137,7 @@ def estimate(
 
 def _estimate(store: Store, d: Draft, config: EmbedConfig) -> EmbedEstimate:
     encoder = made_by(d.manifest).encoder
-    workers = workers_of(config, d.request.resolved_device(), len(d.todo))
+    workers = workers_of(config, device_named(d.request.device), len(d.todo))
     rate = (d.frames_per_second or 0.0) * workers
     rows = d.rows(store)
     return EmbedEstimate(
@@ -193,7 +193,7 @@ def _passes(drafts: Sequence[Draft], targets: Sequence[Target], config: EmbedCon
     todo = [(d, t) for d, t in zip(drafts, targets, strict=True) if t.todo]
     if not todo:
         return []
-    device = todo[0][0].request.resolved_device()
+    device = device_named(todo[0][0].request.device)
     workers = workers_of(config, device, len(frozenset().union(*(t.todo for _, t in todo))))
     share = workers if device.type == "cpu" else 1
     needs = [(d.need, t.specification.computation.batch) for d, t in todo]

@@ -35,8 +35,6 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.writing import ShardWriter
 
-CARRIED = ("action", "reward", "state")  # columns that an embedding store takes over as they are
-
 
 @dataclass(frozen=True)
 class Target:

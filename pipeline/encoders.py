@@ -21,11 +21,11 @@ from pvrpipe.pipeline.preprocessing import own_kernels, preprocess
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.pipeline.readout import Readout, read_out
 from pvrpipe.pipeline.replaying import Replayed
-from pvrpipe.pipeline.weights import Random, WeightsFile, find_weights, load_weights
-from pvrpipe.pipeline.zoo import PVRS, find_pvr
+from pvrpipe.pipeline.weights import Random, find_weights, load_weights
+from pvrpipe.pipeline.zoo import PVRS, find_pvr, specification_at
 from pvrpipe.schemas.addresses import there_is
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
-from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe
+from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe, WeightsIdentity
 
 Precision = Literal["fp32", "bf16"]
 BATCH = {"cpu": 32, "cuda": 256}  # at most; the shards, and memory where it is short, decide (memory.py)
@@ -48,23 +48,36 @@ class EncoderRequest:
     readout: Readout = field(default_factory=Readout)
 
     def anywhere(self) -> EncoderRequest:
-        """The same request for a worker that runs in another folder."""
-        pvr = self.pvr if self.pvr in PVRS else _absolute(self.pvr)
-        return replace(self, pvr=pvr, weights=_absolute(self.weights))
+        """The same request for a worker that runs in another folder.
 
-    def resolved_device(self) -> torch.device:
-        """The device to compute on; ``auto`` is a GPU where there is one."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            wanted = torch.device(self.device)
-        except RuntimeError:
-            raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda")) from None
-        if wanted.type not in ("cpu", "cuda"):
-            raise UnknownNameError.among("device", self.device, ("auto", "cpu", "cuda"))
-        if wanted.type == "cuda":
-            _settle_on(wanted)
-        return wanted
+        Only what is taken for a path becomes one: a folder here may have the name of a package's representation.
+        """
+        own = self.pvr not in PVRS and specification_at(self.pvr) is not None
+        pvr = _absolute(self.pvr) if own or self.pvr.startswith("hf:") else self.pvr
+        weights = self.weights if self.weights == "auto" else _absolute(self.weights)
+        return replace(self, pvr=pvr, weights=weights)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` means: ``auto`` is a GPU where there is one.
+
+    A GPU that is named by its number is from then on also the one of all that names none, in this thread.
+
+    Raises:
+        UnknownNameError, InvalidValueError: there is no such device; the message names those that there are.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unknown = UnknownNameError.among("device", name, ("auto", "cpu", "cuda"))
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise unknown from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise unknown
+    if wanted.type == "cuda":
+        _settle_on(wanted)
+    return wanted
 
 
 def _settle_on(gpu: torch.device) -> None:
@@ -98,12 +111,13 @@ class Encoder:
     def __init__(self, request: EncoderRequest) -> None:
         asked = find_pvr(request.pvr)
         self.pvr = read_out(asked, request.readout)
-        self.device = request.resolved_device()
+        self.device = device_named(request.device)
         self.precision: Precision = request.precision
         self.batch = request.batch or BATCH[self.device.type]
         weights = find_weights(self.pvr, request.weights, request.pvr)
         network = build_network(self.pvr, weights.seed if isinstance(weights, Random) else 0)
-        self.identity = _identity(self.pvr, network, weights)
+        loaded = load_weights(network.trunk, self.pvr, weights)
+        self.identity = _identity(self.pvr, network, loaded)
         if self.pvr.recipe.crop != asked.recipe.crop:
             _refuse_uneven(self.pvr, network)
         network.narrow()
@@ -164,8 +178,17 @@ class Encoder:
         return self.encode(torch.from_numpy(frames).to(self.device)).float().cpu().numpy()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device; what it gives holds until the next."""
+        """Encode at most ``batch`` frames (n, H, W, 3) that are on the device; what it gives holds until the next.
+
+        Raises:
+            InvalidValueError: they are more; padding by less than nothing would leave the last of them out.
+        """
         lacking = self.batch - len(pixels)
+        if lacking < 0:
+            raise InvalidValueError(
+                f"{self.pvr.name} was given {len(pixels)} frames at once and has batches of {self.batch}; give as many "
+                "at most"
+            )
         full = F.pad(pixels, (0, 0) * 3 + (0, lacking)) if lacking else pixels
         return self.forward(full)[: len(pixels)]
 
@@ -269,14 +292,14 @@ def suitable_threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _identity(pvr: Pvr, network: Network, weights: Random | WeightsFile) -> EncoderIdentity:
+def _identity(pvr: Pvr, network: Network, weights: WeightsIdentity) -> EncoderIdentity:
     return EncoderIdentity(
         name=pvr.name,
-        title=f"{pvr.title}, random weights" if isinstance(weights, Random) else pvr.title,
+        title=pvr.title if weights.random_seed is None else f"{pvr.title}, random weights",
         architecture=pvr.architecture,
         overrides=pvr.overrides,
         positions=pvr.positions,
-        weights=load_weights(network.trunk, pvr, weights),
+        weights=weights,
         recipe=pvr.recipe,
         layer=network.layer,
         blocks=network.blocks,

@@ -161,7 +161,13 @@ def _of_transformers(name: str, kind: str, folder: Path) -> Pvr:
             "title": f"{_called(name).removeprefix('hf:')} ({config.model_type})",
             "source": WeightsSource(repo=None if Path(name).is_dir() else name, file=_weights_file(name)),
             "overrides": {**family.overrides, **_sizes(name, kind, vision, gated), "img_size": size},
-            "keys": family.keys.model_copy(update={"drop": (*family.keys.drop, *HEADS)}),
+            "keys": family.keys.model_copy(
+                update={
+                    "drop": (*family.keys.drop, *HEADS),
+                    # what a model with a head calls its encoder by; a model that is the encoder alone has no prefix
+                    "rename": ((rf"^{kind}\.", ""), *family.keys.rename),
+                }
+            ),
             "positions": family.positions or "bicubic-antialias",
             "projection": projection,
             "pooling": "cls" if projection is None and family.projection else family.pooling,

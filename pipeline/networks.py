@@ -95,7 +95,6 @@ class TokenNetwork(Network):
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         self.poolings = _token_poolings(trunk)
         self.patch = _patch_of(trunk)
-        self.summaries = [int(n) for n in str(pvr.overrides.get("summaries", "")).split(",") if n]
         super().__init__(trunk, pvr)
 
     def _choose(self, pvr: Pvr) -> None:
@@ -124,10 +123,13 @@ class TokenNetwork(Network):
             )
 
     def narrow(self) -> None:
-        """Keep the blocks that compute."""
+        """Keep the blocks that compute, and of positions that each block has of its own, theirs."""
         assert self.blocks is not None
         blocks: Any = self.trunk.blocks
         self.trunk.blocks = nn.Sequential(*(blocks[n] for n in self.blocks))
+        by_block: Any = getattr(getattr(self.trunk, "rope", None), "freqs", None)  # (2, blocks, heads, D / 2)
+        if by_block is not None:
+            self.trunk.rope.freqs = nn.Parameter(by_block[:, list(self.blocks)])  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) to (B, D), or to tokens (B, K, D)."""
@@ -154,7 +156,7 @@ class TokenNetwork(Network):
             case "cls+registers":
                 return prefix.flatten(1)
             case "summary":
-                return prefix[:, self.summaries].flatten(1)
+                return prefix[:, self.trunk.summaries].flatten(1)  # type: ignore[index]
             case "mean":
                 return patches.mean(dim=1, dtype=torch.float32)
             case "map":
@@ -189,7 +191,7 @@ def _token_poolings(trunk: nn.Module) -> tuple[str, ...]:
         "map": isinstance(getattr(trunk, "attn_pool", None), nn.Module),
         "projected": isinstance(getattr(trunk, "head", None), nn.Linear),
         "patches": True,
-        "summary": prefix > 1 and not hasattr(trunk, "forward_intermediates"),
+        "summary": bool(getattr(trunk, "summaries", ())),
         "pooled": hasattr(trunk, "forward_intermediates"),
     }
     return tuple(name for name, there in has.items() if there)
@@ -297,8 +299,7 @@ def _r2d2(pvr: Pvr) -> Network:
 def _radio(pvr: Pvr) -> Network:
     from pvrpipe.pipeline.radio import Radio
 
-    sizes = {name: value for name, value in pvr.overrides.items() if name != "summaries"}
-    return TokenNetwork(Radio(**sizes), pvr)  # type: ignore[arg-type]
+    return TokenNetwork(Radio(**pvr.overrides), pvr)  # type: ignore[arg-type]
 
 
 def _vjepa2(pvr: Pvr) -> Network:

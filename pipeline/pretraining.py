@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.pipeline.autoencoder import Autoencoder
-from pvrpipe.pipeline.encoders import EncoderRequest
+from pvrpipe.pipeline.encoders import device_named
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
 from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
@@ -145,10 +145,7 @@ def pretrain(
         OutputExistsError: ``out`` holds an encoder, or the checkpoint of one, of another configuration.
     """
     started = time.perf_counter()
-    store, computer = (
-        Store.open(rollouts, kind="rollouts"),
-        EncoderRequest("", device=device).resolved_device(),
-    )
+    store, computes_on = Store.open(rollouts, kind="rollouts"), device_named(device)
     refuse_inside_store(out)
     make_folder(out)
     with locked(out):
@@ -157,13 +154,17 @@ def pretrain(
             **asdict(config),
             "rollouts": store.manifest.id,
             "torch": version("torch"),
-            "device": computer.type,
+            "device": computes_on.type,
         }
-        report, resumed = _finished(out, asked, overwrite), config.updates
+        _refuse_other_files(out)
+        if overwrite:
+            for name in (SPEC_FILE, CHECKPOINT_FILE):
+                (out / name).unlink(missing_ok=True)
+        report, resumed = _finished(out, asked), config.updates
         reused = report is not None
         if report is None:
             with every_thread():
-                report, resumed = _train(store, out, config, asked, progress, computer)
+                report, resumed = _train(store, out, config, asked, progress, computes_on)
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return PretrainResult(
         out,
@@ -333,14 +334,14 @@ def _undamaged(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _finished(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The report of an encoder already there with this configuration, or None."""
-    others = [p.name for p in out.iterdir() if p.name not in FILES]
+def _refuse_other_files(out: Path) -> None:
+    others = sorted(p.name for p in out.iterdir() if p.name not in FILES)
     if others:
         raise OutputExistsError(f"{out} holds other files ({others[0]}); choose another output folder")
-    if overwrite:
-        for name in (SPEC_FILE, CHECKPOINT_FILE):
-            (out / name).unlink(missing_ok=True)
+
+
+def _finished(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of an encoder already there with this configuration, or None."""
     if not (out / SPEC_FILE).is_file():
         return None
     with _undamaged(out / REPORT_FILE):

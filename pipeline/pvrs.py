@@ -60,12 +60,12 @@ class KeyMap(Frozen):
     """From the names in a checkpoint to those of our network, in this order.
 
     ``under``: the entry that holds the tensors, where there is one; a file without it is taken for these tensors
-    alone, and is refused if they are not. ``drop``: tensors that belong to
-    other parts of the upstream model. ``rename``: regular expressions, applied one after another.
+    alone, and is refused if they are not. ``drop``: tensors that belong to other parts of the upstream model, by
+    regular expressions of upstream's names. ``rename``: regular expressions, applied one after another.
+    ``transpose``: matrices, by regular expressions of the new names, that upstream multiplies from the other side.
     Separate q, k, v are then joined to the qkv that timm uses, one called ``q+kv`` is split into its q and its
-    kv, one called ``q-v_bias`` into its q's and its v's, and leading axes of one are added.
-    ``transpose``: matrices of ours that upstream multiplies from the other side. ``fold_class_position``: the
-    class token's position is added to the token, as timm stores both.
+    kv, one called ``q-v_bias`` into its q's and its v's. ``fold_class_position``: the class token's position is
+    added to the token, as timm stores both. Leading axes of one are added where the network has them.
     """
 
     under: str | None = None

@@ -28,10 +28,13 @@ class Radio(nn.Module):
         heads: int,
         class_tokens: int,
         registers: int,
+        summaries: str,
         patch: int = 16,
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = class_tokens + registers
+        # which of the class tokens say what is seen
+        self.summaries = [int(n) for n in summaries.split(",")]
         self.patch = patch
         self.patch_embed = nn.Linear(3 * patch * patch, width, bias=False)
         self.pos_embed = nn.Parameter(torch.randn(1, (img_size // patch) ** 2, width) * 0.02)

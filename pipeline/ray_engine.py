@@ -17,6 +17,7 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from pvrpipe.pipeline.embedding import ShardEmbedder, ShardOutcome, Target
+from pvrpipe.pipeline.encoders import device_named
 from pvrpipe.schemas.clusters import ray_cluster
 from pvrpipe.schemas.errors import ClusterError, EncodingError, PvrpipeError, one_line
 from pvrpipe.schemas.progress import Progress
@@ -177,7 +178,7 @@ def _pass(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    on_gpu = targets[0].request.resolved_device().type == "cuda"
+    on_gpu = device_named(targets[0].request.device).type == "cuda"
     now = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
     most = min(workers or len(todo), len(todo))
     begin = max(1, min(now, most))

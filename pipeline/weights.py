@@ -7,6 +7,7 @@ manifest says which tensors computed an embedding, whatever the file was called.
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -194,9 +195,9 @@ def _check_pin(weights: WeightsFile, digest: str, pvr: Pvr) -> None:
 
 
 def _snapshot(path: Path) -> str | None:
-    """The commit of a file in the Hub's cache, which keeps it under ``snapshots/COMMIT``."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else None
+    """The commit of a file in the Hub's cache, which keeps it under ``snapshots/COMMIT``, wherever the cache lies."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+    return found[1] if found else None
 
 
 def load_weights(network: nn.Module, pvr: Pvr, weights: Random | WeightsFile) -> WeightsIdentity:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pvrpipe.pipeline.hub import hub_pvr
 from pvrpipe.pipeline.own import package_names, package_pvr, timm_pvr
 from pvrpipe.pipeline.pvrs import SPEC_FILE, Pvr
 from pvrpipe.pipeline.zoo_cnn import CNN_PVRS
@@ -33,6 +34,13 @@ def all_pvrs() -> tuple[dict[str, Pvr], list[WeightsError]]:
     return {**found, **PVRS}, failed
 
 
+def specification_at(path: str) -> Path | None:
+    """The specification that a path is of, itself or the folder that it is in; None where there is none."""
+    place = Path(path)
+    spec = place if place.suffix == ".json" else place / SPEC_FILE
+    return spec if path and there_is(spec) and spec.is_file() else None
+
+
 def find_pvr(name: str) -> Pvr:
     """A representation by name, or one's own.
 
@@ -48,14 +56,9 @@ def find_pvr(name: str) -> Pvr:
         return PVRS[name]
     prefix, _, rest = name.partition(":")
     if prefix in ("timm", "hf") and rest:
-        from pvrpipe.pipeline.hub import hub_pvr  # torch takes seconds to import
-
         return timm_pvr(rest) if prefix == "timm" else hub_pvr(rest)
-    if not name:
-        raise UnknownNameError.among("PVR", name, PVRS)
-    path = Path(name)
-    spec = path if path.suffix == ".json" else path / SPEC_FILE
-    if not (there_is(spec) and spec.is_file()):
+    spec = specification_at(name)
+    if spec is None:
         packaged = package_names()
         if name in packaged:
             return package_pvr(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pvrpipe.pipeline.pvrs import (
     CLIP,
     IMAGENET,
@@ -59,34 +61,44 @@ DINOV3_KEYS = KeyMap(
     ),
 )
 
-EGO4D_AND_MORE = Properties(
-    trained_on="Ego4D, manipulation, navigation, ImageNet", sequential=False, diverse=True
-)
+EGO4D_AND_MORE = Properties(trained_on="Ego4D, manipulation, navigation, ImageNet", diverse=True)
 LVD = Properties(trained_on="LVD-142M, curated web images", diverse=True)
 
 
-def _vit(name: str, title: str, size: str, source: WeightsSource, width: int, **others: object) -> Pvr:
-    """A plain ViT of timm at 224 px, CLS after the final norm."""
-    patch = others.pop("patch", 16)
-    overrides = {"img_size": 224, **(others.pop("overrides", None) or {})}  # type: ignore[dict-item]
-    fields: dict[str, object] = {
+def _vit(
+    name: str,
+    title: str,
+    size: str,
+    source: WeightsSource,
+    width: int,
+    patch: int = 16,
+    overrides: Mapping[str, object] | None = None,
+    **others: object,
+) -> Pvr:
+    """A ViT of timm; where nothing else is said a plain one at 224 px, CLS after the final norm."""
+    usual = {
         "architecture": f"vit_{size}_patch{patch}_224",
         "recipe": VIT_RECIPE,
         "pooling": "cls",
         "licence": "CC-BY-NC-4.0",
-        **others,
     }
-    return Pvr.model_validate(
-        {"name": name, "title": title, "source": source, "overrides": overrides, "width": width, **fields}
-    )
+    own = {"name": name, "title": title, "source": source, "width": width}
+    return Pvr.model_validate({**own, **usual, "overrides": {"img_size": 224, **(overrides or {})}, **others})
 
 
-def _vc1(name: str, title: str, repo: str, revision: str | None, sha256: str | None, **others: object) -> Pvr:
+def _vc1(
+    name: str,
+    title: str,
+    repo: str,
+    revision: str | None = None,
+    sha256: str | None = None,
+    licence: str = "CC-BY-NC-4.0",
+) -> Pvr:
     size, width = ("base", 768) if name == "vc1" else ("large", 1024)
     source = WeightsSource(
         repo=f"facebook/{repo}", revision=revision, file="pytorch_model.bin", sha256=sha256
     )
-    return _vit(name, title, size, source, width, keys=MAE_KEYS, properties=EGO4D_AND_MORE, **others)
+    return _vit(name, title, size, source, width, keys=MAE_KEYS, properties=EGO4D_AND_MORE, licence=licence)
 
 
 def _mae(letter: str, size: str, patch: int, width: int, md5: str) -> Pvr:
@@ -312,14 +324,7 @@ VIT_PVRS = (
         "8a47f311ef3a8e0b3f58e4249700c9c5b36012c9",
         "89d59b6e0fe627ee13dd49011d9e3178fc5749237b3963608213ba210257d79a",
     ),
-    _vc1(
-        "vc1-l-permissive",
-        "VC-1 ViT-L/16, permissive data",
-        "vc1-large-permissive",
-        None,
-        None,
-        licence="MIT",
-    ),
+    _vc1("vc1-l-permissive", "VC-1 ViT-L/16, permissive data", "vc1-large-permissive", licence="MIT"),
     _dinov2(
         "s",
         "small",

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from pvrpipe.pipeline import checkpoints, weights
+from pvrpipe.pipeline.cached import cached_weights
 from pvrpipe.pipeline.checkpoints import read_tensors, tensors_of
 from pvrpipe.pipeline.pvrs import KeyMap, WeightsSource
 from pvrpipe.pipeline.weights import WeightsFile, find_weights, load_strictly, load_weights
@@ -134,7 +135,8 @@ def test_a_published_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, 
 def test_the_commit_of_the_hubs_cache_is_recorded_where_none_is_pinned(
     tmp_path: Path, pinned: str | None
 ) -> None:
-    file = tmp_path / "snapshots" / ("a" * 40) / "vision" / "w.safetensors"
+    """Also of a cache on a disk whose own name is that of a folder of the cache."""
+    file = tmp_path / "snapshots" / "hub" / "snapshots" / ("a" * 40) / "vision" / "w.safetensors"
     file.parent.mkdir(parents=True)
     network = torch.nn.Linear(1, 1)
     safetensors.torch.save_file(network.state_dict(), file)
@@ -142,6 +144,40 @@ def test_the_commit_of_the_hubs_cache_is_recorded_where_none_is_pinned(
     pvr = PVRS["resnet18"].model_copy(update={"source": source})
     assert load_weights(network, pvr, WeightsFile(file, published=True)).revision == (pinned or "a" * 40)
     assert load_weights(network, pvr, WeightsFile(file, published=False)).revision is None
+
+
+def test_of_the_hub_it_is_the_pinned_revision_that_is_found_or_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may be cached, for whoever asked for it, and be what its authors have there now."""
+    older, newer = "a" * 40, "b" * 40
+    repository = tmp_path / "models--org--net"
+    for commit in (older, newer):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "w.bin").touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(newer)
+    fetched: list[tuple[object, ...]] = []
+
+    def fetch(repo: str, file: str, revision: str | None) -> str:
+        fetched.append((repo, file, revision))
+        return str(tmp_path / "w.bin")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(weights, "_reach", lambda _: None)
+
+    def found(revision: str | None) -> Path:
+        source = WeightsSource(repo="org/net", revision=revision, file="w.bin")
+        made = find_weights(PVRS["resnet18"].model_copy(update={"source": source}), "auto", "mine")
+        assert isinstance(made, WeightsFile)
+        return made.path
+
+    assert found(older) == repository / "snapshots" / older / "w.bin"
+    assert found(None) == repository / "snapshots" / newer / "w.bin"
+    assert not fetched
+    assert found("c" * 40) == tmp_path / "w.bin"
+    assert fetched == [("org/net", "w.bin", "c" * 40)]
 
 
 def test_what_is_behind_a_form_says_so_and_works_from_a_file(
@@ -157,6 +193,25 @@ def test_what_is_behind_a_form_says_so_and_works_from_a_file(
     safetensors.torch.save_file({"a": noise(1)}, tmp_path / "model.safetensors")
     found = find_weights(PVRS["dinov3-s"], str(tmp_path), "dinov3-s")
     assert found == WeightsFile(tmp_path / "model.safetensors", published=False, pinned=False)
+
+
+@pytest.mark.parametrize(("name", "file"), [("mine", "w.pth"), ("a/../../../out", "../w.pth")])
+def test_a_download_is_kept_by_its_address_and_in_the_cache_alone(
+    name: str, file: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A specification whose address was changed got the weights of the address before, and was said to have its own."""
+    monkeypatch.setattr(weights, "_reach", lambda _: None)
+    for version in ("first", "second"):
+        (tmp_path / version).write_text(version)
+        source = WeightsSource(url=(tmp_path / version).as_uri(), file=file)
+        pvr = PVRS["resnet18"].model_copy(update={"name": name, "source": source})
+        assert cached_weights(pvr) is None
+        found = find_weights(pvr, "auto", name)
+        assert isinstance(found, WeightsFile)
+        assert found.path.read_text() == version
+        assert found.path == cached_weights(pvr)
+        assert found.path.name == "w.pth"
+        assert found.path.resolve().is_relative_to(cache / "weights")
 
 
 def test_another_entry_of_a_pickle_is_another_conversion(tmp_path: Path) -> None:

@@ -233,12 +233,10 @@ def test_ray_data_gives_the_same_store_as_this_process(
 KILLED = """
 import sys, time
 from pathlib import Path
-from pvrpipe.pipeline import embedding
-from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.embed import EmbedConfig, embed
-from pvrpipe.pipeline.encoders import EncoderRequest
-slow = embedding.Encoder.__call__
-embedding.Encoder.__call__ = lambda self, frames: (time.sleep(0.2), slow(self, frames))[1]
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+encode = Encoder.encode
+Encoder.encode = lambda self, frames: (time.sleep(0.2), encode(self, frames))[1]
 request = EncoderRequest(sys.argv[2], device="cpu", batch=16)
 embed(Path(sys.argv[1]), [(request, Path(sys.argv[3]))], EmbedConfig(engine="inline"))
 """
@@ -258,7 +256,7 @@ def test_killed_and_run_again_it_ends_with_the_same_store(
     process.wait()
     assert not (tmp_path / "e" / "episodes.parquet").exists()
     (resumed,) = embed(rollouts, [(autoencoder, tmp_path / "e")], INLINE)
-    assert resumed.resumed_shards >= 2
+    assert 2 <= resumed.resumed_shards < resumed.shards
     assert resumed.id == whole.id
     assert sorted(p.name for p in (tmp_path / "e").rglob("*")) == sorted(
         p.name for p in (tmp_path / "whole").rglob("*")

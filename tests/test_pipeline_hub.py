@@ -19,7 +19,7 @@ from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.errors import WeightsError
 
 from .test_zoo_vit import in_dinov2_layout
-from .upstream import FRAMES, VIT_TO_HUB, noise, pixels_of, published, randomised, relative_error
+from .upstream import FRAMES, VIT_TO_HUB, pixels_of, published, randomised, relative_error
 
 PROCESSOR = {
     "do_center_crop": True,
@@ -62,12 +62,46 @@ def test_a_hub_folder_of_dinov2_is_built_by_its_configuration(tmp_path: Path, ga
     assert encoder.identity.weights.source == "file"
 
 
-def test_a_hub_folder_of_a_plain_vit_drops_its_classifier(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings", "pooled"),
+    [
+        ("ViTForImageClassification", {"intermediate_size": 128}, lambda tokens: tokens[:, 0]),
+        (
+            "ViTModel",
+            {"intermediate_size": 128},
+            lambda tokens: tokens[:, 0],
+        ),  # has a pooler, which is left out
+        ("Dinov2ForImageClassification", {}, lambda tokens: tokens[:, 0]),
+        (
+            "Dinov2WithRegistersForImageClassification",
+            {"num_register_tokens": 2},
+            lambda tokens: tokens[:, 0],
+        ),
+        ("IJepaForImageClassification", {"intermediate_size": 128}, lambda tokens: tokens.mean(1)),
+    ],
+)
+def test_a_hub_folder_of_a_model_with_a_head_is_its_encoder(
+    tmp_path: Path, kind: str, settings: dict[str, Any], pooled: Any
+) -> None:
+    """As transformers writes it: beside a head, the encoder is under a name of its own."""
+    model = getattr(transformers, kind)
+    config = model.config_class(**SMALL, **settings, attn_implementation="eager")
+    reference = randomised(model(config))
+    reference.save_pretrained(tmp_path)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 56, "width": 56}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))
+    with torch.no_grad():
+        theirs = pooled(reference.base_model(pixels_of(encoder)).last_hidden_state)
+    assert relative_error(encoder(FRAMES), theirs) < 1e-5
+
+
+def test_a_hub_folder_of_a_plain_vit_has_sizes_of_its_own(tmp_path: Path) -> None:
     """Its sizes are such that 60 times their ratio is less than they are, and its norms are of their own."""
     sizes = SMALL | {"hidden_size": 60, "intermediate_size": 123, "layer_norm_eps": 0.01}
     config = transformers.ViTConfig(**sizes, attn_implementation="eager")
     reference = randomised(transformers.ViTModel(config, add_pooling_layer=False))
-    tensors = published(reference.state_dict(), VIT_TO_HUB) | {"classifier.weight": noise(3, 60)}
+    tensors = published(reference.state_dict(), VIT_TO_HUB)
     squash = {"do_resize": True, "size": {"height": 56, "width": 56}, "resample": 2}
     hub_folder(tmp_path, reference, tensors, squash)
     encoder = Encoder(EncoderRequest(f"hf:{tmp_path}", device="cpu", batch=2))

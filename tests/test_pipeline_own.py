@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pvrpipe.cli import app
-from pvrpipe.pipeline import own
+from pvrpipe.pipeline import networks, own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
@@ -157,6 +159,52 @@ def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, t
     sys.modules.pop("pvrpipe_gray")
 
 
+def test_a_folder_here_takes_no_name_from_a_package_nor_from_an_option(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A package's folder may lie where its name is typed: it was taken for the path of a specification."""
+    monkeypatch.setattr(
+        own, "entry_points", lambda **_: [EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)]
+    )
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    monkeypatch.chdir(tmp_path)
+    for name in ("gray", "auto", "mine"):
+        Path(name).mkdir()
+    asked = EncoderRequest("gray").anywhere()
+    assert (asked.pvr, asked.weights) == ("gray", "auto")
+    assert find_pvr(asked.pvr).name == "gray"
+    sys.modules.pop("pvrpipe_gray")
+    Path("mine/pvr.json").write_text(PVRS["resnet18"].model_copy(update={"name": "own"}).model_dump_json())
+    for pvr, weights in (("mine", "mine"), ("mine/pvr.json", "mine/pvr.json"), ("hf:mine", "random:0")):
+        elsewhere = EncoderRequest(pvr, weights).anywhere()
+        assert elsewhere.pvr == pvr.replace("mine", str(tmp_path / "mine"))
+        assert elsewhere.weights == weights.replace("mine", str(tmp_path / "mine"))
+    assert find_pvr(EncoderRequest("mine").anywhere().pvr).name == "own"
+
+
+def test_tokens_of_a_package_have_no_summary_unless_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of none of its tokens it would be an embedding without numbers."""
+
+    class Tokens(nn.Module):
+        num_prefix_tokens = 2
+
+        def __init__(self, summaries: tuple[int, ...] = ()) -> None:
+            super().__init__()
+            self.summaries, self.blocks, self.rise = summaries, nn.Sequential(nn.Identity()), nn.Linear(3, 4)
+
+        def tokens(self, x: Tensor, places: Sequence[int], norm: bool) -> list[tuple[Tensor, Tensor]]:
+            tokens = self.rise(x.flatten(2).transpose(1, 2))
+            return [(tokens[:, 2:], tokens[:, :2])]
+
+    own_tokens = PVRS["vc1"].model_copy(update={"architecture": "package:tokens", "overrides": {}})
+    monkeypatch.setitem(PVRS, "tokens", own_tokens)
+    monkeypatch.setattr(networks, "package_trunk", lambda _: Tokens())
+    with pytest.raises(InvalidValueError, match=r"--pool summary: .* has cls, .*mean, patches;"):
+        encoder_with("tokens", Path("random:0"), pooling="summary")
+    monkeypatch.setattr(networks, "package_trunk", lambda _: Tokens(summaries=(1,)))
+    assert encoder_with("tokens", Path("random:0"), pooling="summary").identity.shape == (4,)
+
+
 def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = {"gray": "pvrpipe_gray", "gone": "pvrpipe_gray_that_is_not_there", "other": "json"}
     points = EntryPoints(EntryPoint(name, module, own.ENTRY_POINTS) for name, module in modules.items())
@@ -187,11 +235,6 @@ def test_a_package_takes_no_name_that_another_has(monkeypatch: pytest.MonkeyPatc
     hidden, twice = map(str, failed)
     assert hidden == "vc1 of a package is hidden by pvrpipe's own; register another name"
     assert twice == "gray is registered by several packages (pvrpipe_gray and json); uninstall all but one"
-
-
-def test_a_timm_names_recipe_is_that_of_its_registry() -> None:
-    made = find_pvr("timm:resnet18.tv_in1k").recipe  # crop_pct 0.875
-    assert (made.resize, made.crop, made.interpolation) == (256, 224, "bilinear")
 
 
 def test_weights_that_timm_does_not_know_are_one_line() -> None:

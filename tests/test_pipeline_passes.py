@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, _passes, embed
 from pvrpipe.pipeline.embedding import Target
@@ -34,6 +35,18 @@ def test_a_fourth_encoder_costs_only_itself(rollouts: Path, tmp_path: Path) -> N
     assert [r.resumed_shards for r in results] == [6, 6, 6, 0]
     assert [r.model_seconds > 0 for r in results] == [False, False, False, True]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_what_a_store_cost_is_of_what_was_done_for_it(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafting, "fit", lambda *_, **__: Need(weights=30, batch=40))
+    outputs = [(brittle(tmp_path / f"pvr{n}", name=f"pvr{n}"), tmp_path / f"e{n}") for n in range(2)]
+    embed(rollouts, outputs[:1], INLINE)
+    there, new = embed(rollouts, outputs, INLINE)
+    assert there.frames_per_second == 0  # all of it was there
+    assert new.frames_per_second == pytest.approx(new.rows / new.seconds)
+    assert new.memory_bytes == 70
 
 
 def test_encoders_share_a_pass_where_memory_and_batches_allow_it(rollouts: Path, tmp_path: Path) -> None:

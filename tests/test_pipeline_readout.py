@@ -247,6 +247,22 @@ def test_tokens_of_timms_own_are_those_that_it_has(
         assert made.final_norm is (normed or pooling == "pooled"), pooling
 
 
+def test_a_block_that_is_kept_has_the_positions_that_are_its_own() -> None:
+    """In timm a block finds them by its place among those that are there: block 1 alone had block 0's."""
+    pvr = PVRS["vc1"].model_copy(update={"architecture": "vit_small_patch16_rope_mixed_224"})
+    pvr = pvr.model_copy(update={"overrides": {**SMALL, "depth": 4}, "pooling": "patches"})
+    network = build_network(read_out(pvr, Readout(blocks="1,3")), 0).eval()
+    trunk: Any = randomised(network.trunk)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens, rope = trunk._pos_embed(trunk.patch_embed(x))
+        for n in (1, 3):
+            tokens = trunk.blocks[n](tokens, rope=rope[n])
+        network.narrow()
+        ours = network(x)
+    assert relative_error(ours.numpy(), trunk.norm(tokens)[:, trunk.num_prefix_tokens :]) < 1e-5
+
+
 def test_frames_that_a_fixed_network_cannot_take_are_refused(tmp_path: Path) -> None:
     encoder = encoder_with("pieg", Path("random:0"))
     assert encoder(np.zeros((1, 60, 84, 3), np.uint8)).shape == (1, 128, 8, 11)

@@ -16,13 +16,16 @@ from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.embedding import OutOfRoomError, Work
 from pvrpipe.pipeline.encoders import Encoder
-from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, StoreError
+from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, InvalidValueError, StoreError
+from pvrpipe.schemas.records import Episode
 from pvrpipe.store.casting import cast_embedding
 from pvrpipe.store.layout import read_commit
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows, Shard
+from pvrpipe.store.verifying import verify
 from pvrpipe.store.writing import ShardWriter
 
+from . import conftest
 from .brittle import brittle
 from .conftest import WriteStore
 
@@ -105,6 +108,25 @@ def test_of_embeddings_that_cannot_be_stored_the_first_is_named() -> None:
         cast_embedding(values, "float16", rows, "it", "say float32")
 
 
+def test_a_column_that_embeddings_do_not_have_is_left_with_its_rollouts(
+    write_rollouts: WriteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The format lets a store have columns of its own."""
+    usual = conftest.random_episode
+
+    def episode(*numbers: int) -> Episode:
+        made = usual(*numbers)
+        return Episode(made.info, {**made.arrays, "discount": np.ones_like(made.arrays["reward"])})
+
+    monkeypatch.setattr(conftest, "random_episode", episode)
+    rollouts = write_rollouts((9, 6), size=24)
+    assert verify(rollouts) == []
+    embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
+    assert verify(tmp_path / "e") == []
+    kept = {"embedding", "action", "reward", "state", "episode", "step", "is_first", "is_last", "is_terminal"}
+    assert set(Store.open(tmp_path / "e").columns) == kept
+
+
 def test_the_network_sees_full_batches_only(tmp_path: Path) -> None:
     """Other shapes take other kernels: rows left over would have other bits than the same rows of a full batch."""
     encoder = Encoder(brittle(tmp_path / "pvr", batch=8))
@@ -115,6 +137,28 @@ def test_the_network_sees_full_batches_only(tmp_path: Path) -> None:
     whole, some = encoder(frames), encoder(frames[:3])
     assert seen == [8, 8]
     np.testing.assert_array_equal(some, whole[:3])
+    with pytest.raises(InvalidValueError, match="given 9 frames at once and has batches of 8"):
+        encoder(np.concatenate([frames, frames[:1]]))  # whose last embedding would not be there
+
+
+def test_float32_is_float32_while_an_encoder_computes_and_as_before_afterwards(tmp_path: Path) -> None:
+    """On a GPU convolutions go over ten bits where nothing is said, and take whichever algorithm is quickest."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def settings() -> tuple[bool, bool, bool]:
+        return matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic
+
+    encoder, seen = Encoder(brittle(tmp_path / "pvr", batch=1)), list[tuple[bool, bool, bool]]()
+    compute = encoder._compute
+    encoder._compute = lambda pixels: (seen.append(settings()), compute(pixels))[1]
+    before = settings()
+    try:
+        matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = others = True, True, False
+        encoder(np.zeros((1, 24, 24, 3), np.uint8))
+        assert settings() == others
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = before
+    assert seen == [(False, False, True)]
 
 
 def test_on_a_cpu_shards_are_encoded_in_one_thread(

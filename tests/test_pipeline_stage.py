@@ -18,7 +18,7 @@ from pvrpipe.pipeline import drafting, encoders
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import (
     CorruptStoreError,
@@ -54,7 +54,7 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         InvalidValueError, match=r"--device cuda:2: the GPUs visible here are 0 to 1; name one"
     ):
-        EncoderRequest("resnet18", device="cuda:2").resolved_device()
+        device_named("cuda:2")
 
 
 def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
@@ -133,6 +133,17 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tm
     assert asked.bytes < made.bytes < asked.bytes + 6 * 4096  # the footers of the shards
     (left,) = estimate(rollouts, [(request, tmp_path / "e")], INLINE)
     assert (left.shards, left.rows, left.bytes, left.hours) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("asked", "workers"), [(2, 2), (100, 6)])  # of six shards
+def test_the_hours_of_a_dry_run_are_those_of_all_workers_that_have_a_shard(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, workers: int
+) -> None:
+    monkeypatch.setattr(drafting, "_rate", lambda *_: 10.0)
+    config = EmbedConfig(engine="ray", workers=asked)
+    (told,) = estimate(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], config)
+    assert (told.workers, told.frames_per_second) == (workers, 10 * workers)
+    assert told.hours == pytest.approx(told.rows / (10 * workers) / 3600)
 
 
 def test_the_rate_of_a_dry_run_is_not_that_of_the_first_batch(

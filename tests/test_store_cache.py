@@ -143,7 +143,8 @@ def test_one_variable_says_where_stores_and_weights_are_kept(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PVRPIPE_CACHE", "~/kept")
     assert Cache.from_environment().folder == tmp_path / "kept" / "stores"
-    assert download_target(PVRS["vip"]) == tmp_path / "kept" / "weights" / "vip" / "model.pt"
+    weights = download_target(PVRS["vip"])
+    assert (weights.parents[1], weights.name) == (tmp_path / "kept" / "weights", "model.pt")
     monkeypatch.setenv("PVRPIPE_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "pvrpipe"
