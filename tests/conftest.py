@@ -118,6 +118,17 @@ def write_store(
 ) -> Path:
     """Write a rollout store of random episodes; returns its folder."""
     episodes = [random_episode(i, length, seed, size) for i, length in enumerate(lengths)]
+    return write_episodes(folder, episodes, seed, shard_rows, shard_format)
+
+
+def write_episodes(
+    folder: Path,
+    episodes: Sequence[Episode],
+    seed: int = 0,
+    shard_rows: int | None = None,
+    shard_format: Literal["parquet", "webdataset"] = "parquet",
+) -> Path:
+    """Write a rollout store of these episodes; returns its folder."""
     manifest = draft(episodes, seed, shard_rows, shard_format)
     with PendingStore.begin(folder, manifest) as pending:
         for plan in pending.todo:

@@ -42,7 +42,7 @@ def pooled(reference: nn.Module, pixels: Tensor) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize("depth", [18, 34])
+@pytest.mark.parametrize("depth", [18, 34, 50])
 def test_r3m_equals_torchvision(tmp_path: Path, depth: int) -> None:
     reference = resnet(depth)
     state = {f"module.convnet.{k}": v for k, v in reference.state_dict().items() if not k.startswith("fc")}
@@ -57,10 +57,11 @@ def test_r3m_equals_torchvision(tmp_path: Path, depth: int) -> None:
     assert relative_error(ours, pooled(reference.train(), pixels_for(name))) > 1e-2  # statistics of the batch
 
 
-def test_resnet34_equals_torchvision(tmp_path: Path) -> None:
-    reference = resnet(34)
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_resnets_equal_torchvisions(tmp_path: Path, depth: int) -> None:
+    name, reference = f"resnet{depth}", resnet(depth)
     safetensors.torch.save_file(reference.state_dict(), tmp_path / "model.safetensors")
-    assert relative_error(embed_with("resnet34", tmp_path), pooled(reference, pixels_for("resnet34"))) < 1e-5
+    assert relative_error(embed_with(name, tmp_path), pooled(reference, pixels_for(name))) < 1e-5
 
 
 def test_vip_keeps_its_linear_map(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_pieg_is_the_map_after_layer2_of_frames_as_they_are(tmp_path: Path) -> N
         x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
         theirs = reference.layer2(reference.layer1(x))
     assert encoder.identity_on(84, 84).shape == (128, 11, 11)
-    assert relative_error(encoder(frames), theirs) < 1e-5
+    assert relative_error(embed_with("pieg", tmp_path, frames), theirs) < 1e-5
     assert encoder.identity_on(112, 112).shape == (128, 14, 14)
     normalised = encoder_with("resnet18", tmp_path, layer="layer2", pooling="conv-map", size=84)
     assert relative_error(normalised(frames), theirs) > 1e-2  # ImageNet's mean and deviation are not PIE-G's
@@ -151,8 +152,14 @@ def taskonomy_encoder() -> nn.Module:
     return network
 
 
-def test_taskonomy_equals_a_float64_reference(tmp_path: Path) -> None:
-    name, state = "taskonomy-depth-zbuffer", taskonomy_encoder().state_dict()
+TASKONOMY = ("autoencoding", "keypoints3d", "segment-unsup25d")
+
+
+@pytest.mark.parametrize(
+    "task", ["depth-zbuffer", *(pytest.param(name, marks=pytest.mark.slow) for name in TASKONOMY)]
+)
+def test_taskonomy_equals_a_float64_reference(tmp_path: Path, task: str) -> None:
+    name, state = f"taskonomy-{task}", taskonomy_encoder().state_dict()
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "w.pth")
     theirs = reference_taskonomy(state, pixels_for(name))
     assert pixels_for(name).min() == -1
@@ -215,12 +222,12 @@ def confident_r2d2(file: Path) -> nn.Module:
 
 def test_r2d2_keeps_the_descriptors_of_the_best_keypoints(tmp_path: Path) -> None:
     network = confident_r2d2(tmp_path / "w.pt")
-    rows = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    rows = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), np.uint8)
     encoder = encoder_with("r2d2", tmp_path / "w.pt", size=64)
     theirs, scores = reference_r2d2(network.state_dict(), pixels_of(encoder, rows)[0])
     assert len(scores) > 8
     assert (scores[:8] - scores[1:9]).min() > 1e-6  # so that the order is no question of rounding
-    ours = encoder(rows)
+    ours = embed_with("r2d2", tmp_path / "w.pt", rows, size=64)
     assert encoder.identity.shape == (8, 128)
     assert relative_error(ours[0], theirs[:8]) < 1e-5
     np.testing.assert_allclose(np.linalg.norm(ours[0], axis=1), 1, rtol=1e-5)

@@ -31,9 +31,12 @@ NARROW = {"depth": 2, "embed_dim": 128, "num_heads": 2}
 TEXT = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 100}
 
 
-@pytest.mark.parametrize(("name", "patch", "width"), [("clip-b32", 32, 512), ("clip-b16", 16, 512)])
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "width"),
+    [("clip-b32", "base", 32, 512), ("clip-b16", "base", 16, 512), ("clip-l14", "large", 14, 768)],
+)
 def test_clip_equals_transformers_with_quickgelu_and_the_projection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, patch: int, width: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: str, patch: int, width: int
 ) -> None:
     shrink(monkeypatch, name, overrides=NARROW)
     config = transformers.CLIPConfig(
@@ -43,13 +46,16 @@ def test_clip_equals_transformers_with_quickgelu_and_the_projection(
     )
     reference = randomised(transformers.CLIPModel(config))
     tensors = {**reference.state_dict(), "vision_model.embeddings.position_ids": torch.arange(50)[None]}
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    if size == "base":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with torch.no_grad():
         pooled = reference.vision_model(pixels_for(name)).pooler_output
         theirs = reference.visual_projection(pooled)
     assert relative_error(embed_with(name, tmp_path), theirs) < 1e-5
     assert relative_error(embed_with(name, tmp_path, pooling="cls"), pooled) < 1e-5
-    shrink(monkeypatch, name, architecture=f"vit_base_patch{patch}_clip_224")  # with GELU
+    shrink(monkeypatch, name, architecture=f"vit_{size}_patch{patch}_clip_224")  # with GELU
     assert relative_error(embed_with(name, tmp_path), theirs) > 1e-3
 
 
@@ -66,12 +72,12 @@ def test_openclip_equals_open_clip_with_gelu(tmp_path: Path, monkeypatch: pytest
     assert relative_error(embed_with("openclip-h", tmp_path), theirs) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["siglip-b16", "siglip2-b16"])
+@pytest.mark.parametrize(("name", "patch"), [("siglip-b16", 16), ("siglip2-b16", 16), ("siglip-so400m", 14)])
 def test_siglip_equals_transformers_with_its_map_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, patch: int
 ) -> None:
-    shrink(monkeypatch, name, overrides=NARROW)
-    config = transformers.SiglipVisionConfig(**SMALL, patch_size=16, image_size=224)
+    shrink(monkeypatch, name, overrides={**NARROW, "mlp_ratio": 4})
+    config = transformers.SiglipVisionConfig(**SMALL, patch_size=patch, image_size=224)
     reference = randomised(transformers.SiglipVisionModel(config))
     tensors = published(reference.state_dict(), (), prefix="vision_model.")
     text = {"text_model.final_layer_norm.weight": noise(4), "logit_scale": noise(1), "logit_bias": noise(1)}
@@ -86,11 +92,13 @@ def test_siglip_equals_transformers_with_its_map_head(
     assert relative_error(embed_with(name, tmp_path), outputs.pooler_output) > 1e-4
 
 
-def clip_resnet(pixels: int = 224) -> nn.Module:
-    """open_clip's ModifiedResNet-50, which is OpenAI's."""
+def clip_resnet(
+    pixels: int = 224, blocks: tuple[int, ...] = (3, 4, 6, 3), heads: int = 32, width: int = 64
+) -> nn.Module:
+    """open_clip's ModifiedResNet, which is OpenAI's: the 50 where no other is asked for."""
     from open_clip.modified_resnet import ModifiedResNet
 
-    return randomised(ModifiedResNet((3, 4, 6, 3), output_dim=1024, heads=32, image_size=pixels, width=64))
+    return randomised(ModifiedResNet(blocks, output_dim=1024, heads=heads, image_size=pixels, width=width))
 
 
 def of_openai(reference: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -118,6 +126,15 @@ def test_clip_resnet_and_liv_equal_open_clip(tmp_path: Path) -> None:
         assert encoder.identity.weights.loaded == encoder.identity.weights.expected >= tensors
     batch = clip_resnet().train()(pixels_for("liv"))
     assert relative_error(embed_with("liv", tmp_path), batch) > 1e-2  # statistics of the batch
+
+
+@pytest.mark.slow  # 420 million parameters
+def test_clips_largest_resnet_equals_open_clip(tmp_path: Path) -> None:
+    reference = clip_resnet(448, (3, 15, 36, 10), heads=64, width=128)
+    safetensors.torch.save_file(of_openai(reference, ""), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        theirs = reference(pixels_for("clip-rn50x64"))
+    assert relative_error(embed_with("clip-rn50x64", tmp_path), theirs) < 1e-5
 
 
 def test_clips_resnet_at_another_size_resamples_the_positions_of_its_pooling(tmp_path: Path) -> None:

@@ -18,11 +18,9 @@ from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.errors import WeightsError
 
 from .upstream import (
-    FRAMES,
     VIT_TO_HUB,
     VIT_TO_TIMM,
     embed_with,
-    encoder_with,
     joined_qkv,
     noise,
     pixels_for,
@@ -33,6 +31,7 @@ from .upstream import (
 )
 
 SIZES = {
+    "t": (192, 3),
     "s": (384, 6),
     "b": (768, 12),
     "l": (128, 4),
@@ -84,10 +83,14 @@ def mocov3_checkpoint(path: Path, vit: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("name", "letter", "write", "config"),
     [
+        ("vc1", "b", mae_checkpoint, {}),
+        ("vc1-l", "l", mae_checkpoint, {}),
         ("vc1-l-permissive", "l", mae_checkpoint, {}),
         ("mae-b", "b", mae_checkpoint, {}),
+        ("mae-l", "l", mae_checkpoint, {}),
         ("mae-h", "h", mae_checkpoint, {"patch_size": 14}),
         ("mvp-s", "s", mae_checkpoint, {"num_attention_heads": 12}),
+        ("mvp-b", "b", mae_checkpoint, {}),
         ("mvp-l", "l", mae_checkpoint, {"image_size": 256}),
         ("mocov3-s", "s", mocov3_checkpoint, {"num_attention_heads": 12}),
         ("mocov3-b", "b", mocov3_checkpoint, {}),
@@ -158,15 +161,13 @@ def in_dinov2_layout(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("registers", [False, True])
-@pytest.mark.parametrize("swiglu", [False, True], ids=["mlp", "swiglu"])
+@pytest.mark.parametrize("letter", ["s", "b", "l", "g"])
 def test_dinov2_equals_transformers_at_the_size_of_its_positions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registers: bool, swiglu: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registers: bool, letter: str
 ) -> None:
-    letter = "g" if swiglu else "s"
     name = f"dinov2-{letter}{'-reg' if registers else ''}"
-    small = {"depth": 2, "embed_dim": 384, "num_heads": 6} if swiglu else {"depth": 2}
-    shrink(monkeypatch, name, overrides=small)
-    reference = dinov2(registers, swiglu, 224)
+    shrink(monkeypatch, name, overrides={"depth": 2, "embed_dim": 384, "num_heads": 6})
+    reference = dinov2(registers, letter == "g", 224)
     safetensors.torch.save_file(in_dinov2_layout(reference), tmp_path / "w.safetensors")
     with torch.no_grad():
         tokens = reference(pixels_for(name)).last_hidden_state
@@ -226,19 +227,20 @@ def test_ijepa_is_the_mean_of_its_patches(tmp_path: Path, monkeypatch: pytest.Mo
     assert relative_error(embed_with("ijepa-h", tmp_path), theirs) < 1e-5
 
 
+@pytest.mark.parametrize("letter", ["t", "s", "b"])
 def test_theia_is_its_backbones_patches_without_the_translators(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str
 ) -> None:
-    shrink(monkeypatch, "theia-s")
-    reference = plain_vit("s", layer_norm_eps=1e-12)
+    name = f"theia-{letter}"
+    shrink(monkeypatch, name)
+    reference = plain_vit(letter, layer_norm_eps=1e-12)
     tensors = published(reference.state_dict(), VIT_TO_HUB, prefix="backbone.model.")
     tensors["translator.translator_heads.x.weight"] = noise(3, 3)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with torch.no_grad():
-        tokens = reference(pixels_for("theia-s")).last_hidden_state
-    encoder = encoder_with("theia-s", tmp_path)
-    assert encoder.identity.shape == (196, 384)
-    assert relative_error(encoder(FRAMES), tokens[:, 1:]) < 1e-5
+        tokens = reference(pixels_for(name)).last_hidden_state
+    assert tokens.shape[1:] == (197, SIZES[letter][0])
+    assert relative_error(embed_with(name, tmp_path), tokens[:, 1:]) < 1e-5
 
 
 def radio_checkpoint(path: Path, config: transformers.RadioConfig) -> nn.Module:
@@ -331,22 +333,23 @@ def reference_vjepa2(state: dict[str, Tensor], pixels: Tensor, heads: int) -> Te
     return norm(x, "layernorm")
 
 
+@pytest.mark.parametrize("name", ["vjepa2-l", "vjepa2-h", "vjepa2-g"])
 def test_vjepa2_equals_a_float64_reference_and_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     small = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
-    shrink(monkeypatch, "vjepa2-l", overrides=small)
+    shrink(monkeypatch, name, overrides=small)
     config = transformers.VJEPA2Config(
-        **small, pred_num_hidden_layers=1, pred_hidden_size=48, pred_num_attention_heads=3
+        **PVRS[name].overrides, pred_num_hidden_layers=1, pred_hidden_size=48, pred_num_attention_heads=3
     )
     reference = randomised(transformers.VJEPA2Model(config))
     state = reference.state_dict()
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     encoder_state = {name: value for name, value in state.items() if name.startswith("encoder.")}
-    pixels = pixels_for("vjepa2-l")
+    pixels = pixels_for(name)
     with torch.no_grad():
         theirs = reference(pixels[:, None], skip_predictor=True).last_hidden_state
-    ours = embed_with("vjepa2-l", tmp_path, pooling="patches")
+    ours = embed_with(name, tmp_path, pooling="patches")
     assert relative_error(ours, theirs) < 1e-5
     assert relative_error(ours, reference_vjepa2(encoder_state, pixels, heads=3)) < 1e-5
-    assert relative_error(embed_with("vjepa2-l", tmp_path), theirs.mean(dim=1)) < 1e-5
+    assert relative_error(embed_with(name, tmp_path), theirs.mean(dim=1)) < 1e-5

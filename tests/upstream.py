@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.zoo import PVRS
+from pvrpipe.schemas.clusters import ray_cluster
+from pvrpipe.store.reading import Store
 
+from .conftest import random_episode, write_episodes
+
+#: In the environment, a folder: then the stage embeds on Ray, once for each representation, and leaves its name there.
+ON_RAY = "PVRPIPE_TEST_ZOO_ON_RAY"
+EMBEDDED = ".embedded"
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
 
 
@@ -61,8 +73,39 @@ def encoder_with(name: str, weights: Path, **readout: Any) -> Encoder:
     return Encoder(EncoderRequest(name, str(weights), device="cpu", batch=2, readout=Readout(**readout)))
 
 
-def embed_with(name: str, weights: Path, **readout: Any) -> np.ndarray:
-    return encoder_with(name, weights, **readout)(FRAMES)
+def embed_with(name: str, weights: Path, frames: np.ndarray = FRAMES, **readout: Any) -> np.ndarray:
+    """Embeddings of two frames."""
+    folder = Path(os.environ.get(ON_RAY, ""))
+    if ON_RAY in os.environ and not (folder / f"{name}{EMBEDDED}").exists():
+        return _embedded_on_ray(folder, name, weights, frames, Readout(**readout))
+    return encoder_with(name, weights, **readout)(frames)
+
+
+def _embedded_on_ray(
+    folder: Path, name: str, weights: Path, frames: np.ndarray, readout: Readout
+) -> np.ndarray:
+    """The same by the stage, with the specification in a file: workers see nothing of what a test changed in ours."""
+    _cluster()
+    shape = encoder_with(name, weights).identity.shape
+    width = shape[0] if PVRS[name].pooling == "conv-map" else shape[-1]
+    own = Path(tempfile.mkdtemp(dir=folder))
+    (own / "pvr.json").write_text(PVRS[name].model_copy(update={"width": width}).model_dump_json())
+    episode = random_episode(0, len(frames) - 1)
+    episode.arrays["frame"] = frames
+    write_episodes(own / "rollouts", [episode])
+    request = EncoderRequest(str(own), str(weights), device="cpu", batch=2, readout=readout)
+    config = EmbedConfig(engine="ray", workers=1, dtype="float32")
+    (result,) = embed(own / "rollouts", [(request, own / "embeddings")], config)
+    (folder / f"{name}{EMBEDDED}").touch()
+    return Store.open(result.store).read_episode(0, ["embedding"])["embedding"]
+
+
+@functools.cache
+def _cluster() -> ExitStack:
+    """One for all tests of a process."""
+    stack = ExitStack()
+    stack.enter_context(ray_cluster(None, 2))
+    return stack
 
 
 def pixels_for(name: str, frames: np.ndarray = FRAMES) -> Tensor:
