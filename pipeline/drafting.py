@@ -30,7 +30,7 @@ from pvrpipe.store.layout import MANIFEST, read_manifest
 from pvrpipe.store.planning import split_in
 from pvrpipe.store.reading import Store
 
-VERSIONS = ("pvrpipe", "torch", "timm", "pyarrow", "numpy")
+VERSIONS = ("pvrpipe", "torch", "timm", "transformers", "pyarrow", "numpy")
 #: From so many frames on, compiling pays on a GPU: it takes a minute, and saves 10 to 20 % of a ViT's time,
 #: half of a ResNet's (timm's published benchmarks).
 COMPILED_FROM = 1_000_000

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrpipe.pipeline.autoencoder import Autoencoder
-from pvrpipe.pipeline.encoders import device_named
+from pvrpipe.pipeline.encoders import device_named, exact
 from pvrpipe.pipeline.preprocessing import preprocess
 from pvrpipe.pipeline.pretrain_contrastive import AHEAD, CROPPED, Atc, Curl
 from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
@@ -163,7 +163,7 @@ def pretrain(
         report, resumed = _finished(out, asked), config.updates
         reused = report is not None
         if report is None:
-            with every_thread():
+            with every_thread(), exact():
                 report, resumed = _train(store, out, config, asked, progress, computes_on)
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return PretrainResult(
