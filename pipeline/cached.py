@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from pvrpipe.pipeline.pvrs import Pvr
+from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.store.cache import cache_folder
 
 
 def download_target(pvr: Pvr) -> Path:
-    """Where a file from an address is kept."""
-    return cache_folder() / "weights" / pvr.name / pvr.source.file
+    """Where a file from an address is kept.
+
+    Of a specification of one's own by that address: another may have its name, or it another address tomorrow, and
+    wherever it says that the file is, it is kept here.
+    """
+    folder, source = cache_folder() / "weights", pvr.source
+    if pvr.name in PVRS and PVRS[pvr.name].source == source:
+        return folder / pvr.name / source.file
+    digest = hashlib.sha256(str(source.url).encode()).hexdigest()[:16]
+    return folder / digest / (Path(source.file).name.strip(".") or "weights")
 
 
 def cached_weights(pvr: Pvr) -> Path | None:
