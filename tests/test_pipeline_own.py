@@ -109,6 +109,8 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         ({"source": {"file": "é" * 200}}, "there is no file"),  # 400 bytes
         ({"recipe": {"backend": "PIL"}}, "backend is torch"),
         ({"name": ".."}, "name"),
+        ({"name": "a\0b"}, "name"),  # a traceback
+        ({"name": "a\nb"}, "name"),
         ({"recipe": {"resize": -3}}, "1 to 2048 pixels"),
         ({"recipe": {"resize": 0}}, "1 to 2048 pixels"),
         ({"recipe": {"crop": 10**30}}, "1 to 2048 pixels"),
