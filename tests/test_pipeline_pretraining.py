@@ -11,7 +11,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from typer.testing import CliRunner
 
+from pvrpipe.cli import app
 from pvrpipe.pipeline import pretrain_mae, pretraining
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
@@ -334,3 +336,16 @@ def test_mistakes_are_one_line(rollouts: Path, write_rollouts: WriteStore, tmp_p
     short = write_rollouts((2, 2, 2), size=16)
     with pytest.raises(NotAStoreError, match="no episode of more than 3 steps"):
         pretrain(short, tmp_path / "atc", small("atc", size=16))
+
+
+@pytest.mark.parametrize("url", ["s3://lab/encoder", "file:///encoder"])
+def test_a_url_to_write_to_is_refused(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """It was trained, and written to a folder called `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    command = ["pretrain", "mae", str(rollouts), url, "--size", "16", "--updates", "1"]
+    made = CliRunner().invoke(app, command, standalone_mode=False)
+    assert isinstance(made.exception, InvalidValueError)
+    assert f"{url.replace(':///', '://')} is a URL; write to a local folder" in str(made.exception)
+    assert list(tmp_path.iterdir()) == []
