@@ -163,6 +163,7 @@ def pretrain(
     """
     from pvrpipe.pipeline.pretraining import UPDATES, WIDTHS, PretrainConfig
     from pvrpipe.pipeline.pretraining import pretrain as train
+    from pvrpipe.schemas.addresses import refuse_url
     from pvrpipe.store.places import place_of
     from pvrpipe.store.workspace import Workspace
 
@@ -170,6 +171,7 @@ def pretrain(
     rollouts = rollouts or str(took("rollouts", Workspace(root).newest_rollouts()))
     label = Workspace(root).label_of(rollouts) or environment_of(rollouts)
     out = out or Workspace(root).pvr(label, method)
+    refuse_url(out)  # made absolute it looks like a path
     updates = updates or UPDATES[method]
     config = PretrainConfig(method, size, width=WIDTHS[method], updates=updates, batch=batch, seed=seed)
     with watching("pretrain", "updates", f"training by {method} into {out}") as progress:

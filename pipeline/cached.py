@@ -12,7 +12,7 @@ from pvrpipe.store.cache import cache_folder
 def download_target(pvr: Pvr) -> Path:
     """Where the file from an address is kept: by the address, as anyone's specification may have any name."""
     address = hashlib.sha256((pvr.source.url or "").encode()).hexdigest()
-    return cache_folder() / "weights" / address[:16] / Path(pvr.source.file).name
+    return cache_folder() / "weights" / address[:16] / (Path(pvr.source.file).name.strip(".") or "weights")
 
 
 def cached_weights(pvr: Pvr) -> Path | None:

@@ -142,7 +142,7 @@ class Encoder:
             embedding = self._seen(torch.empty(1, 3, *size, device="meta"))
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # a network of one's own fails in any way
             raise InvalidValueError(
                 f"{self.pvr.name} cannot make --pool {self.pvr.pooling} of {size[0]} × {size[1]} pixels "
                 f"({one_line(error)[:120]}); choose another --input-size or --pool"
@@ -156,7 +156,7 @@ class Encoder:
         without_data = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
         try:
             embedding: Tensor = torch.func.functional_call(self.network, without_data, (pixels,))
-        except (AssertionError, RuntimeError, TypeError, ValueError):
+        except Exception:
             embedding = self.network(torch.zeros_like(pixels, device=self.device))
         return embedding
 

@@ -20,9 +20,9 @@ from pvrpipe.schemas.errors import InvalidValueError, WeightsError, one_line
 
 
 class Network(nn.Module):
-    """A trunk, and what of it is the embedding; this one takes the trunk's own output."""
+    """A trunk, and what of it is the embedding; this one takes the trunk's own output, by the name that it has."""
 
-    poolings: tuple[str, ...] = ("pooled", "flat", "keypoints")
+    poolings: tuple[str, ...] = ("pooled",)
     blocks: tuple[int, ...] | None = None
     layer = "last"
     final_norm = False
@@ -31,10 +31,11 @@ class Network(nn.Module):
     patch: int | None = None
     """pixels of a side of what becomes one token"""
 
-    def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
+    def __init__(self, trunk: nn.Module, pvr: Pvr, poolings: tuple[str, ...] | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.pooling = pvr.pooling
+        self.poolings = poolings or self.poolings
         if pvr.pooling not in self.poolings:
             raise InvalidValueError(
                 f"--pool {pvr.pooling}: {pvr.name} has {', '.join(self.poolings)}; choose one of them"
@@ -65,8 +66,6 @@ class Network(nn.Module):
 
 class OwnOutput(Network):
     """A network of timm: its own output, and nothing else."""
-
-    poolings = ("pooled",)
 
     def __init__(self, trunk: nn.Module, pvr: Pvr) -> None:
         from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
@@ -293,7 +292,7 @@ def _taskonomy(pvr: Pvr) -> Network:
 def _r2d2(pvr: Pvr) -> Network:
     from pvrpipe.pipeline.r2d2 import R2D2
 
-    return Network(R2D2(**pvr.overrides), pvr)  # type: ignore[arg-type]
+    return Network(R2D2(**pvr.overrides), pvr, ("keypoints",))  # type: ignore[arg-type]
 
 
 def _radio(pvr: Pvr) -> Network:
@@ -309,7 +308,8 @@ def _vjepa2(pvr: Pvr) -> Network:
 
 
 def _autoencoder(pvr: Pvr) -> Network:
-    return Network(ConvEncoder(**pvr.overrides, width=pvr.width), pvr)  # type: ignore[arg-type]
+    encoder = ConvEncoder(**pvr.overrides, width=pvr.width)  # type: ignore[arg-type]
+    return Network(encoder, pvr, ("flat",))
 
 
 def _timm(pvr: Pvr) -> Network:
@@ -343,8 +343,8 @@ def _round_periods(rope: Any) -> None:
 
 
 def _package(pvr: Pvr) -> Network:
-    trunk = package_trunk(pvr)
-    return (TokenNetwork if hasattr(trunk, "tokens") else Network)(trunk, pvr)
+    own, trunk = package_trunk(pvr)
+    return TokenNetwork(trunk, pvr) if hasattr(trunk, "tokens") else Network(trunk, pvr, (own.pooling,))
 
 
 ARCHITECTURES: dict[str, Callable[[Pvr], Network]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,26 @@ def package_pvr(name: str) -> Pvr:
     return found
 
 
-def package_trunk(pvr: Pvr) -> nn.Module:
-    """The network of a package's representation."""
-    build: Callable[..., nn.Module] = _package(pvr.architecture.removeprefix(PACKAGE)).build
-    return build(**pvr.overrides)
+def package_trunk(pvr: Pvr) -> tuple[Pvr, nn.Module]:
+    """The representation whose network a specification names, as its package has it, and the network.
+
+    Raises:
+        WeightsError: the package cannot build it.
+    """
+    from torch import nn
+
+    name = pvr.architecture.removeprefix(PACKAGE)
+    module = _package(name)
+    try:
+        trunk = module.build(**pvr.overrides)
+    except Exception as error:  # somebody else's, as above
+        raise WeightsError(
+            f"{name}: its package cannot build it with {pvr.overrides} ({one_line(error)[:120]}); mend its package, "
+            "or what it needs"
+        ) from error
+    if not isinstance(trunk, nn.Module):
+        raise WeightsError(f"{name}: `build` gives a {type(trunk).__name__}, no network; mend its package")
+    return module.pvr, trunk
 
 
 def _package(name: str) -> Any:
@@ -50,7 +66,7 @@ def _package(name: str) -> Any:
     where = f"{name} ({points[0].value})"
     try:
         module = points[0].load()
-    except Exception as error:  # somebody else's package: all that can be said is that it does not load
+    except (Exception, SystemExit) as error:  # somebody else's: all that can be said is that it does not load
         raise WeightsError(
             f"{where} cannot be loaded ({one_line(error)}); install its package again"
         ) from error
@@ -58,6 +74,8 @@ def _package(name: str) -> Any:
         raise WeightsError(
             f"{where} is no module with a `pvr` and a `build`; mend its package (docs/pvrs.md)"
         )
+    if module.pvr.name != name:  # `verify --golden` would not find it, or take another for it
+        raise WeightsError(f"{where} calls its `pvr` {module.pvr.name}; let its package give it one name")
     return module
 
 

@@ -32,18 +32,22 @@ class Frames:
 
 
 def frames_of(store: Store, split: str, most: int, recipe: Recipe, ahead: int = 0) -> Frames:
-    """At most ``most`` frames of a split, evenly spaced; partners are the first at least ``ahead`` steps later."""
+    """At most ``most`` frames of a split, evenly spaced, or pairs of them: partners are ``ahead`` steps later."""
     episodes = store.episodes.filter(store.episodes["split"] == split)
     stride = max(1, -(-int(episodes["rows"].sum()) // most))
+    if ahead and stride > 1:
+        stride = -(-int(episodes["rows"].sum()) // max(1, most // 2))  # each brings its partner
     pixels: list[NDArray[np.uint8]] = []
     later: list[NDArray[np.int64]] = []
     seen = begun = 0
     for record in episodes.iter_rows(named=True):
         steps = np.arange(-seen % stride, record["rows"], stride)
         seen += record["rows"]
+        steps = np.union1d(steps, (steps + ahead)[steps + ahead < record["rows"]])
         pixels += list(_resized(store, record, steps, recipe))
-        partner = np.searchsorted(steps, steps + ahead)
-        later.append(np.where(partner < len(steps), begun + partner, -1))
+        later.append(
+            np.where(np.isin(steps + ahead, steps), begun + np.searchsorted(steps, steps + ahead), -1)
+        )
         begun += len(steps)
     side = recipe.crop or 0
     empty: list[NDArray[Any]] = [np.zeros((0, side, side, 3), np.uint8)]

@@ -275,11 +275,15 @@ def _views(
 
 @torch.no_grad()
 def _held_out(model: Any, val: Frames, recipe: Recipe, device: torch.device) -> dict[str, float | None]:
-    """Loss and accuracy on the held-out frames, in batches of frames that are far apart."""
+    """Loss and accuracy on the held-out frames, in batches of frames that are far apart.
+
+    All are of one size, since to be told from more is harder; where it does not divide the frames, some count twice.
+    """
     losses, scores = [], []
-    batches = max(1, len(val.anchors) // HELD_OUT)
-    for number in range(batches if len(val.anchors) else 0):
-        views = _views(val, val.anchors[number::batches], recipe, device)
+    size, batches = min(HELD_OUT, len(val.anchors)), -(-len(val.anchors) // HELD_OUT)
+    for number in range(batches):
+        places = (np.arange(size) * batches + number) * len(val.anchors) // (size * batches)
+        views = _views(val, val.anchors[places], recipe, device)
         loss, score = model.objective(*views, torch.Generator().manual_seed(number))
         losses.append(loss.item())
         if score is not None:

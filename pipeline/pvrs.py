@@ -87,7 +87,7 @@ class Properties(Frozen):
 class Pvr(Frozen):
     """One representation, and how it is read out."""
 
-    name: str = Field(pattern=r"^[^.\s]")  # also of a folder
+    name: str = Field(pattern=r"^[^.\s\pC][^\pC]*$")  # also of a folder; \pC are what controls a terminal
     title: str
     source: WeightsSource
     architecture: str  # a timm name, or one of those of pipeline/networks.py

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from pvrpipe.pipeline.cached import cached_weights, download_target
 from pvrpipe.pipeline.checkpoints import tensors_of
+from pvrpipe.pipeline.fetching import fetch
 from pvrpipe.pipeline.positions import resample_positions
 from pvrpipe.pipeline.pvrs import Positions, Pvr
 from pvrpipe.schemas.addresses import there_is
 from pvrpipe.schemas.errors import WeightsError, one_line
 from pvrpipe.schemas.specifications import WeightsIdentity
-from pvrpipe.store.cache import cache_errors
 from pvrpipe.store.files import sha256_of
 
 
@@ -119,9 +119,7 @@ def _from_url(pvr: Pvr) -> Path:
     target = download_target(pvr)
     if not target.is_file():
         _reach(pvr.source.url or "")
-        with cache_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(pvr.source.url or "", str(target), progress=False)
+        fetch(pvr.source.url or "", target)
     return target
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from pvrpipe.cli import app
 from pvrpipe.pipeline import networks, own
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
 
@@ -110,6 +111,8 @@ def test_a_specification_file_lies_beside_its_weights(tmp_path: Path) -> None:
         ({"source": {"file": "é" * 200}}, "there is no file"),  # 400 bytes
         ({"recipe": {"backend": "PIL"}}, "backend is torch"),
         ({"name": ".."}, "name"),
+        ({"name": "a\0b"}, "name"),  # a traceback
+        ({"name": "a\nb"}, "name"),
         ({"recipe": {"resize": -3}}, "1 to 2048 pixels"),
         ({"recipe": {"resize": 0}}, "1 to 2048 pixels"),
         ({"recipe": {"crop": 10**30}}, "1 to 2048 pixels"),
@@ -222,6 +225,68 @@ def test_a_package_that_is_broken_is_named_and_costs_no_other(monkeypatch: pytes
     listed = CliRunner().invoke(app, ["pvrs"])
     assert listed.exit_code == 0
     assert "gone (pvrpipe_gray_that_is_not_there) cannot be loaded" in listed.stderr
+    sys.modules.pop("pvrpipe_gray")
+
+
+@pytest.mark.parametrize(
+    ("code", "refusal"),
+    [
+        ("raise SystemExit('no GPU')", r"cannot be loaded \(no GPU\)"),
+        ("def build(side): import one_that_is_not_there", r"cannot build it .*\(No module named"),
+        ("def build(side): open('/nowhere/config.yaml')", r"cannot build it .*\(.* No such file"),
+        ("def build(side): return side", "`build` gives a int, no network"),
+        ("def build(side): return Broken()", "side cannot make --pool pooled .*index 99 is out of bounds"),
+        ("pvr = pvr.model_copy(update={'name': 'vc1'})", "calls its `pvr` vc1; .* one name"),
+    ],
+)
+def test_what_a_package_does_wrong_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, refusal: str
+) -> None:
+    """It was a traceback, and of a package that ends Python, nothing at all, not even the list of the others."""
+    (tmp_path / "pvrpipe_wrong.py").write_text(
+        "from pvrpipe_gray import *\n"
+        "pvr = pvr.model_copy(update={'name': 'side', 'architecture': 'package:side'})\n"
+        "class Broken(nn.Module):\n    def forward(self, x): return x[0, 0, 0, 99]\n" + code
+    )
+    points = EntryPoints([EntryPoint("side", "pvrpipe_wrong", own.ENTRY_POINTS)])
+    monkeypatch.setattr(own, "entry_points", points.select)
+    for folder in (EXAMPLE, tmp_path):
+        monkeypatch.syspath_prepend(str(folder))
+    for module in ("pvrpipe_wrong", "pvrpipe_gray"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert "vc1" in all_pvrs()[0]
+    with pytest.raises((InvalidValueError, WeightsError), match=refusal):
+        Encoder(EncoderRequest("side", "random:0", device="cpu"))
+
+
+def test_what_has_one_output_has_one_pooling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An autoencoder's `--pool keypoints` was its own output, and a store that says keypoints."""
+    monkeypatch.setattr(
+        own, "entry_points", EntryPoints([EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)]).select
+    )
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    ae = {
+        "name": "ae",
+        "source": {"file": "w"},
+        "architecture": "conv-autoencoder",
+        "pooling": "flat",
+        "width": 8,
+    }
+    spec = (
+        PVRS["pieg"].model_dump(mode="json")
+        | ae
+        | {"layer": "last", "overrides": {"size": 16, "channels": 2}}
+    )
+    spec["recipe"] |= {"resize": 16, "crop": 16}
+    (tmp_path / "pvr.json").write_text(json.dumps(spec))
+    for name, has in ((str(tmp_path), "flat"), ("r2d2", "keypoints"), ("gray", "pooled")):
+        for pooling in ("flat", "keypoints", "pooled"):
+            request = EncoderRequest(name, "random:0", device="cpu", readout=Readout(pooling=pooling))
+            if pooling == has:
+                assert Encoder(request).identity.pooling == has
+            else:
+                with pytest.raises(InvalidValueError, match=f"--pool {pooling}: .* has {has}; "):
+                    Encoder(request)
     sys.modules.pop("pvrpipe_gray")
 
 

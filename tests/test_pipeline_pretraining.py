@@ -11,12 +11,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from typer.testing import CliRunner
 
+from pvrpipe.cli import app
 from pvrpipe.pipeline import pretrain_mae, pretraining
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretrain_contrastive import Atc, Contrastive, Curl
-from pvrpipe.pipeline.pretrain_frames import frames_of
+from pvrpipe.pipeline.pretrain_frames import Frames, frames_of
 from pvrpipe.pipeline.pretrain_mae import MaskedAutoencoder, masked_loss
 from pvrpipe.pipeline.pretraining import Method, PretrainConfig, kept_recipe, pretrain, recipe_of
 from pvrpipe.schemas.errors import CorruptStoreError, InvalidValueError, NotAStoreError, OutputExistsError
@@ -103,6 +105,10 @@ def test_partners_are_steps_later_in_the_same_episode(write_rollouts: WriteStore
     assert len(every.pixels) - len(every.anchors) == 3 * store.episodes.filter(split="train").height
     some = frames_of(store, "train", 40, recipe, 3)
     assert len(some.pixels) <= 40
+    assert len(some.anchors) >= 16
+    for number in some.anchors:  # it was the next that was kept, as far away as there were too many frames
+        (place,) = (at for at, pixels in enumerate(every.pixels) if (pixels == some.pixels[number]).all())
+        np.testing.assert_array_equal(some.pixels[some.later[number]], every.pixels[place + 3])
     first = store.episodes.filter(split="train").row(0, named=True)["episode"]
     frames = store.read_episode(first, ["frame"])["frame"]
     np.testing.assert_array_equal(every.pixels[: len(frames)], frames)
@@ -157,6 +163,30 @@ def test_what_is_reported_of_held_out_frames_is_of_them(rollouts: Path, tmp_path
     }
     assert made.val_loss == pytest.approx(losses["val"], rel=1e-6)
     assert losses["train"] != pytest.approx(losses["val"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(5, [5]), (64, [64]), (93, [64] * 2), (128, [64] * 2), (700, [64] * 11)]
+)
+def test_held_out_frames_are_told_from_sixty_three_others(count: int, sizes: list[int]) -> None:
+    """Of 93 they were told from 92, which is harder; two encoders' losses were of as many frames as each store held."""
+    seen: list[torch.Tensor] = []
+
+    class Looking:
+        def objective(self, images: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(images)
+            return torch.tensor(0.0), torch.tensor(0.0)
+
+    numbers = np.arange(count)
+    pixels = np.stack([numbers // 256, numbers % 256, numbers * 0], 1)[:, None, None].astype(np.uint8)
+    recipe = kept_recipe(small("atc")).model_copy(update={"resize": None, "crop": None})
+    pretraining._held_out(Looking(), Frames(pixels, numbers), recipe, torch.device("cpu"))
+    values = [((batch.flatten(1) + 1) * 127.5).round().long() for batch in seen]
+    found = [set((256 * value[:, 0] + value[:, 1]).tolist()) for value in values]
+    assert [len(batch) for batch in seen] == [len(batch) for batch in found] == sizes
+    assert len(set().union(*found)) >= 0.95 * count
+    spread = [max(batch) - min(batch) for batch in found]
+    assert min(spread) > 0.9 * count - len(sizes)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -306,3 +336,16 @@ def test_mistakes_are_one_line(rollouts: Path, write_rollouts: WriteStore, tmp_p
     short = write_rollouts((2, 2, 2), size=16)
     with pytest.raises(NotAStoreError, match="no episode of more than 3 steps"):
         pretrain(short, tmp_path / "atc", small("atc", size=16))
+
+
+@pytest.mark.parametrize("url", ["s3://lab/encoder", "file:///encoder"])
+def test_a_url_to_write_to_is_refused(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """It was trained, and written to a folder called `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    command = ["pretrain", "mae", str(rollouts), url, "--size", "16", "--updates", "1"]
+    made = CliRunner().invoke(app, command, standalone_mode=False)
+    assert isinstance(made.exception, InvalidValueError)
+    assert f"{url.replace(':///', '://')} is a URL; write to a local folder" in str(made.exception)
+    assert list(tmp_path.iterdir()) == []
