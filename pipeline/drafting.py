@@ -19,6 +19,7 @@ import torch
 from pvrpipe.pipeline.decoding import Decoded, ShardReader, carried
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named, refuse_norm, suitable_threads
 from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
+from pvrpipe.pipeline.own import package_versions
 from pvrpipe.pipeline.transfers import download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
 from pvrpipe.schemas.manifest import Manifest, Part
@@ -190,7 +191,7 @@ def _manifest(store: Store, encoder: Encoder, folder: Path, config: EmbedConfig)
         encoder=identity,
         computation=encoder.computation,
         dtype=config.dtype,
-        versions={name: version(name) for name in VERSIONS},
+        versions={name: version(name) for name in VERSIONS} | package_versions(encoder.pvr),
     )
     if _is_sealed(folder) and (config.append or _has_grown_with(store, folder, config)):
         return _grown(store, specification, folder, config)

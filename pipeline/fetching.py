@@ -5,6 +5,8 @@ from __future__ import annotations
 import urllib.request
 from pathlib import Path
 
+from huggingface_hub.utils.tqdm import tqdm  # as files of the Hub show theirs
+
 from pvrpipe.schemas.errors import WeightsError
 from pvrpipe.store.cache import cache_errors
 from pvrpipe.store.files import locked, remove_temporaries, replacing
@@ -34,9 +36,11 @@ def fetch(url: str, target: Path) -> None:
 def _download(url: str, beside: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "pvrpipe"})
     with urllib.request.urlopen(request, timeout=SILENCE) as answer, beside.open("wb") as file:
-        while piece := answer.read(PIECE):
-            file.write(piece)
-        promised, came = answer.headers.get("Content-Length"), file.tell()
+        promised = answer.headers.get("Content-Length")
+        with tqdm(total=int(promised) if promised else None, desc=url, unit="B", unit_scale=True) as bar:
+            while piece := answer.read(PIECE):
+                bar.update(file.write(piece))
+        came = file.tell()
     if promised is not None and int(promised) != came:  # the library takes a closed connection for the end
         raise WeightsError(
             f"{url} ended after {came} of {promised} bytes; run the same command again, or give the file with "

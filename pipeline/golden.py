@@ -11,7 +11,13 @@ from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import EncodingError, NotAStoreError, UnknownNameError
+from pvrpipe.schemas.errors import (
+    EncodingError,
+    InvalidValueError,
+    NotAStoreError,
+    UnknownNameError,
+    one_line,
+)
 from pvrpipe.schemas.manifest import Manifest
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.golden import read_golden
@@ -120,7 +126,13 @@ def check_golden(
         len(frames),
         readout=Readout.of(made.encoder),
     )
-    encoder = Encoder(request)
+    try:
+        encoder = Encoder(request)
+    except InvalidValueError as error:  # of the readout, which is the store's
+        raise EncodingError(
+            f"{request.pvr} cannot be read out as {store.path} was ({one_line(error)[:120]}); give the store's own "
+            "encoder with --pvr"
+        ) from error
     identity = encoder.identity_on(*frames.shape[1:3])
     computed = encoder(frames)
     if computed.shape != stored.shape:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pvrpipe.pipeline.autoencoder import ConvEncoder
 from pvrpipe.pipeline.full_precision import in_full
-from pvrpipe.pipeline.own import PACKAGE, package_trunk
+from pvrpipe.pipeline.own import PACKAGE, package_pvr, package_trunk
 from pvrpipe.pipeline.pvrs import Pvr
 from pvrpipe.schemas.errors import InvalidValueError, WeightsError, one_line
 
@@ -104,14 +104,15 @@ class TokenNetwork(Network):
         except ValueError:
             wanted = [depth]
         wanted = sorted({n + depth if n < 0 else n for n in wanted})
-        if not set(kept) <= set(range(depth)) or not set(wanted) <= set(kept):
-            raise InvalidValueError(
-                f"--layer {pvr.layer}{'' if pvr.blocks is None else ' with these --blocks'}: {pvr.name} has "
-                f"blocks 0 to {depth - 1}; give some of them, or `last`"
-            )
+        has = f"{pvr.name} has blocks 0 to {depth - 1}"
+        if not set(kept) <= set(range(depth)):
+            raise InvalidValueError(f"--blocks {_listed(kept)}: {has}; give some of them")
+        if not set(wanted) <= set(kept):
+            left = "" if pvr.blocks is None else f", of which --blocks leaves {_listed(kept)}"
+            raise InvalidValueError(f"--layer {pvr.layer}: {has}{left}; give some of them, or `last`")
         self.blocks = tuple(n for n in kept if n <= wanted[-1])
         self.places = [self.blocks.index(n) for n in wanted]
-        self.layer = "last" if wanted == [depth - 1] else ",".join(map(str, wanted))
+        self.layer = "last" if wanted == [depth - 1] else _listed(wanted)
         norm, own = getattr(self.trunk, "norm", None), self.pooling == "pooled"
         # timm has an empty one where the norm is of what is pooled (its models that average), which no token sees
         self.normed = norm is not None and not own and not isinstance(norm, nn.Identity)
@@ -165,6 +166,10 @@ class TokenNetwork(Network):
                 return in_full(self.trunk.head, prefix[:, 0])  # type: ignore[arg-type]
             case _:
                 return patches
+
+
+def _listed(blocks: Sequence[int]) -> str:
+    return ",".join(map(str, blocks))
 
 
 def _attended(pool: nn.Module, x: Tensor) -> Tensor:
@@ -343,8 +348,10 @@ def _round_periods(rope: Any) -> None:
 
 
 def _package(pvr: Pvr) -> Network:
-    own, trunk = package_trunk(pvr)
-    return TokenNetwork(trunk, pvr) if hasattr(trunk, "tokens") else Network(trunk, pvr, (own.pooling,))
+    trunk = package_trunk(pvr)
+    if hasattr(trunk, "tokens"):
+        return TokenNetwork(trunk, pvr)
+    return Network(trunk, pvr, (package_pvr(pvr.architecture.removeprefix(PACKAGE)).pooling,))
 
 
 ARCHITECTURES: dict[str, Callable[[Pvr], Network]] = {

@@ -34,8 +34,8 @@ def package_pvr(name: str) -> Pvr:
     return found
 
 
-def package_trunk(pvr: Pvr) -> tuple[Pvr, nn.Module]:
-    """The representation whose network a specification names, as its package has it, and the network.
+def package_trunk(pvr: Pvr) -> nn.Module:
+    """The network of a package's representation.
 
     Raises:
         WeightsError: the package cannot build it.
@@ -43,9 +43,9 @@ def package_trunk(pvr: Pvr) -> tuple[Pvr, nn.Module]:
     from torch import nn
 
     name = pvr.architecture.removeprefix(PACKAGE)
-    module = _package(name)
+    build = _package(name).build
     try:
-        trunk = module.build(**pvr.overrides)
+        trunk = build(**pvr.overrides)
     except Exception as error:  # somebody else's, as above
         raise WeightsError(
             f"{name}: its package cannot build it with {pvr.overrides} ({one_line(error)[:120]}); mend its package, "
@@ -53,7 +53,14 @@ def package_trunk(pvr: Pvr) -> tuple[Pvr, nn.Module]:
         ) from error
     if not isinstance(trunk, nn.Module):
         raise WeightsError(f"{name}: `build` gives a {type(trunk).__name__}, no network; mend its package")
-    return module.pvr, trunk
+    return trunk
+
+
+def package_versions(pvr: Pvr) -> dict[str, str]:
+    """The version of the package whose code computes a representation; none where it is of no package."""
+    points = entry_points(group=ENTRY_POINTS, name=pvr.architecture.removeprefix(PACKAGE))
+    made_by = [point.dist for point in points if pvr.architecture.startswith(PACKAGE)]
+    return {package.name: package.version for package in made_by if package is not None}
 
 
 def _package(name: str) -> Any:

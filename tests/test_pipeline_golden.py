@@ -51,6 +51,10 @@ def test_golden_frames_of_ones_own_encoder_want_its_folder(
     store = Store.open(tmp_path / "e")
     with pytest.raises(UnknownNameError, match=r"embedded by autoencoder, .* give its folder with --pvr"):
         check_golden(store)
+    with pytest.raises(
+        EncodingError, match=r"r2d2 cannot be read out as .*--pool flat.*own encoder with --pvr"
+    ):
+        check_golden(store, pvr="r2d2", weights="random:0")
     assert check_golden(store, pvr=str(tmp_path / "ae")).ok
 
 

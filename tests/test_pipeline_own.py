@@ -14,16 +14,20 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pvrpipe.cli import app
 from pvrpipe.pipeline import networks, own
+from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.zoo import PVRS, all_pvrs, find_pvr
 from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError
+from pvrpipe.store.reading import Store
 
+from .conftest import WriteStore
 from .upstream import FRAMES, encoder_with, noise, pixels_of, randomised, relative_error
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pvrpipe-gray"
@@ -160,6 +164,26 @@ def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, t
     np.testing.assert_allclose(encoder(dim), 0.2, rtol=1e-6)
     assert encoder.identity.shape == (64,)
     sys.modules.pop("pvrpipe_gray")
+
+
+def test_a_store_names_the_version_of_the_package_that_computed_it(
+    monkeypatch: pytest.MonkeyPatch, write_rollouts: WriteStore, tmp_path: Path
+) -> None:
+    """Its code is in no hash: two versions of it are told apart by their numbers alone."""
+    site = tmp_path / "site" / "pvrpipe_gray-1.25.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: pvrpipe-gray\nVersion: 1.25\n")
+    (site / "entry_points.txt").write_text(f"[{own.ENTRY_POINTS}]\ngray = pvrpipe_gray\n")
+    monkeypatch.syspath_prepend(str(site.parent))
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    outputs = [(EncoderRequest(name, "random:0", device="cpu"), tmp_path / name) for name in ("gray", "r2d2")]
+    embed(write_rollouts((2,), size=64), outputs, EmbedConfig(engine="inline"))
+    sys.modules.pop("pvrpipe_gray")
+    gray, zoo = (Store.open(folder).manifest.embeddings for _, folder in outputs)
+    assert gray is not None
+    assert zoo is not None
+    assert gray.versions == {**zoo.versions, "pvrpipe-gray": "1.25"}
+    assert zoo.versions["transformers"] == transformers.__version__
 
 
 def test_a_folder_here_takes_no_name_from_a_package_nor_from_an_option(

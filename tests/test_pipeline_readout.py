@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,28 @@ def test_stages_of_a_resnet() -> None:
 
 
 @pytest.mark.parametrize(
-    "readout",
+    ("readout", "told"),
     [
-        Readout(layer="12"),
-        Readout(layer="layer2"),
-        Readout(blocks="0-12"),
-        Readout(blocks="0-3", layer="5"),
-        Readout(pooling="map"),
-        Readout(pooling="conv-map"),
-        Readout(layer="3", pooling="pooled"),
+        (Readout(layer="12"), "--layer 12: vc1 has blocks 0 to 11; give some of them, or `last`"),
+        (Readout(layer="layer2"), "--layer layer2: vc1 has blocks 0 to 11; give some of them, or `last`"),
+        (Readout(blocks="10-12"), "--blocks 10,11,12: vc1 has blocks 0 to 11; give some of them"),
+        (
+            Readout(blocks="0-3", layer="5"),
+            "--layer 5: vc1 has blocks 0 to 11, of which --blocks leaves 0,1,2,3; give some of them, or `last`",
+        ),
+        (Readout(pooling="map"), "--pool map: vc1 has cls, mean, patches, pooled; choose one of them"),
+        (
+            Readout(pooling="conv-map"),
+            "--pool conv-map: vc1 has cls, mean, patches, pooled; choose one of them",
+        ),
+        (
+            Readout(layer="3", pooling="pooled"),
+            "--pool pooled is the network's own output; choose another --pool with a layer",
+        ),
     ],
-    ids=str,
 )
-def test_a_layer_or_pooling_that_is_not_there_names_those_that_are(readout: Readout) -> None:
-    with pytest.raises(InvalidValueError, match=r"--(layer|pool) "), torch.device("meta"):
+def test_a_layer_or_pooling_that_is_not_there_names_those_that_are(readout: Readout, told: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"^{re.escape(told)}$"), torch.device("meta"):
         build_network(read_out(PVRS["vc1"], readout), 0)
 
 
