@@ -96,8 +96,12 @@ def _embedded_on_ray(
     request = EncoderRequest(str(own), str(weights), device="cpu", batch=2, readout=readout)
     config = EmbedConfig(engine="ray", workers=1, dtype="float32")
     (result,) = embed(own / "rollouts", [(request, own / "embeddings")], config)
+    store = Store.open(result.store)
+    made = store.manifest.embeddings
+    assert made is not None
+    assert made.encoder.weights.loaded == made.encoder.weights.expected > 0
     (folder / f"{name}{EMBEDDED}").touch()
-    return Store.open(result.store).read_episode(0, ["embedding"])["embedding"]
+    return store.read_episode(0, ["embedding"])["embedding"]
 
 
 @functools.cache
