@@ -36,12 +36,13 @@ def fetch(url: str, target: Path) -> None:
 def _download(url: str, beside: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "pvrpipe"})
     with urllib.request.urlopen(request, timeout=SILENCE) as answer, beside.open("wb") as file:
-        promised = answer.headers.get("Content-Length")
-        with tqdm(total=int(promised) if promised else None, desc=url, unit="B", unit_scale=True) as bar:
+        length = answer.headers.get("Content-Length")
+        promised = int(length) if length else None
+        with tqdm(total=promised, desc=url[-40:], unit="B", unit_scale=True) as bar:
             while piece := answer.read(PIECE):
                 bar.update(file.write(piece))
         came = file.tell()
-    if promised is not None and int(promised) != came:  # the library takes a closed connection for the end
+    if promised not in (None, came):  # the library takes a closed connection for the end
         raise WeightsError(
             f"{url} ended after {came} of {promised} bytes; run the same command again, or give the file with "
             "--weights FILE_OR_FOLDER"

@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 
 from pvrpipe.pipeline import checkpoints, weights
-from pvrpipe.pipeline.cached import cached_weights
 from pvrpipe.pipeline.checkpoints import read_tensors, tensors_of
 from pvrpipe.pipeline.pvrs import KeyMap, WeightsSource
 from pvrpipe.pipeline.weights import WeightsFile, find_weights, load_strictly, load_weights
@@ -193,25 +192,6 @@ def test_what_is_behind_a_form_says_so_and_works_from_a_file(
     safetensors.torch.save_file({"a": noise(1)}, tmp_path / "model.safetensors")
     found = find_weights(PVRS["dinov3-s"], str(tmp_path), "dinov3-s")
     assert found == WeightsFile(tmp_path / "model.safetensors", published=False, pinned=False)
-
-
-@pytest.mark.parametrize(("name", "file"), [("mine", "w.pth"), ("a/../../../out", "../w.pth")])
-def test_a_download_is_kept_by_its_address_and_in_the_cache_alone(
-    name: str, file: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A specification whose address was changed got the weights of the address before, and was said to have its own."""
-    monkeypatch.setattr(weights, "_reach", lambda _: None)
-    for version in ("first", "second"):
-        (tmp_path / version).write_text(version)
-        source = WeightsSource(url=(tmp_path / version).as_uri(), file=file)
-        pvr = PVRS["resnet18"].model_copy(update={"name": name, "source": source})
-        assert cached_weights(pvr) is None
-        found = find_weights(pvr, "auto", name)
-        assert isinstance(found, WeightsFile)
-        assert found.path.read_text() == version
-        assert found.path == cached_weights(pvr)
-        assert found.path.name == "w.pth"
-        assert found.path.resolve().is_relative_to(cache / "weights")
 
 
 def test_another_entry_of_a_pickle_is_another_conversion(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pvrpipe.pipeline import fetching
-from pvrpipe.pipeline.cached import download_target
+from pvrpipe.pipeline.cached import cached_weights, download_target
 from pvrpipe.pipeline.pvrs import Pvr, WeightsSource
 from pvrpipe.pipeline.weights import WeightsFile, find_weights
 from pvrpipe.pipeline.zoo import PVRS
@@ -29,12 +29,6 @@ def fetched(pvr: Pvr) -> Path:
     found = find_weights(pvr, "auto", "own.json")
     assert isinstance(found, WeightsFile)
     return found.path
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PVRPIPE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -64,7 +58,11 @@ def test_no_specification_writes_outside_the_cache(
     cache: Path, published: Path, tmp_path: Path, file: str, name: str
 ) -> None:
     with serving(published) as served:
-        path = fetched(own(f"{served.url}/v1/model.pt", file.format(tmp_path), name.format(tmp_path)))
+        pvr = own(f"{served.url}/v1/model.pt", file.format(tmp_path), name.format(tmp_path))
+        assert cached_weights(pvr) is None
+        path = fetched(pvr)
+        assert path == cached_weights(pvr)
+    assert path.name == ("escaped.pt" if file.endswith(".pt") else "weights")
     assert path.is_relative_to(cache / "weights")
     assert [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(published)] == [path]
 

@@ -227,6 +227,21 @@ def test_each_update_and_each_seed_draws_frames_and_places_of_its_own(
     assert [len(set(values)) for values in zip(*drawn, strict=True)] == [6, 6]
 
 
+def test_float32_is_float32_while_it_trains(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU equal trainings would end differently else, and one that was killed too."""
+    convolutions, seen = torch.backends.cudnn, set[tuple[bool, bool]]()
+    monkeypatch.setattr(convolutions, "allow_tf32", True)
+    monkeypatch.setattr(convolutions, "deterministic", False)
+
+    def look(*_: object) -> None:
+        seen.add((convolutions.allow_tf32, convolutions.deterministic))
+
+    pretrain(rollouts, tmp_path / "ae", small("autoencoder"), progress=look)
+    assert seen == {(False, True)}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_it_finds_what_was_planted_and_embed_takes_the_folder(
     method: Method, rollouts: Path, tmp_path: Path
