@@ -122,7 +122,7 @@ def measure(
             ways["loader"] = loader(encoder, size, pngs, folder, options)
         if "ray data" not in options.without:
             ways["ray data"] = ray_data(own, size, pngs, folder, options)
-        memory, work = peak_per_frame(encoder), operations(encoder, size)
+        memory, work = peak_per_frame(own, encoder.batch, options), operations(encoder, size)
         for way in ways.values():
             way()
         one.on_its_way.clear()
@@ -152,7 +152,7 @@ def measure(
         }
         print(
             f"{network:>9} {size:>4} px  {name:<10} {row['frames_per_second']:>9.2f} frames/s  {ratio:>6.3f} of bare"
-            f"  {row['of_peak']:>6.3f} of peak  {memory:>8.0f} kB a frame in flight",
+            f"  {row['of_peak']:>6.3f} of peak  {memory:>8.0f} kB a frame in flight, {encoder.batch} in a batch",
             flush=True,
         )
         rows.append(row)
@@ -368,13 +368,15 @@ def peak_rate(options: argparse.Namespace) -> float:
     return 2 * side**3 / statistics.median(timed(product) for _ in range(7))
 
 
-def peak_per_frame(encoder: Encoder) -> float:
-    """Kilobytes at most in use for each frame of a batch that is preprocessed and encoded."""
-    pixels = torch.zeros((encoder.batch, FROM, FROM, 3), dtype=torch.uint8, device=encoder.device)
+def peak_per_frame(own: Path, batch: int, options: argparse.Namespace) -> float:
+    """Kilobytes at most in use for each frame of a batch that is preprocessed and encoded, by an encoder of its own:
+    what a recorded batch takes is taken when it is recorded."""
+    encoder = Encoder(EncoderRequest(str(own), "random:0", options.precision, options.device, batch))
+    pixels = torch.zeros((batch, FROM, FROM, 3), dtype=torch.uint8, device=encoder.device)
     encoder.encode(pixels)
     with peak_of(encoder.device) as peak:
         encoder.encode(pixels)
-    return peak.bytes / encoder.batch / 1000
+    return peak.bytes / batch / 1000
 
 
 def png(frame: np.ndarray[Any, Any]) -> bytes:

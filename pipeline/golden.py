@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pvrpipe.pipeline.agreement import agreement, agreement_of_keypoints, rounding
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.zoo import find_pvr
@@ -27,9 +27,6 @@ from pvrpipe.store.shards import Rows
 from pvrpipe.store.verifying import Failure
 
 GOLDEN_FRAMES = 8
-#: Another processor sums in another order, and float16 rounds at 2^-11 of a value; a wrong resize filter or
-#: layer gives 0.94 to 0.99 (reference: jina-ai/clip-as-service#904).
-COSINE = 0.9999
 
 
 @dataclass(frozen=True)
@@ -141,23 +138,15 @@ def check_golden(
             f"{list(stored.shape[1:])}; give the store's own encoder with --pvr"
         )
     differ = differences(_meaning(made.encoder.model_dump()), _meaning(identity.model_dump()), "here")
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (computed, stored))
-    smallest, agree = agreement(a, b)
-    return GoldenCheck(agree and not differ, len(a), float(np.abs(a - b).max()), smallest, differ)
-
-
-def agreement(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, bool]:
-    """The smallest cosine of two sets of vectors (N, D), and whether they are as near as :data:`COSINE` allows.
-
-    A vector as long again has a cosine of 1, and is another embedding; so what is held to the bound is the
-    distance, at which vectors of one length have that cosine. Two vectors of zeros agree: R2D2 gives them where it
-    finds nothing.
-    """
-    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    product, longer = lengths[0] * lengths[1], np.maximum(*lengths)
-    cosine = np.where(longer == 0, 1.0, (a * b).sum(axis=1) / np.where(product == 0, 1.0, product))
-    near = np.linalg.norm(a - b, axis=1) <= np.sqrt(2 * (1 - COSINE)) * longer
-    return float(cosine.min()), bool(near.all())
+    if encoder.precision == "fp32":
+        smallest, agree = agreement(computed, stored)
+    elif encoder.pvr.pooling == "keypoints":
+        smallest, agree = agreement_of_keypoints(computed, stored)
+    else:
+        encoder.precision = "fp32"
+        smallest, agree = agreement(computed, stored, rounding(computed, encoder(frames)))
+    largest = float(np.abs(computed.astype(np.float64) - stored).max())
+    return GoldenCheck(agree and not differ, len(frames), largest, smallest, differ)
 
 
 def _meaning(identity: dict[str, object]) -> dict[str, object]:

@@ -20,7 +20,7 @@ SHARE = 0.8  # of the free memory that is planned with; allocators need room to 
 #: Rows that a batch takes beside its own: ResNet-50 and ViT-S at 224 px on an H200; on a CPU none of these, five of
 #: ResNet-18 at 64 px.
 ROWS_OF_A_LAUNCH = {"cpu": 2, "cuda": 16}
-STEP = {"cpu": 1, "cuda": 8}  # between batches to choose from; eights can be halved
+STEP = {"cpu": 1, "cuda": 4}  # between batches to choose from; fours can be halved
 TRIED = (4, 8)  # frames of the two batches by which the memory of one frame is measured
 
 

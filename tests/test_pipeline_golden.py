@@ -15,9 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 from pvrpipe.cli import app
+from pvrpipe.pipeline.agreement import agreement, agreement_of_keypoints, distance, rounding
 from pvrpipe.pipeline.embed import EmbedConfig, embed
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.golden import agreement, check_golden
+from pvrpipe.pipeline.golden import check_golden
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, NotAStoreError, UnknownNameError
 from pvrpipe.store.reading import Store
 
@@ -124,6 +125,33 @@ def test_golden_embeddings_of_zeros_agree_and_those_of_another_length_do_not() -
     assert not agree
     among = np.vstack([np.ones((3, 4)), np.eye(4)[:1]])  # one of four is another
     assert agreement(among, np.ones((4, 4))) == (pytest.approx(0.5), False)
+
+
+def test_what_bfloat16_may_do_is_measured_here_and_never_as_much_as_another_filter_does() -> None:
+    exact = np.random.default_rng(0).standard_normal((8, 512))
+    noise = np.random.default_rng(1).standard_normal((2, 8, 512))
+    here, there = exact + 0.014 * noise
+    assert not agreement(here, there)[1]
+    assert rounding(here, exact) == pytest.approx(0.028, rel=0.2)
+    assert agreement(here, there, rounding(here, exact))[1]
+    assert not agreement(here, exact + 0.05 * noise[1], rounding(here, exact))[1]
+    assert rounding(exact, exact) == distance(0.9999)
+    assert rounding(exact + 0.5 * noise[0], exact) == distance(0.999)
+    assert rounding(np.zeros((1, 2)), np.zeros((1, 2))) == distance(0.9999)
+
+
+def test_of_keypoints_in_bfloat16_three_of_four_are_found_again_in_any_order() -> None:
+    made = np.random.default_rng(0).standard_normal((2, 8, 128))
+    made /= np.linalg.norm(made, axis=2, keepdims=True)
+    made[1, 5:] = 0  # where fewer were found
+    assert agreement_of_keypoints(made[:, ::-1], made) == (pytest.approx(1), True)
+    other = np.roll(made[:, ::-1], 1, axis=2)  # other descriptors, as long
+    for replaced, agree in ((2, True), (3, False)):
+        mixed = np.concatenate([other[:, :replaced], made[:, replaced:]], axis=1)
+        cosine, found = agreement_of_keypoints(mixed, made)
+        assert found == agree
+        assert cosine < 0.9
+    assert not agreement_of_keypoints(np.zeros_like(made), made)[1]
 
 
 def test_a_bit_of_the_weights_changed_is_a_failure_as_any_other(

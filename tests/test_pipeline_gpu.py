@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pvrpipe.pipeline import drafting, preprocessing
 from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
 from pvrpipe.pipeline.embed import embed
 from pvrpipe.pipeline.embedding import ShardEmbedder, Target
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision, exact
+from pvrpipe.pipeline.golden import check_golden
 from pvrpipe.pipeline.replaying import Replayed
+from pvrpipe.pipeline.zoo import PVRS
 from pvrpipe.schemas.specifications import Recipe
 from pvrpipe.store.building import PendingStore
 from pvrpipe.store.reading import Store
@@ -22,6 +26,7 @@ from pvrpipe.store.verifying import verify
 
 from .brittle import brittle
 from .conftest import WriteStore
+from .test_zoo_cnn import confident_r2d2
 
 pytestmark = pytest.mark.gpu
 INLINE = EmbedConfig(engine="inline")
@@ -153,3 +158,58 @@ def test_gpus_stores_are_the_same_however_often_they_are_made(rollouts: Path, tm
     first, second = (embed(rollouts, [(request, tmp_path / name)], INLINE)[0].id for name in "ef")
     assert first == second
     assert verify(tmp_path / "f") == []
+
+
+def frames_of_noise() -> torch.Tensor:
+    noise = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (4, 96, 96, 3), dtype=torch.uint8, generator=noise)
+
+
+@pytest.mark.parametrize("pvr", [name for name in PVRS if name != "r2d2"])
+def test_every_representation_computes_there_what_it_does_on_a_cpu(
+    pvr: str, record_property: Callable[[str, object], None]
+) -> None:
+    frames, on_cpu = frames_of_noise(), Encoder(EncoderRequest(pvr, "random:0", device="cpu", batch=4))
+    # The same pixels for both: where resizing makes halves they go up or down by the last bit of a sum.
+    pixels = preprocessing.preprocess(frames, on_cpu.pvr.recipe)
+    encoder = Encoder(EncoderRequest(pvr, "random:0", device="cuda", batch=4))
+    with torch.inference_mode(), exact():
+        theirs, ours = on_cpu.network(pixels), encoder.network(pixels.cuda()).cpu()
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    record_property("relative error", error)
+    assert error < 1e-5
+    frames = frames.cuda()
+    in_full = encoder.encode(frames).clone()
+    encoder.precision = "bf16"
+    rounded = encoder.encode(frames).clone()
+    cosine = F.cosine_similarity(rounded.flatten(1).float(), in_full.flatten(1)).min().item()
+    record_property("cosine of bf16", cosine)
+    assert cosine > 0.99
+    encoder.replay((96, 96, 3))
+    torch.testing.assert_close(encoder.encode(frames), rounded, rtol=0, atol=0)
+
+
+def test_r2d2_finds_there_the_keypoints_that_it_finds_on_a_cpu(tmp_path: Path) -> None:
+    confident_r2d2(tmp_path / "w.pt")
+    cpu, gpu, bf16 = (
+        Encoder(EncoderRequest("r2d2", str(tmp_path / "w.pt"), precision, device, 4))(
+            frames_of_noise().numpy()
+        )
+        for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"))
+    )
+    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=1e-4)
+    assert ((cpu @ bf16.transpose(0, 2, 1)).max(axis=2) > 0.99).sum() >= 30  # of 32
+
+
+@pytest.mark.parametrize("pvr", ["resnet50", "siglip-b16", "taskonomy-autoencoding", "r2d2"])
+def test_a_store_that_a_cpu_made_in_bfloat16_is_verified_there(
+    write_rollouts: WriteStore, tmp_path: Path, pvr: str
+) -> None:
+    weights = "random:0"
+    if pvr == "r2d2":
+        confident_r2d2(tmp_path / "w.pt")
+        weights = str(tmp_path / "w.pt")
+    request = EncoderRequest(pvr, weights, "bf16", "cpu")
+    embed(write_rollouts((4, 6), size=64), [(request, tmp_path / "e")], INLINE)
+    found = check_golden(Store.open(tmp_path / "e"), weights=weights, device="cuda")
+    assert found.ok, found.measured
