@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from pvrpipe.schemas.errors import PvrpipeError
 from pvrpipe.schemas.manifest import Column
 from pvrpipe.store.columns import with_bounds
 from pvrpipe.store.reading import Store
-from pvrpipe.store.shards import Rows
+from pvrpipe.store.shards import Rows, Shard
 
 CARRIED = ("action", "reward", "state")
+OPENED_AHEAD = 4  # shards: one thread hashes fewer frames than a GPU encodes
 
 
 def carried(store: Store) -> tuple[Column, ...]:
@@ -37,63 +40,129 @@ class Decoded:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of a shard that are read at a time."""
+
+    shard: int
+    start: int
+    rows: int
+    last: bool
+    opened: Future[Shard]
+
+
+Read = tuple[Part, Decoded | Exception]
+
+
 class ShardReader:
-    """Reads shards of a rollout store for a device; the one that comes next can be begun while another is used."""
+    """Reads shards of a rollout store for a device."""
 
     def __init__(self, store: Store, device: torch.device) -> None:
-        self._store = store
+        self._store, self._frame = store, store.column("frame").shape
         self._columns = [column.name for column in carried(store)]
         self._upload, self._threads = Upload(device), decoding_threads(device)
-        self._begun: dict[tuple[int, int], ReadAhead[Decoded]] = {}
+        self._coming: Iterator[Read] = iter(())
+        self._announced: dict[int, int] = {}
 
-    def begin(self, shard: int, size: int) -> None:
-        """Begin to read a shard in batches of ``size`` rows."""
-        self._begun[shard, size] = ReadAhead(self._batches(shard, size))
+    @contextlib.contextmanager
+    def ahead(self, shards: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Within, these shards are read in this order, each in batches of so many rows, ahead of who asks for them.
 
-    def batches(self, shard: int, size: int) -> ReadAhead[Decoded]:
+        Where one ends makes no difference: so many batches are decoded ahead. And shards are opened ahead of that,
+        because to open one is to prove or to fetch its file.
+        """
+        read = ReadAhead(self._read(shards))
+        self._coming, self._announced = iter(read), dict(shards)
+        try:
+            yield
+        finally:
+            read.close()
+            self._coming, self._announced = iter(()), {}
+
+    def batches(self, shard: int, size: int) -> Generator[Decoded, None, None]:
         """A shard in batches of ``size`` rows, the last of what is left; they never cross into the next shard.
 
-        Raises (when iterated over):
+        Raises:
             StoreError: its frames cannot be read; names episode and step.
             torch.OutOfMemoryError: no room on the device.
         """
-        return self._begun.pop((shard, size), None) or ReadAhead(self._batches(shard, size))
+        if self._announced.pop(shard, None) == size:
+            yield from _of(shard, self._coming)
+            return
+        with contextlib.closing(iter(ReadAhead(self._read([(shard, size)])))) as again:
+            yield from _of(shard, again)
 
-    def close(self) -> None:
-        """Leave what was begun and never asked for."""
-        for begun in self._begun.values():
-            begun.close()
-        self._begun.clear()
+    def _read(self, shards: Sequence[tuple[int, int]]) -> Generator[Read, None, None]:
+        """All parts of these shards in order; what becomes of one does not stop the others."""
+        with (
+            ThreadPoolExecutor(OPENED_AHEAD, thread_name_prefix="open") as opening,
+            contextlib.closing(in_order(self._decoded, self._parts(shards, opening), self._threads)) as read,
+        ):
+            for part, found in read:
+                try:
+                    yield part, found if isinstance(found, Exception) else self._sent(*found)
+                except torch.OutOfMemoryError as error:
+                    yield part, error
 
-    def _batches(self, shard: int, size: int) -> Generator[Decoded, None, None]:
-        total = self._store.manifest.shards[shard].rows
-        read = in_order(partial(self._batch, shard, size, total), range(0, total, size), self._threads)
-        with contextlib.closing(read):
-            for rows, frames, seconds in read:
-                yield Decoded(rows, self._upload(frames), seconds)
+    def _parts(self, shards: Sequence[tuple[int, int]], opening: Executor) -> Iterator[Part]:
+        to_open = (opening.submit(self._store.shard, shard) for shard, _ in shards)
+        opened = deque(itertools.islice(to_open, OPENED_AHEAD))
+        for shard, size in shards:
+            opened.extend(itertools.islice(to_open, 1))
+            file, total = opened.popleft(), self._store.manifest.shards[shard].rows
+            for start in range(0, total, size):
+                yield Part(shard, start, min(size, total - start), start + size >= total, file)
 
-    def _batch(self, shard: int, size: int, total: int, start: int) -> tuple[dict[str, Rows], Tensor, float]:
-        """Rows from ``start``, their frames where the device copies from, and how long that took."""
+    def _decoded(self, part: Part) -> tuple[Part, tuple[dict[str, Rows], Tensor, float] | PvrpipeError]:
+        """The rows of a part, its frames where the device copies from, and how long that took; or what stopped it."""
         began = time.perf_counter()
-        frames = self._upload.room((min(size, total - start), *self._store.column("frame").shape))
-        rows = self._read(shard, start, frames.numpy())
-        return rows, frames, time.perf_counter() - began
+        try:
+            opened = self._opened(part)
+            frames = self._upload.room((part.rows, *self._frame))
+            rows = self._rows(opened, part.shard, part.start, frames.numpy())
+        except PvrpipeError as error:
+            return part, error
+        return part, (rows, frames, time.perf_counter() - began)
 
-    def _read(self, shard: int, start: int, frames: Rows) -> dict[str, Rows]:
+    def _sent(self, rows: dict[str, Rows], frames: Tensor, seconds: float) -> Decoded:
+        return Decoded(rows, self._upload(frames), seconds)
+
+    def _opened(self, part: Part) -> Shard:
+        try:
+            return part.opened.result()
+        except PvrpipeError as error:
+            raise self._named(error, part.shard, part.start) from None
+
+    def _rows(self, opened: Shard, shard: int, start: int, frames: Rows) -> dict[str, Rows]:
         """Rows of a shard, the frames into ``frames``; where one cannot be read, its episode and step are named."""
         count = len(frames)
         try:
-            opened = self._store.shard(shard)
             opened.rows("frame", start, count, frames)
             return {name: opened.rows(name, start, count) for name in self._columns}
         except PvrpipeError as error:
             if count == 1:
-                raise type(error)(f"{self._where(shard, start)} cannot be read: {error}") from None
+                raise self._named(error, shard, start) from None
         half = count // 2
-        first = self._read(shard, start, frames[:half])
-        rest = self._read(shard, start + half, frames[half:])
+        first = self._rows(opened, shard, start, frames[:half])
+        rest = self._rows(opened, shard, start + half, frames[half:])
         return {name: np.concatenate([first[name], rest[name]]) for name in self._columns}
 
-    def _where(self, shard: int, row: int) -> str:
+    def _named(self, error: PvrpipeError, shard: int, row: int) -> PvrpipeError:
         record = next(r for r in reversed(self._store.records(shard)) if r.row_start <= row)
-        return f"episode {record.episode}, step {row - record.row_start}"
+        where = f"episode {record.episode}, step {row - record.row_start}"
+        return type(error)(f"{where} cannot be read: {error}")
+
+
+def _of(shard: int, read: Iterator[Read]) -> Generator[Decoded, None, None]:
+    """The parts of one shard; before them may come what is left of others that were given up."""
+    for part, found in read:
+        if part.shard != shard:
+            continue
+        if isinstance(found, Exception):
+            try:
+                raise found
+            finally:
+                del found  # or it would hold the frames that it came through, and what they hold
+        yield found
+        if part.last:
+            return

@@ -305,10 +305,10 @@ def _rate(store: Store, encoder: Encoder) -> float:
 
 def _batches(store: Store, encoder: Encoder) -> Generator[Decoded, None, None]:
     """One shard's after the other's: a shard may have one batch, and the first of all is slow."""
-    reader = ShardReader(store, encoder.device)
-    for shard in range(len(store.manifest.shards)):
-        with contextlib.closing(reader.batches(shard, encoder.batch)) as batches:
-            yield from batches
+    reader, shards = ShardReader(store, encoder.device), range(len(store.manifest.shards))
+    with reader.ahead([(shard, encoder.batch) for shard in shards]):
+        for shard in shards:
+            yield from reader.batches(shard, encoder.batch)
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -8,10 +8,9 @@ next shard begins with the store's batch again, so that what a shard holds does 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +118,7 @@ class ShardEmbedder:
         (outcome,) = self.each([shard])
         return outcome
 
-    def each(self, shards: Iterable[int]) -> Iterator[ShardOutcome]:
+    def each(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
         """As :meth:`attempt` on each, in order; while one is encoded, the last is committed and the next is read.
 
         To commit is to wait for the disk: in a thread of its own, or the next shard's embeddings would wait for it
@@ -128,13 +127,10 @@ class ShardEmbedder:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
             ThreadPoolExecutor(1, thread_name_prefix="commit") as committing,
-            contextlib.closing(self._reader),
+            self._reader.ahead([(shard, self._largest(shard)) for shard in shards]),
         ):
             before: Future[ShardOutcome] | None = None
-            for shard, following in itertools.pairwise((*shards, None)):
-                assert shard is not None
-                if following is not None:
-                    self._reader.begin(following, self._largest(following))
+            for shard in shards:
                 committed = self._attempted(shard, writing, committing)
                 if before is not None:
                     yield before.result()
@@ -222,7 +218,7 @@ class ShardEmbedder:
         Each encoder has batches of its own size, whichever encoders it shares the frames with.
         """
         largest = max(works, key=lambda work: work.encoder.batch)
-        batches = iter(self._reader.batches(outcome.shard, largest.encoder.batch))
+        batches = self._reader.batches(outcome.shard, largest.encoder.batch)
         try:
             with contextlib.closing(batches):
                 for decoded in batches:

@@ -45,7 +45,7 @@ class _Actor:
 
         Where a worker died at any of them, one after the other: what it dies at again is then known.
         """
-        shards = [int(shard) for shard in batch["shard"]]
+        shards = [int(shard) for shard in batch["shards"][0]]
         alone = len(shards) > 1 and any(left_behind(self._mark(shard)[1]) for shard in shards)
         groups = [[shard] for shard in shards] if alone else [shards]
         outcomes = [outcome for group in groups for outcome in self._outcomes(group)]
@@ -183,13 +183,11 @@ def _pass(
     most = min(workers or len(todo), len(todo))
     begin = max(1, min(now, most))
     in_a_row = max(1, min(IN_A_ROW, len(todo) // (TURNS * begin)))
-    shards = ray.data.from_items(
-        [{"shard": shard} for shard in todo], override_num_blocks=-(-len(todo) // in_a_row)
-    )
-    outcomes = shards.map_batches(
+    rows = [{"shards": list(todo[at : at + in_a_row])} for at in range(0, len(todo), in_a_row)]
+    outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
         fn_constructor_args=(place_of(rollouts).resolve(), list(targets)),
-        batch_size=None,
+        batch_size=1,  # row; one must be given where a GPU is asked for
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=most, initial_size=begin, max_tasks_in_flight_per_actor=2
         ),

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import safetensors.numpy
 import safetensors.torch
 import torch
 
-from pvrpipe.pipeline import drafting
+from pvrpipe.pipeline import drafting, ray_engine
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
@@ -228,6 +229,20 @@ def test_ray_data_gives_the_same_store_as_this_process(
     assert on_ray[0].id == inline[0].id
     assert seen[-1] == 1
     assert (tmp_path / "ray" / "store.json").read_bytes() == (tmp_path / "inline" / "store.json").read_bytes()
+
+
+def test_ray_data_gives_each_worker_a_gpu_where_the_device_is_one(
+    rollouts: Path, autoencoder: EncoderRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster that is told of a GPU, which Ray then counts; what is computed is computed on a CPU."""
+    inline = embed(rollouts, [(autoencoder, tmp_path / "inline")], INLINE)
+    monkeypatch.setattr(ray_engine, "device_named", lambda name: torch.device("cuda"))
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        on_ray = embed(rollouts, [(autoencoder, tmp_path / "ray")], EmbedConfig(engine="ray"))
+    finally:
+        ray.shutdown()
+    assert on_ray[0].id == inline[0].id
 
 
 KILLED = """

@@ -35,7 +35,7 @@ from pvrpipe.pipeline.ray_engine import _Actor
 rollouts, targets, shards = pickle.load(sys.stdin.buffer)
 for _ in range(int(sys.argv[1])):
     if os.fork() == 0:
-        done = [pickle.loads(outcome) for outcome in _Actor(rollouts, targets)({"shard": shards})["outcome"]]
+        done = [pickle.loads(outcome) for outcome in _Actor(rollouts, targets)({"shards": [shards]})["outcome"]]
         told = [(o.shard, o.rows, [f"{type(f).__name__}: {f}" for f in o.failures]) for o in done]
         print(json.dumps(told), flush=True)
         os._exit(0)
@@ -107,7 +107,7 @@ def test_what_stops_a_worker_from_beginning_is_told_of_every_shard(rollouts: Pat
     other = dataclasses.replace(made.request, weights="random:1")
     target = Target(other, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0, 1}))
     with PendingStore.begin(tmp_path / "e", made.manifest):
-        told = _Actor(str(rollouts), [target])({"shard": np.array([0, 1])})["outcome"]
+        told = _Actor(str(rollouts), [target])({"shards": np.array([[0, 1]])})["outcome"]
     outcomes = [pickle.loads(outcome) for outcome in told]
     assert [(o.shard, o.rows, [type(f) for f in o.failures]) for o in outcomes] == [
         (0, 0, [EncodingError]),

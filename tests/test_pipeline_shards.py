@@ -179,3 +179,17 @@ def test_on_a_cpu_shards_are_encoded_in_one_thread(
     finally:
         torch.set_num_threads(before)
     assert threads == {1}
+
+
+def test_halves_are_rounded_as_numpy_rounds_them() -> None:
+    """Every half, what lies in the middle between two, and the numbers beside that."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = np.sort(halves[np.isfinite(halves)]).astype(np.float32)
+    between = (halves[:-1] + halves[1:]) / 2
+    values = np.concatenate([halves, between, *(np.nextafter(between, np.float32(s)) for s in (-9e9, 9e9))])
+    values = values[np.abs(values) < 65520]  # from there on they would be infinite
+    rows = {name: np.zeros(len(values), np.int32) for name in ("episode", "step")}
+    stored = cast_embedding(values[:, None], "float16", rows, "it", "say float32")
+    np.testing.assert_array_equal(stored[:, 0].view(np.uint16), values.astype(np.float16).view(np.uint16))
+    values.flags.writeable = False  # as what is mapped
+    np.testing.assert_array_equal(cast_embedding(values[:, None], "float16", rows, "", ""), stored)
