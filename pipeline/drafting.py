@@ -18,7 +18,7 @@ import torch
 
 from pvrpipe.pipeline.decoding import Decoded, ShardReader, carried
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named, refuse_norm, suitable_threads
-from pvrpipe.pipeline.memory import Need, fit, tried_until_it_fits
+from pvrpipe.pipeline.memory import Need, fit, kept_memory, tried_until_it_fits
 from pvrpipe.pipeline.own import package_versions
 from pvrpipe.pipeline.transfers import download
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError, StoreError
@@ -293,7 +293,12 @@ def _rate(store: Store, encoder: Encoder) -> float:
     """Frames per second of one worker: the median over a few batches behind the first, read and all."""
     encoder.replay(store.column("frame").shape)
     began = [time.perf_counter()]
-    with suitable_threads(encoder.device), contextlib.closing(_batches(store, encoder)) as batches:
+    device = encoder.device
+    with (
+        suitable_threads(device),
+        kept_memory(device),
+        contextlib.closing(_batches(store, encoder)) as batches,
+    ):
         for decoded in itertools.islice(batches, 1 + MEASURED_BATCHES):
             download(encoder.encode(decoded.frames()))()
             began.append(time.perf_counter())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, suitable_threads
-from pvrpipe.pipeline.memory import no_room, smaller
+from pvrpipe.pipeline.memory import kept_memory, no_room, smaller
 from pvrpipe.pipeline.transfers import READ_AHEAD, download
 from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import EncodingError, PvrpipeError
@@ -127,6 +127,7 @@ class ShardEmbedder:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
             ThreadPoolExecutor(1, thread_name_prefix="commit") as committing,
+            kept_memory(self.encoders[0].device),
             self._reader.ahead([(shard, self._largest(shard)) for shard in shards]),
         ):
             before: Future[ShardOutcome] | None = None

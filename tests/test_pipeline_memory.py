@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from pvrpipe.pipeline import embedding, memory
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
 from pvrpipe.pipeline.embedding import OutOfRoomError, Work
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
-from pvrpipe.pipeline.memory import even_batch, fit, peak_of, tried_until_it_fits
+from pvrpipe.pipeline.memory import even_batch, fit, kept_memory, peak_of, tried_until_it_fits
 from pvrpipe.schemas.errors import EncodingError, OutputExistsError
 from pvrpipe.store.describing import describe
 from pvrpipe.store.layout import read_commit
@@ -191,3 +193,23 @@ def test_an_encoder_that_is_let_go_leaves_its_memory_at_once() -> None:
         assert network() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="faults are counted for a thread there alone")
+def test_what_a_batch_frees_is_kept_for_the_next_and_given_back_at_the_end() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        torch.ones(100 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    pages = (100 << 20) // resource.getpagesize()
+    assert faults() > pages / 100
+    with kept_memory(torch.device("cpu")):
+        for _ in range(5):  # where the first lie, and what they leave between them, is the library's affair
+            last = faults()
+        assert last < pages / 100
+        held = resident()
+    assert resident() < held - (90 << 20)
