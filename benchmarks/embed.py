@@ -369,8 +369,10 @@ def peak_rate(options: argparse.Namespace) -> float:
 
 
 def peak_per_frame(own: Path, batch: int, options: argparse.Namespace) -> float:
-    """Kilobytes at most in use for each frame of a batch that is preprocessed and encoded, by an encoder of its own:
-    what a recorded batch takes is taken when it is recorded."""
+    """Kilobytes at most in use for each frame of a batch that is preprocessed and encoded.
+
+    By an encoder of its own: what a recorded batch takes is taken when it is recorded.
+    """
     encoder = Encoder(EncoderRequest(str(own), "random:0", options.precision, options.device, batch))
     pixels = torch.zeros((batch, FROM, FROM, 3), dtype=torch.uint8, device=encoder.device)
     encoder.encode(pixels)

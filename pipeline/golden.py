@@ -145,7 +145,7 @@ def check_golden(
     else:
         encoder.precision = "fp32"
         smallest, agree = agreement(computed, stored, rounding(computed, encoder(frames)))
-    largest = float(np.abs(computed.astype(np.float64) - stored).max())
+    largest = float(np.abs(computed.astype(np.float64) - stored.astype(np.float64)).max())
     return GoldenCheck(agree and not differ, len(frames), largest, smallest, differ)
 
 

@@ -51,5 +51,5 @@ def _converted(array: Rows, dtype: str) -> Rows:
             return array.astype(dtype)
     import torch
 
-    halves: Rows = torch.from_numpy(np.require(array, requirements="CW")).half().numpy()
+    halves: Rows = torch.from_numpy(np.require(array, requirements=("C", "W"))).half().numpy()
     return halves
