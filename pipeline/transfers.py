@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DECODERS = 16  # threads at most; each holds a batch
+DECODERS = 8  # threads at most; each holds a batch
 READ_AHEAD = 2  # batches that wait, on the device or embedded
 S = TypeVar("S")
 T = TypeVar("T")
