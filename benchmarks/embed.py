@@ -63,7 +63,7 @@ ARCHITECTURES = {
     "resnet50": ("resnet50", 2048),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FROM = 256  # pixels of the frames as they are stored
+FROM = 256  # pixels of the frames that are collected for this
 OTHERS = ("loader", "ray data")
 
 
@@ -374,7 +374,8 @@ def peak_per_frame(own: Path, batch: int, options: argparse.Namespace) -> float:
     By an encoder of its own: what a recorded batch takes is taken when it is recorded.
     """
     encoder = Encoder(EncoderRequest(str(own), "random:0", options.precision, options.device, batch))
-    pixels = torch.zeros((batch, FROM, FROM, 3), dtype=torch.uint8, device=encoder.device)
+    frame = Store.open(options.rollouts).column("frame").shape
+    pixels = torch.zeros((batch, *frame), dtype=torch.uint8, device=encoder.device)
     encoder.encode(pixels)
     with peak_of(encoder.device) as peak:
         encoder.encode(pixels)
