@@ -17,7 +17,14 @@ import numpy as np
 import torch
 
 from pvrpipe.pipeline.decoding import Decoded, ShardReader, carried
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named, refuse_norm, suitable_threads
+from pvrpipe.pipeline.encoders import (
+    Encoder,
+    EncoderRequest,
+    device_named,
+    refuse_chance,
+    refuse_norm,
+    suitable_threads,
+)
 from pvrpipe.pipeline.memory import Need, fit, kept_memory, tried_until_it_fits
 from pvrpipe.pipeline.own import package_versions
 from pvrpipe.pipeline.transfers import download
@@ -170,7 +177,9 @@ def _loaded(store: Store, request: EncoderRequest) -> tuple[Encoder, Need]:
     encoder = Encoder(request)
     refuse_norm(encoder.network, encoder.identity, request.readout)
     shards = [entry.rows for entry in store.manifest.shards]
-    return encoder, fit(encoder, frame.shape, shards, fixed=request.batch is not None)
+    need = fit(encoder, frame.shape, shards, fixed=request.batch is not None)
+    refuse_chance(encoder, frame.shape)
+    return encoder, need
 
 
 def _compiled(encoder: Encoder, request: EncoderRequest, frame: tuple[int, ...]) -> Encoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,13 @@ from pvrpipe.pipeline.replaying import Replayed
 from pvrpipe.pipeline.weights import Random, find_weights, load_weights
 from pvrpipe.pipeline.zoo import PVRS, find_pvr, specification_at
 from pvrpipe.schemas.addresses import there_is
-from pvrpipe.schemas.errors import InvalidValueError, UnknownNameError, WeightsError, one_line
+from pvrpipe.schemas.errors import (
+    EncodingError,
+    InvalidValueError,
+    UnknownNameError,
+    WeightsError,
+    one_line,
+)
 from pvrpipe.schemas.specifications import Computation, EncoderIdentity, Recipe, WeightsIdentity
 
 Precision = Literal["fp32", "bf16"]
@@ -240,6 +247,25 @@ def refuse_norm(network: Network, identity: EncoderIdentity, asked: Readout) -> 
     if asked.final_norm is not None and not network.normed:
         raise InvalidValueError(
             f"--norm, --no-norm: {identity.name} has no final norm before its {identity.pooling}; leave it out"
+        )
+
+
+def refuse_chance(encoder: Encoder, frame: tuple[int, ...]) -> None:
+    """Refuse a network that gives a frame (H, W, 3) other embeddings each time, as dropout and random masks do.
+
+    Raises:
+        EncodingError: it does; no store of it could be made again, or finished after a kill.
+    """
+    pixels = torch.arange(math.prod(frame), device=encoder.device).remainder(251).to(torch.uint8)
+    asked, encoder.batch = encoder.batch, 1
+    try:
+        first, again = (encoder.encode(pixels.reshape(1, *frame)).clone() for _ in range(2))
+    finally:
+        encoder.batch = asked
+    if not torch.equal(first.nan_to_num(), again.nan_to_num()):
+        raise EncodingError(
+            f"{encoder.identity.name} gives the same frame another embedding each time; let its network draw nothing "
+            "at random once it is in evaluation mode"
         )
 
 

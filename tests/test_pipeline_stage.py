@@ -37,7 +37,7 @@ from pvrpipe.store.verifying import verify
 from pvrpipe.store.writing import ShardWriter
 
 from . import conftest
-from .brittle import brittle, number_of
+from .brittle import Brittle, brittle, number_of
 from .conftest import WriteStore
 
 INLINE = EmbedConfig(engine="inline")
@@ -120,6 +120,22 @@ def test_a_page_that_does_not_decode_is_named_by_its_first_frame(
     with pytest.raises(CorruptStoreError, match=rf"episode 0, step {first} cannot be read: "):
         embed(rollouts, [(brittle(tmp_path / "pvr", 64), tmp_path / "e")], INLINE)
     assert [p.stem for p in (tmp_path / "e" / "shards").glob("*.json")] == ["00001"]
+
+
+def test_a_network_that_draws_is_refused_before_anything_is_written(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Brittle.forward
+
+    def drawing(self: Brittle, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) + torch.rand(1, device=x.device)
+
+    monkeypatch.setattr(Brittle, "forward", drawing)
+    with pytest.raises(
+        EncodingError, match=r"^brittle gives the same frame another embedding each time; let"
+    ):
+        embed(rollouts, [(brittle(tmp_path / "pvr"), tmp_path / "e")], INLINE)
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(rollouts: Path, tmp_path: Path) -> None:
