@@ -14,7 +14,7 @@ from torch import Tensor
 from pvrpipe.pipeline import embedding
 from pvrpipe.pipeline.decoding import ShardReader
 from pvrpipe.pipeline.embed import EmbedConfig, embed
-from pvrpipe.pipeline.embedding import OutOfRoomError, Work
+from pvrpipe.pipeline.embedding import OutOfRoomError, Work, stored_as
 from pvrpipe.pipeline.encoders import Encoder
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, InvalidValueError, StoreError
 from pvrpipe.schemas.records import Episode
@@ -187,9 +187,7 @@ def test_halves_are_rounded_as_numpy_rounds_them() -> None:
     halves = np.sort(halves[np.isfinite(halves)]).astype(np.float32)
     between = (halves[:-1] + halves[1:]) / 2
     values = np.concatenate([halves, between, *(np.nextafter(between, np.float32(s)) for s in (-9e9, 9e9))])
-    values = values[np.abs(values) < 65520]  # from there on they would be infinite
+    values = values[np.abs(values) < 65520, None]  # from there on they would be infinite
     rows = {name: np.zeros(len(values), np.int32) for name in ("episode", "step")}
-    stored = cast_embedding(values[:, None], "float16", rows, "it", "say float32")
-    np.testing.assert_array_equal(stored[:, 0].view(np.uint16), values.astype(np.float16).view(np.uint16))
-    values.flags.writeable = False  # as what is mapped
-    np.testing.assert_array_equal(cast_embedding(values[:, None], "float16", rows, "", ""), stored)
+    stored = stored_as(values, "float16", "it", rows)
+    np.testing.assert_array_equal(stored.view(np.uint16), values.astype(np.float16).view(np.uint16))
