@@ -143,7 +143,6 @@ def test_what_bfloat16_may_do_is_measured_here_and_never_as_much_as_another_filt
 def test_of_keypoints_in_bfloat16_three_of_four_are_found_again_in_any_order() -> None:
     made = np.random.default_rng(0).standard_normal((2, 8, 128))
     made /= np.linalg.norm(made, axis=2, keepdims=True)
-    made[1, 5:] = 0  # where fewer were found
     assert agreement_of_keypoints(made[:, ::-1], made) == (pytest.approx(1), True)
     other = np.roll(made[:, ::-1], 1, axis=2)  # other descriptors, as long
     for replaced, agree in ((2, True), (3, False)):
@@ -152,6 +151,21 @@ def test_of_keypoints_in_bfloat16_three_of_four_are_found_again_in_any_order() -
         assert found == agree
         assert cosine < 0.9
     assert not agreement_of_keypoints(np.zeros_like(made), made)[1]
+
+
+def test_zeros_where_a_frame_has_fewer_keypoints_are_none_that_are_found() -> None:
+    made = np.random.default_rng(0).standard_normal((3, 4, 8, 128))
+    made /= np.linalg.norm(made, axis=3, keepdims=True)
+    more, stored, other = made
+    none = np.zeros_like(stored)
+    stored[:, 2:] = other[:, 2:] = 0  # two in each frame, and others as few
+    assert agreement_of_keypoints(stored, stored) == (pytest.approx(1), True)
+    assert agreement_of_keypoints(none, none) == (1.0, True)
+    more[:, :2] = stored[:, :2]  # all that are stored, among others
+    unlike = np.where(np.arange(4)[:, None, None] == 3, np.nan, stored)
+    for computed in (other, none, more, unlike):
+        assert not agreement_of_keypoints(computed, stored)[1]
+    assert not agreement_of_keypoints(stored, none)[1]
 
 
 def test_a_bit_of_the_weights_changed_is_a_failure_as_any_other(
