@@ -125,3 +125,25 @@ def test_what_stops_one_shard_is_raised_there_and_the_next_is_read(
                 found = frames_of(reader.batches(shard, 1))
             np.testing.assert_array_equal(found, store.read_episode(shard)["frame"])
     assert told == [failure]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_four_files_are_opened_at_once_and_no_thread_is_left(
+    threads: int, write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, opened, four = (
+        Store.open(write_rollouts((9,) * 4, shard_rows=9)),
+        Store.shard,
+        threading.Barrier(4),
+    )
+
+    def together(self: Store, index: int) -> Shard:
+        four.wait(30)
+        return opened(self, index)
+
+    monkeypatch.setattr(Store, "shard", together)
+    monkeypatch.setattr(decoding, "decoding_threads", lambda device: threads)
+    reader = ShardReader(store, torch.device("cpu"))
+    with reader.ahead([(shard, 2) for shard in range(4)]):
+        assert len(next(reader.batches(0, 2)).frames()) == 2
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("read-ahead", "open", "decode"))]

@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 from pvrpipe.cli import app
 from pvrpipe.pipeline.agreement import agreement, agreement_of_keypoints, distance, rounding
 from pvrpipe.pipeline.embed import EmbedConfig, embed
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
 from pvrpipe.pipeline.golden import check_golden
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, NotAStoreError, UnknownNameError
 from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
 
 from .conftest import WriteStore
 from .test_pipeline_embed import INLINE
+from .test_zoo_cnn import confident_r2d2
 
 
 @pytest.fixture
@@ -189,3 +192,38 @@ def test_a_bit_of_the_weights_changed_is_a_failure_as_any_other(
     told = CliRunner().invoke(app, asked)
     assert told.exit_code == 1
     assert "another encoder here" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("precision", "further", "ok"),
+    [("fp32", 0.02, False), ("bf16", 0.02, True), ("bf16", 0.06, False)],
+)
+def test_numbers_decide_where_the_encoder_is_called_the_same(
+    precision: Precision,
+    further: float,
+    ok: bool,
+    rollouts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another machine's bfloat16 may be as far away as this one's is from float32; float32 may not, and nothing far."""
+    embed(rollouts, [(EncoderRequest("resnet18", "random:0", precision, "cpu", 8), tmp_path / "e")], INLINE)
+    computed = Encoder.__call__
+
+    def elsewhere(encoder: Encoder, frames: Rows) -> Rows:
+        return computed(encoder, frames) * (1 + further * (encoder.precision == precision))
+
+    monkeypatch.setattr(Encoder, "__call__", elsewhere)
+    found = check_golden(Store.open(tmp_path / "e"), device="cpu")
+    assert (found.ok, found.differs) == (ok, "")
+
+
+def test_keypoints_in_bfloat16_may_come_in_another_order(
+    write_rollouts: WriteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, computed = str(tmp_path / "w.pt"), Encoder.__call__
+    confident_r2d2(tmp_path / "w.pt")
+    request = EncoderRequest("r2d2", weights, "bf16", "cpu", 4, readout=Readout(size=64))
+    embed(write_rollouts((3, 2), size=64), [(request, tmp_path / "e")], INLINE)
+    monkeypatch.setattr(Encoder, "__call__", lambda *given: computed(*given)[:, ::-1])
+    assert check_golden(Store.open(tmp_path / "e"), weights=weights, device="cpu").ok
