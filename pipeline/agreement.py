@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,17 +47,29 @@ def rounding(rounded: Vectors, exact: Vectors) -> float:
 def agreement_of_keypoints(a: Vectors, b: Vectors) -> tuple[float, bool]:
     """As :func:`agreement` of two sets of descriptors (N, K, D) in bfloat16, which chooses others and orders them anew.
 
-    Each of ``b`` is compared with the nearest of its frame, and :data:`FOUND` of them must be near.
+    Each of either is compared with the nearest of its frame, and :data:`FOUND` of them must be near. The zeros that
+    stand where a frame has fewer are no keypoints: they would be found by any encoder that finds as few.
     """
+    agree = bool(np.isfinite(a).all()) and _found(a, b) >= FOUND and _found(b, a) >= FOUND
+    return agreement(_nearest(a, b), b)[0], agree
+
+
+def _nearest(a: Vectors, b: Vectors) -> Vectors:
+    """For each descriptor of ``b`` the nearest of ``a`` in its frame, all (N, K, D)."""
     distances = (a**2).sum(axis=2)[:, None, :] - 2 * b @ a.transpose(0, 2, 1)
-    nearest = np.take_along_axis(a, distances.argmin(axis=2)[..., None], axis=1)
-    found = _near(_flat(np.concatenate(nearest)), _flat(np.concatenate(b)), distance(COSINE_OF_BF16))
-    return agreement(nearest, b)[0], bool(found.mean() >= FOUND)
+    return np.take_along_axis(a, distances.argmin(axis=2)[..., None], axis=1)
+
+
+def _found(a: Vectors, b: Vectors) -> float:
+    """The share of the keypoints of ``b`` that are near to one of ``a``; all, where it has none."""
+    there = b.any(axis=2)
+    near = _near(_flat(_nearest(a, b)[there]), _flat(b[there]), distance(COSINE_OF_BF16))
+    return float(near.mean()) if len(near) else 1.0
 
 
 def _flat(vectors: Vectors) -> Flat:
     """(N, …) as (N, D), in double precision."""
-    return vectors.reshape(len(vectors), -1).astype(np.float64)
+    return vectors.reshape(len(vectors), math.prod(vectors.shape[1:])).astype(np.float64)
 
 
 def _near(a: Flat, b: Flat, apart: float) -> NDArray[np.bool_]:

@@ -22,7 +22,9 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows, Shard
 
 CARRIED = ("action", "reward", "state")
-OPENED_AHEAD = 4  # shards: one thread hashes fewer frames than a GPU encodes
+OPENED_AHEAD = (
+    2  # shards: one thread may hash fewer frames than a GPU encodes; Ctrl-C waits for what is being fetched
+)
 
 
 def carried(store: Store) -> tuple[Column, ...]:
@@ -113,14 +115,17 @@ class ShardReader:
             for start in range(0, total, size):
                 yield Part(shard, start, min(size, total - start), start + size >= total, file)
 
-    def _decoded(self, part: Part) -> tuple[Part, tuple[dict[str, Rows], Tensor, float] | PvrpipeError]:
-        """The rows of a part, its frames where the device copies from, and how long that took; or what stopped it."""
+    def _decoded(self, part: Part) -> tuple[Part, tuple[dict[str, Rows], Tensor, float] | Exception]:
+        """The rows of a part, its frames where the device copies from, and how long that took; or what stopped it.
+
+        Whatever that is: raised here it would end the reading of all shards, and be told before its own is asked for.
+        """
         began = time.perf_counter()
         try:
             opened = self._opened(part)
             frames = self._upload.room((part.rows, *self._frame))
             rows = self._rows(opened, part.shard, part.start, frames.numpy())
-        except PvrpipeError as error:
+        except Exception as error:
             return part, error
         return part, (rows, frames, time.perf_counter() - began)
 

@@ -136,7 +136,7 @@ def tried_until_it_fits(encoder: Encoder, frame: tuple[int, ...], fixed: bool) -
                 raise no_room(encoder) from None
             if fixed:
                 raise _too_large(encoder) from None
-        encoder.batch //= 2
+        encoder.batch = smaller(encoder.batch)
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pvrpipe.pipeline import decoding
 from pvrpipe.pipeline.decoding import Decoded, ShardReader
+from pvrpipe.pipeline.transfers import Upload
 from pvrpipe.schemas.errors import CorruptStoreError
 from pvrpipe.store import reading
 from pvrpipe.store.files import sha256_of
@@ -95,3 +98,49 @@ def test_a_file_that_is_not_the_stores_is_hashed_once_and_stops_its_own_shard(
             list(reader.batches(0, 2))
         np.testing.assert_array_equal(frames_of(reader.batches(1, 2)), store.read_episode(1)["frame"])
     assert sorted(hashed) == ["00000", "00001"]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("no room"), RuntimeError("another")])
+def test_what_stops_one_shard_is_raised_there_and_the_next_is_read(
+    threads: int, failure: Exception, write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that frames are decoded into may be short once, far ahead of who is told."""
+    store, room, asked = Store.open(write_rollouts((9, 9, 9), shard_rows=9)), Upload.room, itertools.count()
+
+    def short_once(upload: Upload, shape: tuple[int, ...]) -> Tensor:
+        if next(asked) == 6:
+            raise failure
+        return room(upload, shape)
+
+    monkeypatch.setattr(Upload, "room", short_once)
+    monkeypatch.setattr(decoding, "decoding_threads", lambda device: threads)
+    reader, told = ShardReader(store, torch.device("cpu")), list[Exception]()
+    with reader.ahead([(shard, 2) for shard in range(3)]):
+        for shard in range(3):
+            try:
+                found = frames_of(reader.batches(shard, 2))
+            except type(failure) as error:
+                told.append(error)
+                found = frames_of(reader.batches(shard, 1))
+            np.testing.assert_array_equal(found, store.read_episode(shard)["frame"])
+    assert told == [failure]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_files_are_opened_ahead_and_at_once_and_no_thread_is_left(
+    threads: int, write_rollouts: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, opened = Store.open(write_rollouts((9, 9), shard_rows=9)), Store.shard
+    both = threading.Barrier(2)
+
+    def together(self: Store, index: int) -> Shard:
+        both.wait(60)
+        return opened(self, index)
+
+    monkeypatch.setattr(Store, "shard", together)
+    monkeypatch.setattr(decoding, "decoding_threads", lambda device: threads)
+    reader = ShardReader(store, torch.device("cpu"))
+    with reader.ahead([(shard, 2) for shard in range(2)]):
+        assert len(next(reader.batches(0, 2)).frames()) == 2
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("read-ahead", "open", "decode"))]

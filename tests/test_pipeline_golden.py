@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 from pvrpipe.cli import app
 from pvrpipe.pipeline.agreement import agreement, agreement_of_keypoints, distance, rounding
 from pvrpipe.pipeline.embed import EmbedConfig, embed
-from pvrpipe.pipeline.encoders import Encoder, EncoderRequest
+from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, Precision
 from pvrpipe.pipeline.golden import check_golden
+from pvrpipe.pipeline.readout import Readout
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, NotAStoreError, UnknownNameError
 from pvrpipe.store.reading import Store
+from pvrpipe.store.shards import Rows
 
 from .conftest import WriteStore
 from .test_pipeline_embed import INLINE
+from .test_zoo_cnn import confident_r2d2
 
 
 @pytest.fixture
@@ -143,7 +146,6 @@ def test_what_bfloat16_may_do_is_measured_here_and_never_as_much_as_another_filt
 def test_of_keypoints_in_bfloat16_three_of_four_are_found_again_in_any_order() -> None:
     made = np.random.default_rng(0).standard_normal((2, 8, 128))
     made /= np.linalg.norm(made, axis=2, keepdims=True)
-    made[1, 5:] = 0  # where fewer were found
     assert agreement_of_keypoints(made[:, ::-1], made) == (pytest.approx(1), True)
     other = np.roll(made[:, ::-1], 1, axis=2)  # other descriptors, as long
     for replaced, agree in ((2, True), (3, False)):
@@ -152,6 +154,21 @@ def test_of_keypoints_in_bfloat16_three_of_four_are_found_again_in_any_order() -
         assert found == agree
         assert cosine < 0.9
     assert not agreement_of_keypoints(np.zeros_like(made), made)[1]
+
+
+def test_zeros_where_a_frame_has_fewer_keypoints_are_none_that_are_found() -> None:
+    made = np.random.default_rng(0).standard_normal((3, 4, 8, 128))
+    made /= np.linalg.norm(made, axis=3, keepdims=True)
+    more, stored, other = made
+    none = np.zeros_like(stored)
+    stored[:, 2:] = other[:, 2:] = 0  # two in each frame, and others as few
+    assert agreement_of_keypoints(stored, stored) == (pytest.approx(1), True)
+    assert agreement_of_keypoints(none, none) == (1.0, True)
+    more[:, :2] = stored[:, :2]  # all that are stored, among others
+    unlike = np.where(np.arange(4)[:, None, None] == 3, np.nan, stored)
+    for computed in (other, none, more, unlike):
+        assert not agreement_of_keypoints(computed, stored)[1]
+    assert not agreement_of_keypoints(stored, none)[1]
 
 
 def test_a_bit_of_the_weights_changed_is_a_failure_as_any_other(
@@ -175,3 +192,38 @@ def test_a_bit_of_the_weights_changed_is_a_failure_as_any_other(
     told = CliRunner().invoke(app, asked)
     assert told.exit_code == 1
     assert "another encoder here" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("precision", "further", "ok"),
+    [("fp32", 0.02, False), ("bf16", 0.02, True), ("bf16", 0.06, False)],
+)
+def test_numbers_decide_where_the_encoder_is_called_the_same(
+    precision: Precision,
+    further: float,
+    ok: bool,
+    rollouts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another machine's bfloat16 may be as far away as this one's is from float32; float32 may not, and nothing far."""
+    embed(rollouts, [(EncoderRequest("resnet18", "random:0", precision, "cpu", 8), tmp_path / "e")], INLINE)
+    computed = Encoder.__call__
+
+    def elsewhere(encoder: Encoder, frames: Rows) -> Rows:
+        return computed(encoder, frames) * (1 + further * (encoder.precision == precision))
+
+    monkeypatch.setattr(Encoder, "__call__", elsewhere)
+    found = check_golden(Store.open(tmp_path / "e"), device="cpu")
+    assert (found.ok, found.differs) == (ok, "")
+
+
+def test_keypoints_in_bfloat16_may_come_in_another_order(
+    write_rollouts: WriteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, computed = str(tmp_path / "w.pt"), Encoder.__call__
+    confident_r2d2(tmp_path / "w.pt")
+    request = EncoderRequest("r2d2", weights, "bf16", "cpu", 4, readout=Readout(size=64))
+    embed(write_rollouts((3, 2), size=64), [(request, tmp_path / "e")], INLINE)
+    monkeypatch.setattr(Encoder, "__call__", lambda *given: computed(*given)[:, ::-1])
+    assert check_golden(Store.open(tmp_path / "e"), weights=weights, device="cpu").ok
