@@ -22,9 +22,7 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows, Shard
 
 CARRIED = ("action", "reward", "state")
-OPENED_AHEAD = (
-    2  # shards: one thread may hash fewer frames than a GPU encodes; Ctrl-C waits for what is being fetched
-)
+OPENED_AHEAD = 2  # shards: one thread may hash fewer frames than a GPU encodes; Ctrl-C waits for both
 
 
 def carried(store: Store) -> tuple[Column, ...]:
