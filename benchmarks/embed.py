@@ -15,7 +15,7 @@ ray data    map_batches over the same PNGs, one actor that preprocesses a batch 
             only from its first batch to its last, without Ray's start and end
 On a CPU, bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak``
 is the share of the rate of a large matrix product on the same device in the same precision; a pass is the whole store,
-from nothing to its last commit. Of a store of four shards or more, ``on its way`` is pvrpipe without that beginning and
+from nothing to its last commit. Of a store of four shards or more, ``on its way`` is a pass without that beginning and
 end: from the commit of the first shard to the last commit but one. For a GPU, give a store of many frames with
 ``--rollouts``; ``--compile`` is what the stage does by itself where there are a million of them.
 """
@@ -125,7 +125,9 @@ def measure(
         memory, work = peak_per_frame(own, encoder.batch, options), operations(encoder, size)
         for way in ways.values():
             way()
-        one.on_its_way.clear()
+        passes = {name: way for name, way in ways.items() if isinstance(way, Pass)}
+        for way in passes.values():
+            way.on_its_way.clear()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, way in ways.items():
@@ -133,7 +135,7 @@ def measure(
     count = options.frames
     done = {"pvrpipe 3": 3 * count, "bare": -(-count // encoder.batch) * encoder.batch}
     rates = {name: [done.get(name, count) / s for s in taken] for name, taken in seconds.items()}
-    rates |= {"on its way": one.on_its_way} if one.on_its_way else {}
+    rates |= {f"{n}, on its way": way.on_its_way for n, way in passes.items() if way.on_its_way}
     rows = []
     for name, rate in rates.items():
         ratio = statistics.median(r / b for r, b in zip(rate, rates["bare"], strict=True))
@@ -151,7 +153,7 @@ def measure(
             "compiled": encoder.compiled,
         }
         print(
-            f"{network:>9} {size:>4} px  {name:<10} {row['frames_per_second']:>9.2f} frames/s  {ratio:>6.3f} of bare"
+            f"{network:>9} {size:>4} px  {name:<21} {row['frames_per_second']:>9.2f} frames/s  {ratio:>6.3f} of bare"
             f"  {row['of_peak']:>6.3f} of peak  {memory:>8.0f} kB a frame in flight, {encoder.batch} in a batch",
             flush=True,
         )
@@ -204,14 +206,15 @@ class Pass:
         self.embedder = embedder
         self.shards = [shard.rows for shard in embedder.store.manifest.shards]
         self.on_its_way: list[float] = []
-        """frames/s of each pass while neither the first shard nor the end of the last is in it"""
+        """embeddings/s of each pass while neither the first shard nor the end of the last is in it"""
 
     def __call__(self) -> None:
         """One pass."""
         # A shard's outcome comes when the shard after it is encoded and it is committed itself.
         told = [time.perf_counter() for _ in self.embedder.each(range(len(self.shards)))]
         if len(told) > 3:
-            self.on_its_way.append(sum(self.shards[2:]) / (told[-2] - told[0]))
+            encoded = sum(self.shards[2:]) * len(self.embedder.targets)
+            self.on_its_way.append(encoded / (told[-2] - told[0]))
 
 
 def bare(encoder: Encoder, options: argparse.Namespace) -> Callable[[], None]:
