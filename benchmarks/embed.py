@@ -15,8 +15,8 @@ ray data    map_batches over the same PNGs, one actor that preprocesses a batch 
             only from its first batch to its last, without Ray's start and end
 On a CPU, bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak``
 is the share of the rate of a large matrix product on the same device in the same precision; a pass is the whole store,
-from nothing to its last commit. Of a store of four shards or more, ``on its way`` is a pass without that beginning and
-end: from the commit of the first shard to the last commit but one. For a GPU, give a store of many frames with
+from nothing to its last commit. Of a store of five shards or more, ``on its way`` is a pass without that beginning and
+end: from the first shard's outcome to the last frame. For a GPU, give a store of many frames with
 ``--rollouts``; ``--compile`` is what the stage does by itself where there are a million of them.
 """
 
@@ -45,7 +45,7 @@ from torchvision import transforms
 
 from pvrpipe.pipeline import drafting
 from pvrpipe.pipeline.drafting import EmbedConfig, draft, made_by
-from pvrpipe.pipeline.embedding import ShardEmbedder, Target
+from pvrpipe.pipeline.embedding import COMMITS, ShardEmbedder, Target
 from pvrpipe.pipeline.encoders import CPU_THREADS, Encoder, EncoderRequest, device_named, exact
 from pvrpipe.pipeline.memory import peak_of
 from pvrpipe.pipeline.preprocessing import preprocess
@@ -210,11 +210,11 @@ class Pass:
 
     def __call__(self) -> None:
         """One pass."""
-        # A shard's outcome comes when the shard after it is encoded and it is committed itself.
+        # A shard's outcome comes when it is committed, and so many shards after it are encoded.
         told = [time.perf_counter() for _ in self.embedder.each(range(len(self.shards)))]
-        if len(told) > 3:
-            encoded = sum(self.shards[2:]) * len(self.embedder.targets)
-            self.on_its_way.append(encoded / (told[-2] - told[0]))
+        if len(told) > COMMITS + 2:
+            encoded = sum(self.shards[1 + COMMITS :]) * len(self.embedder.targets)
+            self.on_its_way.append(encoded / (told[-1 - COMMITS] - told[0]))
 
 
 def bare(encoder: Encoder, options: argparse.Namespace) -> Callable[[], None]:

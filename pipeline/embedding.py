@@ -34,6 +34,8 @@ from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.writing import ShardWriter
 
+COMMITS = 2  # shards that are committed while another is encoded; each holds what its disk lacks
+
 
 @dataclass(frozen=True)
 class Target:
@@ -119,25 +121,24 @@ class ShardEmbedder:
         return outcome
 
     def each(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
-        """As :meth:`attempt` on each, in order; while one is encoded, the last is committed and the next is read.
+        """As :meth:`attempt` on each, in order; while one is encoded, those before are committed, the next is read.
 
-        To commit is to wait for the disk: in a thread of its own, or the next shard's embeddings would wait for it
+        To commit is to wait for the disk: in threads of their own, or the next shard's embeddings would wait for it
         too, and with them the device.
         """
         with (
             ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
-            ThreadPoolExecutor(1, thread_name_prefix="commit") as committing,
+            ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as committing,
             kept_memory(self.encoders[0].device),
             self._reader.ahead([(shard, self._largest(shard)) for shard in shards]),
         ):
-            before: Future[ShardOutcome] | None = None
+            committed: deque[Future[ShardOutcome]] = deque()
             for shard in shards:
-                committed = self._attempted(shard, writing, committing)
-                if before is not None:
-                    yield before.result()
-                before = committed
-            if before is not None:
-                yield before.result()
+                committed.append(self._attempted(shard, writing, committing))
+                if len(committed) > COMMITS:
+                    yield committed.popleft().result()
+            while committed:
+                yield committed.popleft().result()
 
     def _largest(self, shard: int) -> int:
         """Rows of a shard that are read at a time: what the largest batch takes of those that it is embedded in."""

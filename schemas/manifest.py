@@ -160,8 +160,8 @@ class Moments(Frozen):
     """Count, mean and sum of squared deviations of the training rows, per element, in float64."""
 
     count: Count
-    mean: tuple[float, ...]
-    m2: tuple[float, ...]
+    mean: tuple[Finite, ...]
+    m2: tuple[Finite, ...]
 
 
 class Written(Frozen):

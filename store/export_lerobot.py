@@ -23,11 +23,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pvrpipe.schemas.manifest import Column, Moments
+from pvrpipe.schemas.manifest import Column
 from pvrpipe.schemas.progress import Progress
 from pvrpipe.store.columns import BOUNDS, column
 from pvrpipe.store.export_tables import as_lists, is_image, list_type
-from pvrpipe.store.moments import merged, moments_of, statistics_of
+from pvrpipe.store.moments import RunningMoments, statistics_of
 from pvrpipe.store.selection import Selection
 from pvrpipe.store.shards import Rows
 
@@ -68,7 +68,7 @@ class FeatureStatistics:
     """Mean, deviation and range of a feature over all frames; of images per channel, between 0 and 1."""
 
     def __init__(self) -> None:
-        self._moments: Moments | None = None
+        self._moments: RunningMoments | None = None
         self._range: tuple[Rows, Rows] | None = None
         self._image = False
 
@@ -76,8 +76,8 @@ class FeatureStatistics:
         """The rows (n, ...) of one episode."""
         self._image = rows.dtype == np.uint8 and rows.ndim == 4
         flat = _sampled(rows) if self._image else rows.reshape(len(rows), -1).astype(np.float64)
-        found = moments_of(flat)
-        self._moments = found if self._moments is None else merged((self._moments, found))
+        self._moments = self._moments or RunningMoments(flat.shape[-1])
+        self._moments.add(flat)
         low, high = flat.min(axis=0), flat.max(axis=0)
         if self._range is not None:
             low, high = np.minimum(low, self._range[0]), np.maximum(high, self._range[1])
@@ -87,7 +87,7 @@ class FeatureStatistics:
         """As ``stats.json`` has it; per channel means (C, 1, 1)."""
         assert self._moments is not None
         assert self._range is not None
-        known = statistics_of(self._moments)
+        known = statistics_of(self._moments.told())
         values: dict[str, Any] = {
             "mean": known.mean,
             "std": known.std,

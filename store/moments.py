@@ -10,29 +10,45 @@ from numpy.typing import NDArray
 from pvrpipe.schemas.manifest import ColumnStatistics, Moments
 
 
-def moments_of(rows: NDArray[np.generic]) -> Moments:
-    """Moments per element of the last axis; rows (N, D), or tokens (N, K, D) taken as N·K rows of D."""
-    flat = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
-    if not len(flat):
-        return Moments(count=0, mean=(0.0,) * rows.shape[-1], m2=(0.0,) * rows.shape[-1])
-    mean = flat.mean(axis=0)
-    flat -= mean  # in place: fresh memory for each step takes six times as long
-    np.square(flat, out=flat)
-    return Moments(count=len(flat), mean=tuple(mean.tolist()), m2=tuple(flat.sum(axis=0).tolist()))
+class RunningMoments:
+    """Moments per element of the last axis, of rows that come in parts; their order decides the last bits."""
+
+    def __init__(self, width: int) -> None:
+        self._count, self._mean, self._m2 = 0, np.zeros(width), np.zeros(width)
+
+    def add(self, rows: NDArray[np.generic]) -> None:
+        """Rows (N, D), or tokens (N, K, D) taken as N·K rows of D."""
+        flat = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
+        if not len(flat):
+            return
+        mean = flat.mean(axis=0)
+        flat -= mean  # in place: fresh memory for each step takes six times as long
+        np.square(flat, out=flat)
+        self._merge(len(flat), mean, flat.sum(axis=0))
+
+    def merge(self, part: Moments) -> None:
+        """All rows of a part that was counted elsewhere."""
+        if part.count:
+            self._merge(part.count, np.asarray(part.mean), np.asarray(part.m2))
+
+    def told(self) -> Moments:
+        """Of all rows so far."""
+        return Moments(count=self._count, mean=tuple(self._mean.tolist()), m2=tuple(self._m2.tolist()))
+
+    def _merge(self, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> None:
+        delta, total = mean - self._mean, self._count + count
+        self._mean = self._mean + delta * (count / total)
+        self._m2 = self._m2 + m2 + np.square(delta) * (self._count * count / total)
+        self._count = total
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """The moments of all rows together; the order of the parts decides the last bits."""
-    parts = list(parts)
-    count, mean, m2 = 0, np.zeros(len(parts[0].mean)), np.zeros(len(parts[0].mean))
-    for part in parts:
-        if part.count:
-            delta = np.asarray(part.mean) - mean
-            total = count + part.count
-            mean = mean + delta * (part.count / total)
-            m2 = m2 + np.asarray(part.m2) + np.square(delta) * (count * part.count / total)
-            count = total
-    return Moments(count=count, mean=tuple(mean.tolist()), m2=tuple(m2.tolist()))
+    """The moments of the rows of all parts together."""
+    first, *rest = parts
+    running = RunningMoments(len(first.mean))
+    for part in (first, *rest):
+        running.merge(part)
+    return running.told()
 
 
 def statistics_of(moments: Moments) -> ColumnStatistics:

@@ -17,7 +17,7 @@ from pvrpipe.store.episodes import episode_rows
 from pvrpipe.store.files import sha256_of
 from pvrpipe.store.golden import read_golden
 from pvrpipe.store.layout import COMMITTED, GOLDEN, MANIFEST, files_of, read_commit, read_manifest, shard_file
-from pvrpipe.store.moments import merged, moments_of, statistics_of
+from pvrpipe.store.moments import RunningMoments, statistics_of
 from pvrpipe.store.places import Place, place_of
 from pvrpipe.store.planning import split_in
 from pvrpipe.store.reading import Store
@@ -257,12 +257,12 @@ def _statistics(store: Store, commits: dict[int, ShardCommit]) -> Iterator[Failu
     """Mean and standard deviation, from the rows themselves."""
     records = [r for i in sorted(commits) for r in commits[i].episodes]
     for name, promised in store.manifest.statistics.items():
-        parts = [moments_of(store.shard(0).rows(name, 0, 0))]  # there may be no training rows
+        running = RunningMoments(store.column(name).shape[-1])
         for record in records:
             if record.split == "train":
                 rows = store.shard(record.shard).rows(name, record.row_start, record.rows)
-                parts.append(moments_of(rows[:-1] if name == "action" else rows))
-        found = statistics_of(merged(parts))
+                running.add(rows[:-1] if name == "action" else rows)
+        found = statistics_of(running.told())
         for field in ("mean", "std"):
             values = getattr(found, field), getattr(promised, field)
             if len(values[0]) != len(values[1]) or not np.allclose(*values, rtol=1e-6, atol=1e-9):

@@ -16,7 +16,7 @@ from pvrpipe.schemas.differences import differences
 from pvrpipe.schemas.errors import InvalidValueError, RunError
 from pvrpipe.schemas.manifest import ColumnStatistics
 from pvrpipe.schemas.specifications import EncoderIdentity, Tuning
-from pvrpipe.store.moments import merged, moments_of, statistics_of
+from pvrpipe.store.moments import RunningMoments, statistics_of
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.runs import RunRecord
 
@@ -63,11 +63,11 @@ def moments_before(backbone: nn.Module, store: Store) -> ColumnStatistics:
     train = store.episodes.filter(store.episodes["split"] == "train")
     episodes = train[:: -(-len(train) // MOMENT_EPISODES)]
     every = -(-int(episodes["rows"].sum()) // MOMENT_ROWS)
-    parts = []
+    running = RunningMoments(embedding_shape(backbone, store)[-1])
     for number in episodes["episode"]:
         frames = torch.from_numpy(store.read_episode(number, ("frame",))["frame"][::every])
-        parts.append(moments_of(backbone(frames.to(device_of(backbone))).float().cpu().numpy()))
-    return statistics_of(merged(parts))
+        running.add(backbone(frames.to(device_of(backbone))).float().cpu().numpy())
+    return statistics_of(running.told())
 
 
 def check_backbone(run: RunRecord, backbone: nn.Module | None) -> None:
