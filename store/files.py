@@ -18,6 +18,7 @@ from pvrpipe.schemas.addresses import refuse_url
 from pvrpipe.schemas.errors import DiskError, StoreBusyError, StoreError
 
 FILES_OPEN = "too many files are open; raise the limit with `ulimit -n 4096`"
+HASHED_AT_ONCE = 4 << 20  # bytes
 TEMPORARY = ".tmp-"  # marks files that a crash may leave behind; the next writer removes them
 TENSORS = ".tmp" + "[0-9A-Za-z]" * 6  # what safetensors writes to, before the name that it was given
 
@@ -68,9 +69,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Sha256 of a file, read in pieces."""
-    with read_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Sha256 of a file, read in pieces; hashlib's own are of 256 KiB, for each of which a thread waits its turn."""
+    digest = hashlib.sha256()
+    with read_errors(path), path.open("rb", buffering=0) as file:
+        piece = memoryview(bytearray(min(HASHED_AT_ONCE, os.fstat(file.fileno()).st_size) or 1))
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
 
 
 def left_behind(path: Path) -> list[Path]:
