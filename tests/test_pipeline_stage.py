@@ -277,6 +277,30 @@ def test_ctrl_c_while_a_thread_begins_to_read_ahead_leaves_none(monkeypatch: pyt
         assert not left.is_alive()
 
 
+def test_two_shards_are_committed_at_a_time_and_told_of_in_order(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, both = ShardWriter.commit, threading.Barrier(2, timeout=60)
+
+    def waiting(self: ShardWriter, *arguments: object, **named: object) -> ShardCommit:
+        both.wait()  # until both are to be committed
+        if self.plan.shard % 2 == 0:
+            both.wait()  # until the later one is
+        made: ShardCommit = commit(self, *arguments, **named)
+        if self.plan.shard % 2:
+            both.wait()
+        return made
+
+    monkeypatch.setattr(ShardWriter, "commit", waiting)
+    store, folder = Store.open(rollouts), tmp_path / "e"
+    made = draft(store, brittle(tmp_path / "pvr"), folder, INLINE)
+    shards = range(len(store.manifest.shards))
+    with PendingStore.begin(folder, made.manifest):
+        target = Target(made.request, folder, made.manifest, made_by(made.manifest), frozenset(shards))
+        outcomes = list(ShardEmbedder(rollouts, [target]).each(shards))
+    assert [(o.shard, o.failures) for o in outcomes] == [(shard, []) for shard in shards]
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_store_whatever_the_engine_and_measures_its_batch(
     rollouts: Path, tmp_path: Path
