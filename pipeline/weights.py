@@ -58,7 +58,7 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
     Raises:
         WeightsError: they cannot be had; the message names ``--weights``.
     """
-    if weights.startswith("random"):
+    if weights.startswith("random:") or re.fullmatch(r"random\d*", weights):  # random_init.pt is a file
         seed = weights.removeprefix("random").removeprefix(":")
         if not seed.isdecimal() or int(seed) >= 2**63:
             raise WeightsError(

@@ -238,8 +238,11 @@ def test_weights_that_cannot_be_had_name_the_option(monkeypatch: pytest.MonkeyPa
     assert "\n" not in str(caught.value)
     with pytest.raises(WeightsError, match="there is no file"):
         Encoder(EncoderRequest("vc1", str(tmp_path / "nowhere.bin"), device="cpu"))
-    with pytest.raises(WeightsError, match="random:SEED"):
-        Encoder(EncoderRequest("vc1", "random", device="cpu"))
+    with pytest.raises(WeightsError, match=r"there is no file random_init\.pt"):
+        Encoder(EncoderRequest("vc1", "random_init.pt", device="cpu"))
+    for unseeded in ("random", "random:", "random:x"):
+        with pytest.raises(WeightsError, match="random:SEED"):
+            Encoder(EncoderRequest("vc1", unseeded, device="cpu"))
     with pytest.raises(WeightsError, match="below 2\\^63"):
         Encoder(EncoderRequest("vc1", f"random:{2**63}", device="cpu"))
     with pytest.raises(UnknownNameError, match="unknown device 'mps'; nearest: auto, cpu, cuda"):
