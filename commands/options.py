@@ -113,10 +113,11 @@ def environment_of(store: str) -> str:
 
 def pvr_label(pvr: str, weights: str, readout: Readout) -> str:
     """A folder's name for an encoder: an own one by what it is, read out how, a random one as what it is."""
+    from pvrpipe.pipeline.weights import asks_for_random
     from pvrpipe.pipeline.zoo import find_pvr
 
     name = find_pvr(pvr).name.replace(":", "-").replace("/", "-")
-    return name + readout.label + ("-" + weights if weights.startswith("random") else "")
+    return name + readout.label + ("-" + weights if asks_for_random(weights) else "")
 
 
 def check_engine(engine: str, address: str | None, workers: int | None = None, device: str = "auto") -> None:

@@ -19,7 +19,7 @@ from pvrpipe.commands.training_options import log_every
 from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pretraining import PretrainConfig
 from pvrpipe.pipeline.readout import Readout
-from pvrpipe.pipeline.weights import WeightsFile, find_weights
+from pvrpipe.pipeline.weights import WeightsFile, asks_for_random, find_weights
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.rollouts.collect import CollectConfig
 from pvrpipe.schemas.errors import PvrpipeError
@@ -197,7 +197,7 @@ def _encoded(study: Study, workspace: Workspace, trained: Look, look: Look) -> I
 
 def _whose(name: str, weights: str) -> str:
     """Which weights, where they are not the published ones, so that no store of one's own is taken for another."""
-    if weights.startswith("random"):
+    if asks_for_random(weights):
         return ""
     try:
         source = find_pvr(name).source

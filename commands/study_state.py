@@ -12,6 +12,7 @@ from typing import Any
 import pvrpipe
 from pvrpipe.commands.study_plan import Encoded, Look, Plan
 from pvrpipe.commands.terminal import note
+from pvrpipe.pipeline.weights import asks_for_random
 from pvrpipe.pipeline.zoo import find_pvr
 from pvrpipe.schemas.errors import PvrpipeError, one_line
 from pvrpipe.schemas.study_record import RECORD, STUDIES, StoreRecord, StudyRecord, read_record
@@ -144,7 +145,7 @@ def _representation(each: Encoded) -> dict[str, Any]:
         return about
     pvr = find_pvr(each.request.pvr)
     wanted = ("language", "sequential", "diverse")
-    random = each.request.weights.startswith("random")
+    random = asks_for_random(each.request.weights)
     properties = {name: getattr(pvr.properties, name) and not random for name in wanted}
     return {**about, "vit": pvr.is_transformer, "random_weights": random, **properties}
 

@@ -47,6 +47,11 @@ class WeightsFile:
     """whether it must be the file whose hash the specification gives; not where another was asked for by path"""
 
 
+def asks_for_random(weights: str) -> bool:
+    """Whether ``--weights`` means weights that nobody trained; random_init.pt is a file."""
+    return weights.startswith("random:") or re.fullmatch(r"random\d*", weights) is not None
+
+
 def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
     """The weights that ``--weights`` means.
 
@@ -58,7 +63,7 @@ def find_weights(pvr: Pvr, weights: str, asked: str) -> Random | WeightsFile:
     Raises:
         WeightsError: they cannot be had; the message names ``--weights``.
     """
-    if weights.startswith("random:") or re.fullmatch(r"random\d*", weights):  # random_init.pt is a file
+    if asks_for_random(weights):
         seed = weights.removeprefix("random").removeprefix(":")
         if not seed.isdecimal() or int(seed) >= 2**63:
             raise WeightsError(
