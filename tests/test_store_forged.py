@@ -55,7 +55,7 @@ def test_a_forged_episode_table_or_commit_record_is_refused(
         folder = write_rollouts(name=f"forged-{Path(name).stem}")
         data = (folder / name).read_bytes()
         if name.endswith(".json"):
-            (folder / name).write_bytes(data.replace(b'"rows": 42', b'"rows": 43'))
+            (folder / name).write_bytes(data.replace(b'"rows":42', b'"rows":43'))
         else:
             (folder / name).write_bytes(data[:-9] + b"x" + data[-8:])
             copy_to(folder, "memory://forged")
