@@ -114,7 +114,7 @@ class EpisodeRecord(Frozen):
     row_start: Count  # first row within the shard
     rows: Annotated[int, Field(ge=2, lt=1 << 31)]  # L + 1
     length: Annotated[int, Field(ge=1, lt=1 << 31)]  # L
-    episode_return: float
+    episode_return: Finite
     seed: Count
     policy: str
     variation: str

@@ -126,6 +126,7 @@ def test_deep_or_broken_json(write_rollouts: WriteStore, text: str) -> None:
         {"rows": pl.col("rows") + 1_000_000},
         {"rows": -pl.col("rows")},
         {"length": pl.col("length") + 3},
+        {"episode_return": pl.lit(np.nan)},
         {"episode": pl.col("episode").reverse()},
         {"split": pl.lit(1)},
         {"terminated": pl.lit(None, pl.Boolean)},
