@@ -94,6 +94,7 @@ def put(*keys: Any, value: Any) -> Any:
         put("format_version", value="1; import os"),
         put("state", value="sealed?"),
         put("plan", value=[]),
+        put("statistics", "reward", value={"count": 1, "mean": [0.0], "std": [1.0]}),
         put("surprise", value={"__reduce__": ["os.system", "true"]}),
     ],
 )
