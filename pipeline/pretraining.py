@@ -134,11 +134,13 @@ def pretrain(
     overwrite: bool = False,
     progress: Progress = silent,
     device: str = "cpu",
+    again: bool = False,
 ) -> PretrainResult:
     """Train an encoder on the frames of the ``train`` episodes and write it as a PVR.
 
     A folder is a PVR once its ``pvr.json`` is there, which is written last. A killed training goes on from its last
-    checkpoint and ends with the same weights: what update u draws follows from the seed and u alone.
+    checkpoint and ends with the same weights: what update u draws follows from the seed and u alone. Done ``again`` for
+    a worker that died, it overwrites nothing: what is there by now is that worker's.
 
     Raises:
         NotAStoreError: there are no frames to train on.
@@ -157,7 +159,7 @@ def pretrain(
             "device": computes_on.type,
         }
         _refuse_other_files(out)
-        if overwrite:
+        if overwrite and not again:
             for name in (SPEC_FILE, CHECKPOINT_FILE):
                 (out / name).unlink(missing_ok=True)
         report, resumed = _finished(out, asked), config.updates

@@ -41,7 +41,7 @@ class _Actor:
         self._embedder: ShardEmbedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Shards in a row, so that one is read and one committed while another is encoded.
+        """Shards in a row, so that others are read and committed while one is encoded.
 
         Where a worker died at any of them, one after the other: what it dies at again is then known.
         """
@@ -113,7 +113,7 @@ def run_one(work: Callable[..., R], address: str | None, device: str, progress: 
     """One piece of work on a worker of the cluster; begun again where its process or node dies.
 
     Args:
-        work: takes ``progress``.
+        work: takes ``progress``, and ``again``: whether a worker that died had begun it.
         address: as of :func:`run_on_ray`.
         device: that it computes on; a GPU is asked of the cluster for ``cuda``, and for ``auto`` where it has any.
         progress: told what the work tells.
@@ -139,10 +139,15 @@ def run_one(work: Callable[..., R], address: str | None, device: str, progress: 
 
 
 class _Told:
-    """The last that a worker said of its progress."""
+    """What a worker said of its progress last, and whether it is the first to work."""
 
     def __init__(self) -> None:
         self._last: tuple[float, float, str] | None = None
+        self._begun = False
+
+    def begin(self) -> bool:
+        before, self._begun = self._begun, True
+        return before
 
     def tell(self, *progress: Any) -> None:
         self._last = progress
@@ -155,7 +160,7 @@ def _telling(work: Callable[..., R], told: Any) -> R:
     def tell(done: float, total: float, note: str = "") -> None:
         told.tell.remote(done, total, note)
 
-    return work(progress=tell)
+    return work(progress=tell, again=ray.get(told.begin.remote()))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ Dtype = Literal["uint8", "int32", "float16", "float32", "float64", "bool"]
 Axis = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Squared = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Batch = Annotated[int | None, Field(ge=1, lt=1 << 31, exclude_if=lambda batch: batch is None)]
 ValueName = Annotated[str, Field(pattern=r"^(success|factor_[a-z][a-z0-9_]{0,55})$")]
 First = (
@@ -53,9 +54,11 @@ class Column(Frozen):
 
     @model_validator(mode="after")
     def _is_of_a_size(self) -> Column:
-        """A row of more than 2 GiB is nobody's."""
+        """A row of more than 2 GiB is nobody's, nor is an action of no width."""
         if math.prod(self.shape) * np.dtype(self.dtype).itemsize >= 1 << 31:
             raise ValueError(f"a row of column '{self.name}' takes 2 GiB or more")
+        if not self.shape and self.name in ("action", "embedding"):  # whose elements have statistics
+            raise ValueError(f"column '{self.name}' is no vector")
         return self
 
     @property
@@ -114,7 +117,7 @@ class EpisodeRecord(Frozen):
     row_start: Count  # first row within the shard
     rows: Annotated[int, Field(ge=2, lt=1 << 31)]  # L + 1
     length: Annotated[int, Field(ge=1, lt=1 << 31)]  # L
-    episode_return: float
+    episode_return: Finite
     seed: Count
     policy: str
     variation: str
@@ -161,7 +164,13 @@ class Moments(Frozen):
 
     count: Count
     mean: tuple[Finite, ...]
-    m2: tuple[Finite, ...]
+    m2: tuple[Squared, ...]
+
+    @model_validator(mode="after")
+    def _is_of_one_width(self) -> Self:
+        if len(self.mean) != len(self.m2):
+            raise ValueError("its means and deviations are not of the same elements")
+        return self
 
 
 class Written(Frozen):

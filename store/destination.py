@@ -18,6 +18,7 @@ from pvrpipe.store.layout import (
     REVISIONS,
     SHARDS,
     StoreFile,
+    parse_commit,
     parse_manifest,
 )
 from pvrpipe.store.places import Place, Url, filesystem, patiently, reaching
@@ -173,7 +174,7 @@ def _refuse_others(destination: Destination, manifest: Manifest, own: set[str], 
 def published(
     destination: Destination, file: StoreFile, local: Path, held: dict[str, int], overwrite: bool
 ) -> bool:
-    """Whether a small file, such as a commit record, is there, byte for byte.
+    """Whether a small file is there: byte for byte, or of a commit record, which has no hash, what it says.
 
     Raises:
         OutputExistsError: the commit record of another store is.
@@ -182,7 +183,12 @@ def published(
         return False
     if held[file.name] == local.stat().st_size and destination.read(file.name) == local.read_bytes():
         return True
-    if file.entry is not None and not overwrite:
+    if file.entry is None:
+        return False
+    there = parse_commit(destination.read(file.name))
+    if there is not None and there == parse_commit(local.read_bytes()):
+        return True  # they were indented once
+    if not overwrite:
         raise OutputExistsError(f"{destination.place} holds {file.name} of another store; {CURE}")
     return False
 

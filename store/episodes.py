@@ -113,6 +113,8 @@ def _problem(table: pl.DataFrame, manifest: Manifest) -> str | None:
         return "does not number the episodes in order"
     if (table["rows"] != table["length"] + 1).any() or (table["length"] < 1).any():
         return "has an episode whose rows are not its length and one"
+    if not table["episode_return"].is_finite().all():
+        return "has an episode whose return is not finite"
     shards = pl.DataFrame(
         {
             "shard": list(range(len(manifest.shards))),

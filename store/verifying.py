@@ -257,6 +257,9 @@ def _statistics(store: Store, commits: dict[int, ShardCommit]) -> Iterator[Failu
     """Mean and standard deviation, from the rows themselves."""
     records = [r for i in sorted(commits) for r in commits[i].episodes]
     for name, promised in store.manifest.statistics.items():
+        if not store.column(name).shape:
+            yield Failure("store.json", f"has statistics of '{name}', which is no vector")
+            continue
         running = RunningMoments(store.column(name).shape[-1])
         for record in records:
             if record.split == "train":

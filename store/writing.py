@@ -70,7 +70,6 @@ class ShardWriter:
     def write_episode(self, episode: Episode) -> None:
         """Append a whole episode; ``episode``, ``step`` and the flags are filled in from its bounds."""
         rows, info = len(episode), episode.info
-        self._add(self._record(info))
         step = np.arange(rows, dtype=np.int32)
         is_terminal = np.zeros(rows, bool)
         is_terminal[-1] = info.terminated
@@ -81,10 +80,18 @@ class ShardWriter:
             "is_last": step == rows - 1,
             "is_terminal": is_terminal,
         }
-        self.write_rows({**episode.arrays, **bounds})
+        arrays = {**episode.arrays, **bounds}
+        self._check(arrays)  # before the record: of what is not finite, the row is told
+        self._add(self._record(info))
+        self._append(arrays)
 
     def write_rows(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Append consecutive rows, all columns at once; where the calls fall does not change the bytes."""
+        self._check(arrays)
+        self._append(arrays)
+
+    def _check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Refuse what does not fit the columns, or is not finite."""
         missing = {c.name for c in self.columns} ^ set(arrays)
         if missing:
             raise InvalidValueError(
@@ -93,6 +100,8 @@ class ShardWriter:
         for column in self.columns:
             check_fits(column, arrays[column.name])
             check_finite(column, arrays)
+
+    def _append(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         self._count(arrays)
         with disk_errors(self._path):
             self._file.append(arrays)

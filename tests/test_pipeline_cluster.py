@@ -117,8 +117,10 @@ def test_a_shard_that_always_takes_its_worker_along_does_not_stop_the_others(
     }
 
 
-def dying_once(mark: Path, rollouts: Path, out: Path, progress: Progress = silent) -> PretrainResult:
-    """Pretraining in a process that is killed behind its first checkpoint, the first time."""
+def dying_once(
+    mark: Path, rollouts: Path, out: Path, progress: Progress = silent, again: bool = False
+) -> PretrainResult:
+    """Pretraining with --overwrite in a process that is killed behind its first checkpoint, the first time."""
 
     def tell(done: float, total: float, note: str = "") -> None:
         if done > CHECKPOINT_EVERY and not mark.exists():
@@ -126,7 +128,8 @@ def dying_once(mark: Path, rollouts: Path, out: Path, progress: Progress = silen
             os.kill(os.getpid(), signal.SIGKILL)
         progress(done, total, note)
 
-    return pretrain(rollouts, out, PretrainConfig(size=16, updates=CHECKPOINT_EVERY + 20), progress=tell)
+    config = PretrainConfig(size=16, updates=CHECKPOINT_EVERY + 20)
+    return pretrain(rollouts, out, config, overwrite=True, progress=tell, again=again)
 
 
 def test_pretraining_whose_worker_dies_goes_on_from_its_checkpoint(

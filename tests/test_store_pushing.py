@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,21 @@ def test_overwrite_sends_again_what_changed_behind_the_url_and_no_more(
     assert (again.resumed, again.bytes) == (first.files, 0)
     pull(url, tmp_path / "pulled")
     assert same_bytes(store, tmp_path / "pulled")
+
+
+def test_commit_records_that_say_the_same_are_of_one_store(write_rollouts: WriteStore, bucket: str) -> None:
+    """Earlier versions indented them: the same store, made again since, was called another."""
+    store, url = write_rollouts(), f"{bucket}/walk"
+    first = push(store, url)
+    driver, path = fsspec.core.url_to_fs(f"{url}/shards/00001.json", use_listings_cache=False)
+    told = json.loads(driver.cat_file(path))
+    driver.pipe_file(path, json.dumps(told, sort_keys=True, indent=1).encode())
+    for overwrite in (False, True):
+        assert push(store, url, overwrite=overwrite).resumed == first.files
+    told["moments"]["action"]["count"] += 1
+    driver.pipe_file(path, json.dumps(told).encode())
+    with pytest.raises(OutputExistsError, match=r"holds shards/00001\.json of another store"):
+        push(store, url)
 
 
 def test_another_store_at_the_destination_is_refused_and_replaced_only_when_told(

@@ -94,6 +94,7 @@ def put(*keys: Any, value: Any) -> Any:
         put("format_version", value="1; import os"),
         put("state", value="sealed?"),
         put("plan", value=[]),
+        put("statistics", "reward", value={"count": 1, "mean": [0.0], "std": [1.0]}),
         put("surprise", value={"__reduce__": ["os.system", "true"]}),
     ],
 )
@@ -126,6 +127,7 @@ def test_deep_or_broken_json(write_rollouts: WriteStore, text: str) -> None:
         {"rows": pl.col("rows") + 1_000_000},
         {"rows": -pl.col("rows")},
         {"length": pl.col("length") + 3},
+        {"episode_return": pl.lit(np.nan)},
         {"episode": pl.col("episode").reverse()},
         {"split": pl.lit(1)},
         {"terminated": pl.lit(None, pl.Boolean)},
