@@ -24,7 +24,7 @@ from pvrpipe.pipeline.encoders import EncoderRequest
 from pvrpipe.pipeline.pvrs import HALF, SPEC_FILE, Pvr, WeightsSource, recipe
 from pvrpipe.pipeline.readout import Readout
 from pvrpipe.pipeline.tuning import TunedEncoder, tuning_of
-from pvrpipe.schemas.errors import InvalidValueError, OutputExistsError, RunError
+from pvrpipe.schemas.errors import EncodingError, InvalidValueError, OutputExistsError, RunError
 from pvrpipe.worldmodel.batches import chance
 from pvrpipe.worldmodel.checkpoints import CHECKPOINT
 from pvrpipe.worldmodel.inputs import BACKBONE, Observation, Seen
@@ -184,6 +184,17 @@ def test_no_gradient_flows_into_what_is_to_be_predicted(model: str) -> None:
     (gradient,) = torch.autograd.grad(loss, [window["observation"]])
     assert gradient[:, 0].abs().max() > 0
     assert gradient[:, -1].abs().max() == 0
+
+
+def test_an_encoder_that_gives_no_numbers_is_one_line(rollouts: Path, tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, frames: Tensor) -> Tensor:
+            return torch.full((len(frames), 4), torch.nan)
+
+    with pytest.raises(
+        EncodingError, match=r"embedding that is not finite in episode \d+; check its weights"
+    ):
+        train(config("tdmpc2"), rollouts, tmp_path / "run", device="cpu", backbone=Broken())
 
 
 def test_any_module_will_do(rollouts: Path, tmp_path: Path) -> None:

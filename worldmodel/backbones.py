@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from pvrpipe.schemas.differences import differences
-from pvrpipe.schemas.errors import InvalidValueError, RunError
+from pvrpipe.schemas.errors import EncodingError, InvalidValueError, RunError
 from pvrpipe.schemas.manifest import ColumnStatistics
 from pvrpipe.schemas.specifications import EncoderIdentity, Tuning
+from pvrpipe.store.casting import is_finite
 from pvrpipe.store.moments import RunningMoments, statistics_of
 from pvrpipe.store.reading import Store
 from pvrpipe.worldmodel.runs import RunRecord
@@ -59,14 +60,24 @@ def embedding_shape(backbone: nn.Module, store: Store) -> tuple[int, ...]:
 
 @torch.no_grad()
 def moments_before(backbone: nn.Module, store: Store) -> ColumnStatistics:
-    """Mean and deviation of the embeddings of training rows; of some, evenly spread, where there are many."""
+    """Mean and deviation of the embeddings of training rows; of some, evenly spread, where there are many.
+
+    Raises:
+        EncodingError: one is not finite; names its episode.
+    """
     train = store.episodes.filter(store.episodes["split"] == "train")
     episodes = train[:: -(-len(train) // MOMENT_EPISODES)]
     every = -(-int(episodes["rows"].sum()) // MOMENT_ROWS)
     running = RunningMoments(embedding_shape(backbone, store)[-1])
     for number in episodes["episode"]:
         frames = torch.from_numpy(store.read_episode(number, ("frame",))["frame"][::every])
-        running.add(backbone(frames.to(device_of(backbone))).float().cpu().numpy())
+        embedding = backbone(frames.to(device_of(backbone))).float().cpu().numpy()
+        if not is_finite(embedding):
+            raise EncodingError(
+                f"the encoder inside the model gives an embedding that is not finite in episode {number}; "
+                "check its weights"
+            )
+        running.add(embedding)
     return statistics_of(running.told())
 
 
