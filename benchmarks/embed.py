@@ -14,10 +14,9 @@ loader      what clip-retrieval and stable-worldmodel do, written here: a torch 
 ray data    map_batches over the same PNGs, one actor that preprocesses a batch with PIL and encodes it, write_parquet;
             only from its first batch to its last, without Ray's start and end
 On a CPU, bare, pvrpipe and ray data compute in one thread; the loader has two processes more for its PIL. ``of peak``
-is the share of the rate of a large matrix product on the same device in the same precision; a pass is the whole store,
-from nothing to its last commit. Of a store of five shards or more, ``on its way`` is a pass without that beginning and
-end: from the first shard's outcome to the last frame. For a GPU, give a store of many frames with
-``--rollouts``; ``--compile`` is what the stage does by itself where there are a million of them.
+is the share of a large matrix product's rate, same device and precision; a pass is the whole store, to its last commit.
+Of a store of five shards or more, ``on its way`` leaves out beginning and end: from the first shard's outcome to the
+last frame. For a GPU, ``--rollouts`` of many frames; ``--compile`` is what the stage does where there are a million.
 """
 
 from __future__ import annotations
@@ -209,8 +208,7 @@ class Pass:
         """embeddings/s of each pass while neither the first shard nor the end of the last is in it"""
 
     def __call__(self) -> None:
-        """One pass."""
-        # A shard's outcome comes when it is committed, and so many shards after it are encoded.
+        """One pass; a shard's outcome comes when it is committed, and so many shards after it are encoded."""
         told = [time.perf_counter() for _ in self.embedder.each(range(len(self.shards)))]
         if len(told) > COMMITS + 2:
             encoded = sum(self.shards[1 + COMMITS :]) * len(self.embedder.targets)
@@ -248,7 +246,6 @@ class Pictures(torch.utils.data.Dataset[torch.Tensor]):
         self.pngs, self.prepare = pngs, pil_pipeline(size)
 
     def __len__(self) -> int:
-        """How many there are."""
         return len(self.pngs)
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -377,8 +374,8 @@ def peak_per_frame(own: Path, batch: int, options: argparse.Namespace) -> float:
     By an encoder of its own: what a recorded batch takes is taken when it is recorded.
     """
     encoder = Encoder(EncoderRequest(str(own), "random:0", options.precision, options.device, batch))
-    frame = Store.open(options.rollouts).column("frame").shape
-    pixels = torch.zeros((batch, *frame), dtype=torch.uint8, device=encoder.device)
+    shape = (batch, *Store.open(options.rollouts).column("frame").shape)
+    pixels = torch.zeros(shape, dtype=torch.uint8, device=encoder.device)
     encoder.encode(pixels)
     with peak_of(encoder.device) as peak:
         encoder.encode(pixels)
