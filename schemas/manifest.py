@@ -54,10 +54,15 @@ class Column(Frozen):
 
     @model_validator(mode="after")
     def _is_of_a_size(self) -> Column:
-        """A row of more than 2 GiB is nobody's, nor is an action of no width."""
+        """A row of more than 2 GiB is nobody's."""
         if math.prod(self.shape) * np.dtype(self.dtype).itemsize >= 1 << 31:
             raise ValueError(f"a row of column '{self.name}' takes 2 GiB or more")
-        if not self.shape and self.name in ("action", "embedding"):  # whose elements have statistics
+        return self
+
+    @model_validator(mode="after")
+    def _has_elements(self) -> Column:
+        """What has statistics, has them of each element."""
+        if not self.shape and self.name in ("action", "embedding"):
             raise ValueError(f"column '{self.name}' is no vector")
         return self
 

@@ -181,13 +181,13 @@ def published(
     """
     if file.name not in held:
         return False
-    if held[file.name] == local.stat().st_size and destination.read(file.name) == local.read_bytes():
-        return True
+    own = local.read_bytes()
     if file.entry is None:
-        return False
-    there = parse_commit(destination.read(file.name))
-    if there is not None and there == parse_commit(local.read_bytes()):
-        return True  # they were indented once
+        return held[file.name] == len(own) and destination.read(file.name) == own
+    there = destination.read(file.name)
+    record = parse_commit(there)
+    if there == own or (record is not None and record == parse_commit(own)):  # they were indented once
+        return True
     if not overwrite:
         raise OutputExistsError(f"{destination.place} holds {file.name} of another store; {CURE}")
     return False

@@ -44,9 +44,9 @@ class RunningMoments:
 
 def merged(parts: Iterable[Moments]) -> Moments:
     """The moments of the rows of all parts together."""
-    first, *rest = parts
-    running = RunningMoments(len(first.mean))
-    for part in (first, *rest):
+    parts = list(parts)
+    running = RunningMoments(len(parts[0].mean))
+    for part in parts:
         running.merge(part)
     return running.told()
 
