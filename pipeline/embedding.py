@@ -32,9 +32,10 @@ from pvrpipe.store.casting import storable
 from pvrpipe.store.places import Place
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
-from pvrpipe.store.writing import ShardWriter
+from pvrpipe.store.writing import CheckedRows, ShardWriter
 
-COMMITS = 2  # shards that are committed while another is encoded; each holds what its disk lacks
+COMMITS = 4  # shards that are committed while another is encoded; each holds what its disk lacks
+CHECKERS = 2  # threads that cast and count a batch each; one alone lets a GPU wait for a ResNet-50 at 64 px
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,27 @@ class Encoded:
     """that it took to encode them, or on a GPU to tell it to"""
 
 
+@dataclass(frozen=True)
+class Threads:
+    """Those that see to batches on their way from the device, while it encodes the next ones."""
+
+    checking: Executor
+    writing: Executor
+    """one thread, so in order"""
+    committing: Executor
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[Threads]:
+    """To commit is to wait for the disk: beside the rest, or the next shard and with it the device would wait too."""
+    with (
+        ThreadPoolExecutor(CHECKERS, thread_name_prefix="check") as checking,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
+        ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as committing,
+    ):
+        yield Threads(checking, writing, committing)
+
+
 class ShardEmbedder:
     """Embeds shards of one rollout store for several targets, decoding every frame once.
 
@@ -121,20 +143,15 @@ class ShardEmbedder:
         return outcome
 
     def each(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
-        """As :meth:`attempt` on each, in order; while one is encoded, those before are committed, the next is read.
-
-        To commit is to wait for the disk: in threads of their own, or the next shard's embeddings would wait for it
-        too, and with them the device.
-        """
+        """As :meth:`attempt` on each, in order; while one is encoded, those before are committed, the next is read."""
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
-            ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as committing,
+            _threads() as threads,
             kept_memory(self.encoders[0].device),
             self._reader.ahead([(shard, self._largest(shard)) for shard in shards]),
         ):
             committed: deque[Future[ShardOutcome]] = deque()
             for shard in shards:
-                committed.append(self._attempted(shard, writing, committing))
+                committed.append(self._attempted(shard, threads))
                 if len(committed) > COMMITS:
                     yield committed.popleft().result()
             while committed:
@@ -144,16 +161,16 @@ class ShardEmbedder:
         """Rows of a shard that are read at a time: what the largest batch takes of those that it is embedded in."""
         return max(t.specification.computation.batch for t in self.targets if shard in t.todo)
 
-    def _attempted(self, shard: int, writing: Executor, committing: Executor) -> Future[ShardOutcome]:
+    def _attempted(self, shard: int, threads: Threads) -> Future[ShardOutcome]:
         """Encode a shard; what becomes of it is told when it is committed."""
 
         def failed(error: PvrpipeError) -> ShardOutcome:
             return ShardOutcome(shard, failures=[error])
 
         try:
-            commit = self._computed(shard, writing)
+            commit = self._computed(shard, threads)
         except PvrpipeError as error:
-            return committing.submit(failed, error)
+            return threads.committing.submit(failed, error)
 
         def committed() -> ShardOutcome:
             try:
@@ -161,9 +178,9 @@ class ShardEmbedder:
             except PvrpipeError as error:
                 return failed(error)
 
-        return committing.submit(committed)
+        return threads.committing.submit(committed)
 
-    def _computed(self, shard: int, writing: Executor) -> Commit:
+    def _computed(self, shard: int, threads: Threads) -> Commit:
         """Embed a shard with batches that fit; what remains to be done is to commit it."""
         batches = [target.specification.computation.batch for target in self.targets]
         while True:
@@ -171,7 +188,7 @@ class ShardEmbedder:
                 encoder.batch = batch
             try:
                 with suitable_threads(self.encoders[0].device):
-                    return self._at_these_batches(shard, writing)
+                    return self._at_these_batches(shard, threads)
             except OutOfRoomError as error:
                 index = self.encoders.index(error.work.encoder)
             if batches[index] == 1:
@@ -180,7 +197,7 @@ class ShardEmbedder:
             if self.encoders[index].device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _at_these_batches(self, shard: int, writing: Executor) -> Commit:
+    def _at_these_batches(self, shard: int, threads: Threads) -> Commit:
         outcome = ShardOutcome(shard)
         plan, records = self.store.manifest.plan[shard], self.store.records(shard)
         with contextlib.ExitStack() as stack:
@@ -195,7 +212,8 @@ class ShardEmbedder:
             stack.callback(wait, under_way)  # before a writer is closed
             with contextlib.closing(self._encoded(works, outcome)) as encoded:
                 for batch in encoded:
-                    under_way.append(writing.submit(_write, batch, outcome))
+                    checked = threads.checking.submit(_checked, batch)
+                    under_way.append(threads.writing.submit(_write, batch.work, checked, outcome))
                     if len(under_way) > READ_AHEAD:
                         under_way.popleft().result()
             sizes = [work.encoder.batch for work in works]
@@ -259,18 +277,34 @@ def _encode(work: Work, frames: Tensor) -> Tensor:
         raise OutOfRoomError(work) from None
 
 
-def _write(batch: Encoded, outcome: ShardOutcome) -> None:
-    if batch.work.failed:
+@dataclass(frozen=True)
+class Checked:
+    """A batch as it is stored, and the seconds that it took to encode it and to check it."""
+
+    rows: CheckedRows
+    model_seconds: float
+    seconds: float
+
+
+def _checked(batch: Encoded) -> Checked:
+    began = time.perf_counter()
+    embedding = batch.embedding()
+    arrived = time.perf_counter()
+    made = batch.work.target.specification
+    stored = stored_as(embedding, made.dtype, made.encoder.name, batch.rows)
+    rows = batch.work.writer.checked({**batch.rows, "embedding": stored})
+    return Checked(rows, batch.seconds + arrived - began, time.perf_counter() - arrived)
+
+
+def _write(work: Work, checked: Future[Checked], outcome: ShardOutcome) -> None:
+    if work.failed:
         return
-    target = batch.work.target
-    with _failing(batch.work, outcome):
-        began = time.perf_counter()
-        embedding = batch.embedding()
-        outcome.model_seconds[str(target.folder)] += batch.seconds + time.perf_counter() - began
+    with _failing(work, outcome):
+        found = checked.result()
+        outcome.model_seconds[str(work.target.folder)] += found.model_seconds
+        outcome.write_seconds += found.seconds
         with timed(outcome, "write_seconds"):
-            made = target.specification
-            stored = stored_as(embedding, made.dtype, made.encoder.name, batch.rows)
-            batch.work.writer.write_rows({**batch.rows, "embedding": stored})
+            work.writer.append(found.rows)
 
 
 def stored_as(embedding: NDArray[np.float32], dtype: str, encoder: str, rows: Mapping[str, Rows]) -> Rows:

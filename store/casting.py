@@ -11,9 +11,13 @@ from pvrpipe.store.shards import Rows
 
 
 def is_finite(array: Rows) -> bool:
-    """Whether no element is NaN or infinite; of float16, where NumPy is slow, by the bits of the exponent."""
+    """Whether no element is NaN or infinite; of float16, where NumPy is slow, by the bits.
+
+    All bits of an exponent are the largest there are: above zero as signed integers, below it as unsigned ones.
+    """
     if array.dtype == np.float16:
-        return bool(((array.view(np.uint16) & 0x7C00) != 0x7C00).all())
+        above, below = array.view(np.int16), array.view(np.uint16)
+        return bool(above.max(initial=0) < 0x7C00 and below.max(initial=0) < 0xFC00)
     return bool(np.isfinite(array).all())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,36 +11,51 @@ from numpy.typing import NDArray
 from pvrpipe.schemas.manifest import ColumnStatistics, Moments
 
 
+@dataclass(frozen=True)
+class Part:
+    """Count, mean (D,) and sum of squared deviations (D,) of some rows."""
+
+    count: int
+    mean: NDArray[np.float64]
+    m2: NDArray[np.float64]
+
+
+def moments_of(rows: NDArray[np.generic]) -> Part:
+    """Per element of the last axis, of rows (N, D), or of tokens (N, K, D) taken as N·K rows of D."""
+    width = rows.shape[-1]
+    flat = rows.reshape(-1, width).astype(np.float64)
+    if not len(flat):
+        return Part(0, np.zeros(width), np.zeros(width))
+    mean = flat.mean(axis=0)
+    flat -= mean  # in place: fresh memory for each step takes six times as long
+    np.square(flat, out=flat)
+    return Part(len(flat), mean, flat.sum(axis=0))
+
+
 class RunningMoments:
-    """Moments per element of the last axis, of rows that come in parts; their order decides the last bits."""
+    """Moments of rows that come in parts; their order decides the last bits."""
 
     def __init__(self, width: int) -> None:
-        self._count, self._mean, self._m2 = 0, np.zeros(width), np.zeros(width)
+        self._so_far = Part(0, np.zeros(width), np.zeros(width))
 
     def add(self, rows: NDArray[np.generic]) -> None:
-        """Rows (N, D), or tokens (N, K, D) taken as N·K rows of D."""
-        flat = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
-        if not len(flat):
-            return
-        mean = flat.mean(axis=0)
-        flat -= mean  # in place: fresh memory for each step takes six times as long
-        np.square(flat, out=flat)
-        self._merge(len(flat), mean, flat.sum(axis=0))
+        """Count these rows behind those so far."""
+        self.merge(moments_of(rows))
 
-    def merge(self, part: Moments) -> None:
-        """All rows of a part that was counted elsewhere."""
-        if part.count:
-            self._merge(part.count, np.asarray(part.mean), np.asarray(part.m2))
+    def merge(self, part: Part) -> None:
+        """As :meth:`add`, of rows whose moments are known."""
+        if not part.count:
+            return
+        before = self._so_far
+        delta, count = part.mean - before.mean, before.count + part.count
+        mean = before.mean + delta * (part.count / count)
+        m2 = before.m2 + part.m2 + np.square(delta) * (before.count * part.count / count)
+        self._so_far = Part(count, mean, m2)
 
     def told(self) -> Moments:
         """Of all rows so far."""
-        return Moments(count=self._count, mean=tuple(self._mean.tolist()), m2=tuple(self._m2.tolist()))
-
-    def _merge(self, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> None:
-        delta, total = mean - self._mean, self._count + count
-        self._mean = self._mean + delta * (count / total)
-        self._m2 = self._m2 + m2 + np.square(delta) * (self._count * count / total)
-        self._count = total
+        all_ = self._so_far
+        return Moments(count=all_.count, mean=tuple(all_.mean.tolist()), m2=tuple(all_.m2.tolist()))
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
@@ -47,7 +63,7 @@ def merged(parts: Iterable[Moments]) -> Moments:
     parts = list(parts)
     running = RunningMoments(len(parts[0].mean))
     for part in parts:
-        running.merge(part)
+        running.merge(Part(part.count, np.asarray(part.mean), np.asarray(part.m2)))
     return running.told()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,12 +26,20 @@ from pvrpipe.store.casting import is_finite
 from pvrpipe.store.columns import check_fits
 from pvrpipe.store.files import disk_errors, settle, sha256_of, temporary_beside, write_whole
 from pvrpipe.store.layout import commit_file, shard_file
-from pvrpipe.store.moments import RunningMoments
+from pvrpipe.store.moments import Part, RunningMoments, moments_of
 from pvrpipe.store.parquet import ParquetShardWriter
 from pvrpipe.store.planning import split_in
 from pvrpipe.store.webdataset import WebDatasetShardWriter
 
 COUNTED = ("embedding", "action")  # columns with statistics in the manifest
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """Consecutive rows that fit the columns and are finite, and what they add to the statistics."""
+
+    arrays: Mapping[str, NDArray[np.generic]]
+    moments: Mapping[str, Part]
 
 
 class ShardWriter:
@@ -83,12 +92,23 @@ class ShardWriter:
         arrays = {**episode.arrays, **bounds}
         self._check(arrays)  # before the record: of what is not finite, the row is told
         self._add(self._record(info))
-        self._append(arrays)
+        self.append(self._counted(arrays))
 
     def write_rows(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Append consecutive rows, all columns at once; where the calls fall does not change the bytes."""
+        self.append(self.checked(arrays))
+
+    def checked(self, arrays: Mapping[str, NDArray[np.generic]]) -> CheckedRows:
+        """What :meth:`append` takes: most of the work, and it may be done in any thread and order."""
         self._check(arrays)
-        self._append(arrays)
+        return self._counted(arrays)
+
+    def append(self, rows: CheckedRows) -> None:
+        """Append rows to those before them."""
+        for name, part in rows.moments.items():
+            self._moments[name].merge(part)
+        with disk_errors(self._path):
+            self._file.append(rows.arrays)
 
     def _check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Refuse what does not fit the columns, or is not finite."""
@@ -100,11 +120,6 @@ class ShardWriter:
         for column in self.columns:
             check_fits(column, arrays[column.name])
             check_finite(column, arrays)
-
-    def _append(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        self._count(arrays)
-        with disk_errors(self._path):
-            self._file.append(arrays)
 
     def commit(self, failed: Sequence[Failed] = (), batch: int | None = None) -> ShardCommit:
         """Make the shard durable, then its commit record; from here on it exists.
@@ -186,17 +201,17 @@ class ShardWriter:
             values=dict(info.values),
         )
 
-    def _count(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        """Add the training rows to the statistics."""
+    def _counted(self, arrays: Mapping[str, NDArray[np.generic]]) -> CheckedRows:
+        """Rows with the moments of those that are trained on."""
         episodes, of = np.unique(arrays["episode"], return_inverse=True)
         if strangers := set(episodes.tolist()) - self._records.keys():
             raise InvalidValueError(
                 f"shard {self.plan.shard} was not planned to hold episode {min(strangers)}"
             )
         train = np.array([self._records[e].split == "train" for e in episodes.tolist()], bool)[of]
-        for name, running in self._moments.items():
-            rows = train & ~arrays["is_last"].astype(bool) if name == "action" else train
-            running.add(arrays[name][rows])
+        acted = train & ~arrays["is_last"].astype(bool)
+        counted = {name: acted if name == "action" else train for name in self._moments}
+        return CheckedRows(arrays, {name: moments_of(arrays[name][rows]) for name, rows in counted.items()})
 
 
 def check_finite(column: Column, arrays: Mapping[str, NDArray[np.generic]]) -> None:

@@ -7,7 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from pvrpipe.store.reading import Store
+from pvrpipe.store.verifying import verify
+
+from .conftest import WriteStore
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -32,6 +38,28 @@ SMALL = {
     "train.py": ("--sizes", "1m", "--shapes", "2x4", "--plain", "--width", "8", "--repeats", "2"),
     "windows.py": ("--mib", "64", "--repeats", "3"),
 }
+
+
+def test_an_episode_is_dealt_out_to_a_store_that_holds(write_rollouts: WriteStore, tmp_path: Path) -> None:
+    few, many = write_rollouts([30]), tmp_path / "many"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "grow.py"),
+        few,
+        many,
+        "--episodes",
+        "3",
+        "--rows",
+        "50",
+    ]
+    subprocess.run(command, timeout=300, check=True)
+    assert verify(many) == []
+    seen = Store.open(few).read_episode(0)
+    for number in range(3):
+        rows = Store.open(many).read_episode(number)
+        turn = np.arange(50 * number, 50 * number + 50) % 31
+        np.testing.assert_array_equal(rows["frame"], seen["frame"][turn])
+        np.testing.assert_array_equal(rows["reward"][1:], seen["reward"][turn][1:])
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,12 @@ from pvrpipe.pipeline.embedding import OutOfRoomError, Work, stored_as
 from pvrpipe.pipeline.encoders import Encoder
 from pvrpipe.schemas.errors import CorruptStoreError, EncodingError, InvalidValueError, StoreError
 from pvrpipe.schemas.records import Episode
-from pvrpipe.store.casting import cast_embedding
+from pvrpipe.store.casting import cast_embedding, is_finite
 from pvrpipe.store.layout import read_commit
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows, Shard
 from pvrpipe.store.verifying import verify
-from pvrpipe.store.writing import ShardWriter
+from pvrpipe.store.writing import CheckedRows, ShardWriter
 
 from . import conftest
 from .brittle import brittle
@@ -62,14 +61,14 @@ def test_rows_that_could_not_be_written_stop_their_shard_with_the_reason(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of many batches, so that the others are on their way when it fails."""
-    write, written = ShardWriter.write_rows, itertools.count()
+    append, written = ShardWriter.append, itertools.count()
 
-    def fails_once(writer: ShardWriter, arrays: Mapping[str, Rows]) -> None:
+    def fails_once(writer: ShardWriter, rows: CheckedRows) -> None:
         if next(written) == 0:
             raise StoreError("no space is left")
-        write(writer, arrays)
+        append(writer, rows)
 
-    monkeypatch.setattr(ShardWriter, "write_rows", fails_once)
+    monkeypatch.setattr(ShardWriter, "append", fails_once)
     with pytest.raises(StoreError, match=r"^no space is left$"):
         embed(rollouts, [(brittle(tmp_path / "pvr", batch=2), tmp_path / "e")], INLINE)
     assert _committed(tmp_path / "e") == [False, *[True] * 5]
@@ -106,6 +105,13 @@ def test_of_embeddings_that_cannot_be_stored_the_first_is_named() -> None:
         EncodingError, match=r"gives 1000000 at episode 8, step 1, beyond float16; say float32"
     ):
         cast_embedding(values, "float16", rows, "it", "say float32")
+
+
+def test_every_half_is_known_to_be_finite_or_not() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    assert [is_finite(half[None]) for half in halves] == np.isfinite(halves).tolist()
+    assert is_finite(halves[:0])
+    assert not is_finite(halves)
 
 
 def test_a_column_that_embeddings_do_not_have_is_left_with_its_rollouts(

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrpipe.pipeline import drafting, encoders
+from pvrpipe.pipeline import drafting, embedding, encoders
 from pvrpipe.pipeline.drafting import draft, made_by
 from pvrpipe.pipeline.embed import EmbedConfig, embed, estimate
-from pvrpipe.pipeline.embedding import ShardEmbedder, Target
+from pvrpipe.pipeline.embedding import COMMITS, ShardEmbedder, Target, stored_as
 from pvrpipe.pipeline.encoders import Encoder, EncoderRequest, device_named
 from pvrpipe.pipeline.transfers import ReadAhead, in_order
 from pvrpipe.schemas.errors import (
@@ -34,7 +34,7 @@ from pvrpipe.store.layout import read_manifest
 from pvrpipe.store.reading import Store
 from pvrpipe.store.shards import Rows
 from pvrpipe.store.verifying import verify
-from pvrpipe.store.writing import ShardWriter
+from pvrpipe.store.writing import CheckedRows, ShardWriter
 
 from . import conftest
 from .brittle import Brittle, brittle, number_of
@@ -77,6 +77,24 @@ def test_an_embedding_that_is_not_finite_stops_its_shard_for_its_own_store(
     (alone,) = embed(rollouts, [(outputs[1][0], tmp_path / "alone")], INLINE)
     assert read_manifest(tmp_path / "sound-e").id == alone.id
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_of_two_batches_that_fail_the_first_is_told_though_it_is_checked_last(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = threading.Event()
+
+    def slow(found: np.ndarray, dtype: str, encoder: str, rows: Mapping[str, Rows]) -> Rows:
+        if rows["episode"][0] == 2 and rows["step"][0] == 8:
+            assert second.wait(20)
+        if rows["episode"][0] == 2 and rows["step"][0] == 12:
+            second.set()
+        lost = found + np.where((rows["episode"] == 2) & (rows["step"] > 8), np.nan, 0)[:, None]
+        return stored_as(lost.astype(np.float32), dtype, encoder, rows)
+
+    monkeypatch.setattr(embedding, "stored_as", slow)
+    with pytest.raises(EncodingError, match=r"not finite at episode 2, step 9;"):
+        embed(rollouts, [(brittle(tmp_path / "pvr", batch=4), tmp_path / "e")], INLINE)
 
 
 def test_failures_of_two_stores_are_told_one_by_one(rollouts: Path, tmp_path: Path) -> None:
@@ -226,10 +244,10 @@ def test_a_disk_that_is_slow_to_commit_does_not_stop_the_next_shard(
     made = draft(Store.open(rollouts), request, tmp_path / "e", INLINE)
     target = Target(made.request, tmp_path / "e", made.manifest, made_by(made.manifest), frozenset({0, 1}))
     following = iter(range((Store.open(rollouts).manifest.shards[1].rows - 1) // 2))
-    write, commit, enough = ShardWriter.write_rows, ShardWriter.commit, threading.Event()
+    append, commit, enough = ShardWriter.append, ShardWriter.commit, threading.Event()
 
-    def counted(writer: ShardWriter, arrays: Mapping[str, Rows]) -> None:
-        write(writer, arrays)
+    def counted(writer: ShardWriter, rows: CheckedRows) -> None:
+        append(writer, rows)
         if writer.plan.shard == 1 and next(following, None) is None:
             enough.set()
 
@@ -237,7 +255,7 @@ def test_a_disk_that_is_slow_to_commit_does_not_stop_the_next_shard(
         assert writer.plan.shard == 1 or enough.wait(20)
         return commit(writer, batch=batch)
 
-    monkeypatch.setattr(ShardWriter, "write_rows", counted)
+    monkeypatch.setattr(ShardWriter, "append", counted)
     monkeypatch.setattr(ShardWriter, "commit", slow)
     with PendingStore.begin(tmp_path / "e", made.manifest):
         outcomes = list(ShardEmbedder(rollouts, [target]).each([0, 1]))
@@ -277,18 +295,21 @@ def test_ctrl_c_while_a_thread_begins_to_read_ahead_leaves_none(monkeypatch: pyt
         assert not left.is_alive()
 
 
-def test_two_shards_are_committed_at_a_time_and_told_of_in_order(
+def test_shards_are_committed_together_and_told_of_in_order(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, both = ShardWriter.commit, threading.Barrier(2, timeout=60)
+    commit, together = ShardWriter.commit, threading.Barrier(COMMITS, timeout=60)
+    committed = [threading.Event() for _ in range(COMMITS)]
 
     def waiting(self: ShardWriter, *arguments: object, **named: object) -> ShardCommit:
-        both.wait()  # until both are to be committed
-        if self.plan.shard % 2 == 0:
-            both.wait()  # until the later one is
+        shard = self.plan.shard
+        if shard < COMMITS:
+            together.wait()
+        if shard + 1 < COMMITS:
+            assert committed[shard + 1].wait(60)  # the last one first
         made: ShardCommit = commit(self, *arguments, **named)
-        if self.plan.shard % 2:
-            both.wait()
+        if shard < COMMITS:
+            committed[shard].set()
         return made
 
     monkeypatch.setattr(ShardWriter, "commit", waiting)

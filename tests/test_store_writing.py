@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from pvrpipe.schemas.errors import EncodingError
 from pvrpipe.store.building import PendingStore, ShardWriter
 from pvrpipe.store.columns import column
 from pvrpipe.store.layout import read_commit
+from pvrpipe.store.reading import Store
 from pvrpipe.store.verifying import Failure, verify
 
 from .conftest import WriteStore, draft, random_episode
+from .embedded import write_embeddings
 
 
 def test_a_reward_that_is_not_finite_is_named_and_never_reaches_a_commit_record(tmp_path: Path) -> None:
@@ -32,6 +35,29 @@ def test_a_reward_that_is_not_finite_is_named_and_never_reaches_a_commit_record(
     ):
         writer.write_episode(replace(episode, info=told))
     assert not list((tmp_path / "s" / "shards").glob("*"))
+
+
+def test_rows_checked_in_any_order_make_the_same_shard(tmp_path: Path) -> None:
+    store = Store.open(write_embeddings(tmp_path / "e"))
+    trained = next(n for n in range(6) if store.records(n)[0].split == "train")
+    rows = store.read_episode(trained)
+    parts = [{name: a[at : at + 4] for name, a in rows.items()} for at in range(0, len(rows["step"]), 4)]
+    plan, commits = store.manifest.plan[trained], []
+    for name in ("in a row", "checked backwards"):
+        (tmp_path / name / "shards").mkdir(parents=True)
+        with ShardWriter(tmp_path / name, store.manifest, plan, store.records(trained)) as writer:
+            if name == "in a row":
+                for part in parts:
+                    writer.write_rows(part)
+            else:
+                with ThreadPoolExecutor(2) as pool:
+                    checked = list(pool.map(writer.checked, parts[::-1]))
+                for part in checked[::-1]:
+                    writer.append(part)
+            commits.append(writer.commit())
+    assert len(parts) > 6
+    assert commits[0] == commits[1]
+    assert commits[0].moments["embedding"].count == len(rows["step"])
 
 
 @pytest.mark.parametrize("field", ["episode_return", "factor_light"])
