@@ -54,6 +54,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each retry of a hub that does not answer
     try:
         status = app(standalone_mode=False)
+    except KeyboardInterrupt:  # before typer looks for it
+        status = STOPPED
     except PvrpipeError as error:
         if "--debug" in sys.argv:
             raise

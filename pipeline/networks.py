@@ -325,7 +325,10 @@ def _timm(pvr: Pvr) -> Network:
     overrides: dict[str, Any] = {"num_classes": 0, **pvr.overrides}
     epsilon = overrides.pop("layer_norm_eps", None)
     trunk: nn.Module = timm.create_model(pvr.architecture, **overrides)
+    tokens = hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "blocks")
     if pvr.projection is not None:
+        if not tokens:
+            raise ValueError("a projection is of tokens, and it has none")
         trunk.head = nn.Linear(trunk.num_features, pvr.projection, bias=False)  # type: ignore[arg-type]
     if epsilon is not None:
         for module in trunk.modules():
@@ -333,7 +336,7 @@ def _timm(pvr: Pvr) -> Network:
                 module.eps = epsilon
     if pvr.positions == "rope-bf16":
         _round_periods(trunk.rope)
-    if hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "blocks"):
+    if tokens:
         return TokenNetwork(trunk, pvr)
     if pvr.pooling == "pooled" or not _stage_names(trunk):
         return OwnOutput(trunk, pvr)

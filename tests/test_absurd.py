@@ -225,3 +225,16 @@ def test_what_the_machine_cannot_do_is_one_line(
     monkeypatch.setattr("sys.argv", ["pvrpipe", "embed", "--debug"])
     with pytest.raises(type(error)):
         cli.main()
+
+
+def test_ctrl_c_before_a_command_has_begun_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", stopped)
+    monkeypatch.setattr("sys.argv", ["pvrpipe", "embed"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert re.fullmatch(r"pvrpipe: stopped; .* to go on from there\.\n", capsys.readouterr().err)

@@ -151,6 +151,12 @@ def test_what_a_specification_cannot_mean_is_one_line(
         Encoder(EncoderRequest(str(tmp_path), "random:0" if "width" in changes else "auto", device="cpu"))
 
 
+def test_a_projection_of_a_network_without_tokens_is_refused() -> None:
+    """It was left out in silence."""
+    with pytest.raises(WeightsError, match="a projection is of tokens, and it has none"):
+        networks.build_network(PVRS["resnet18"].model_copy(update={"projection": 24}), seed=0)
+
+
 def test_a_package_registers_a_representation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The example that docs/pvrs.md names, as if it were installed."""
     point = EntryPoint("gray", "pvrpipe_gray", own.ENTRY_POINTS)
