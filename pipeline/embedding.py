@@ -95,7 +95,7 @@ class Encoded:
     """that it took to encode them, or on a GPU to tell it to"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Threads:
     """Those that see to batches on their way from the device, while it encodes the next ones."""
 
@@ -103,6 +103,8 @@ class Threads:
     writing: Executor
     """one thread, so in order"""
     committing: Executor
+    arrived: float = 0.0
+    """when the last batch had come from the device; two threads wait at a time, and a second counts once"""
 
 
 @contextlib.contextmanager
@@ -213,7 +215,7 @@ class ShardEmbedder:
             with contextlib.closing(self._encoded(works, outcome)) as encoded:
                 for batch in encoded:
                     checked = threads.checking.submit(_checked, batch)
-                    under_way.append(threads.writing.submit(_write, batch.work, checked, outcome))
+                    under_way.append(threads.writing.submit(_write, batch, checked, outcome, threads))
                     if len(under_way) > READ_AHEAD:
                         under_way.popleft().result()
             sizes = [work.encoder.batch for work in works]
@@ -279,29 +281,33 @@ def _encode(work: Work, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Checked:
-    """A batch as it is stored, and the seconds that it took to encode it and to check it."""
+    """A batch as it is stored; from when to when it was waited for, and the seconds that it took to check it."""
 
     rows: CheckedRows
-    model_seconds: float
+    awaited: float
+    arrived: float
     seconds: float
 
 
 def _checked(batch: Encoded) -> Checked:
-    began = time.perf_counter()
+    awaited = time.perf_counter()
     embedding = batch.embedding()
     arrived = time.perf_counter()
     made = batch.work.target.specification
     stored = stored_as(embedding, made.dtype, made.encoder.name, batch.rows)
     rows = batch.work.writer.checked({**batch.rows, "embedding": stored})
-    return Checked(rows, batch.seconds + arrived - began, time.perf_counter() - arrived)
+    return Checked(rows, awaited, arrived, time.perf_counter() - arrived)
 
 
-def _write(work: Work, checked: Future[Checked], outcome: ShardOutcome) -> None:
+def _write(batch: Encoded, checked: Future[Checked], outcome: ShardOutcome, threads: Threads) -> None:
+    work = batch.work
     if work.failed:
         return
     with _failing(work, outcome):
         found = checked.result()
-        outcome.model_seconds[str(work.target.folder)] += found.model_seconds
+        waited = max(0.0, found.arrived - max(found.awaited, threads.arrived))
+        threads.arrived = max(found.arrived, threads.arrived)
+        outcome.model_seconds[str(work.target.folder)] += batch.seconds + waited
         outcome.write_seconds += found.seconds
         with timed(outcome, "write_seconds"):
             work.writer.append(found.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,24 @@ def test_of_two_batches_that_fail_the_first_is_told_though_it_is_checked_last(
     monkeypatch.setattr(embedding, "stored_as", slow)
     with pytest.raises(EncodingError, match=r"not finite at episode 2, step 9;"):
         embed(rollouts, [(brittle(tmp_path / "pvr", batch=4), tmp_path / "e")], INLINE)
+
+
+def test_seconds_in_which_two_threads_wait_for_the_device_count_once(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(values: Tensor) -> Callable[[], np.ndarray]:
+        there = time.perf_counter() + 0.2
+
+        def arrived() -> np.ndarray:
+            time.sleep(max(0.0, there - time.perf_counter()))
+            return values.numpy()
+
+        return arrived
+
+    monkeypatch.setattr(embedding, "download", slowly)
+    began = time.perf_counter()
+    (result,) = embed(rollouts, [(brittle(tmp_path / "pvr", batch=4), tmp_path / "e")], INLINE)
+    assert 0.2 < result.model_seconds < time.perf_counter() - began
 
 
 def test_failures_of_two_stores_are_told_one_by_one(rollouts: Path, tmp_path: Path) -> None:
